@@ -1,0 +1,50 @@
+# The course's commands. `make help` lists them; PYTHON=python3.12 picks another interpreter.
+
+PORT ?= 8888
+VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
+	--nbval-sanitize-with=tests/nbval_sanitize.cfg
+NOTEBOOKS := tools/notebooks.py
+export PORT
+
+.PHONY: help setup lab test quick lint format run bench tiny-base clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+setup: ## make or repair the environment (.venv); the other commands do it by themselves
+	@$(or $(PYTHON),python3) tools/environment.py
+
+lab: setup ## open the lessons in JupyterLab (PORT=9999 picks the port)
+	@$(VENV) python tools/lab.py
+
+test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
+	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+
+quick: setup ## run the fast unit tests alone
+	@$(VENV) python -m pytest -m "not slow" tests $(ARGS)
+
+lint: setup ## check code and notebooks: style, layout, clean metadata
+	@$(VENV) ruff check
+	@$(VENV) ruff format --check
+	@$(VENV) python $(NOTEBOOKS) verify
+
+format: setup ## repair what `make lint` complains about, as far as that is automatic
+	@$(VENV) ruff check --fix
+	@$(VENV) ruff format
+	@$(VENV) python $(NOTEBOOKS) clean
+	@$(VENV) python tools/readme_table.py
+
+run: setup ## execute the notebooks again and store their outputs (NB=01 for one lesson)
+	@$(VENV) python $(NOTEBOOKS) run $(NB)
+
+bench: setup ## measure the lessons on this machine
+	@$(VENV) python tests/bench.py
+
+tiny-base: setup ## build data/ and the tiny base model again
+	@$(VENV) python data/build/build.py
+
+clean: ## remove the environment and everything that can be made again
+	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +
