@@ -237,13 +237,20 @@ def progress(log: str, root: Path) -> str:
     if "Installing collected packages" in log:
         done = len(list((root / ".venv").glob("lib/*/site-packages/*.dist-info")))
         return f"installing, {done} of about {total} packages"
-    fetched = log.count("\nDownloading ") + log.count("\n  Downloading ")
-    return f"fetching, {log.count('Collecting ')} of about {total} packages" + (
-        f", {fetched} files downloaded" if fetched else ""
-    )
+    found = len(re.findall(r"^(?:Collecting|Processing) ", log, re.M))
+    text = f"fetching, {found} of about {total} packages"
+    files = re.findall(r"Downloading (\S+)[^\n]*\n(?:Progress (\d+) of (\d+)\n)*", log)
+    if files and files[-1][2]:
+        name, got, size = files[-1]
+        text += f", {name.split('-')[0]} {100 * int(got) // max(int(size), 1)} %"
+    return text
 
 
-NETWORK = re.compile(r"Connection|resolve host|resolution|timed out|unreachable|SSL|HTTP error", re.I)
+NETWORK = re.compile(
+    r"Connection(Error| refused| aborted| broken)|name resolution|resolve host|timed? ?out"
+    r"|unreachable|SSLError|ProxyError|HTTP error|Max retries",
+    re.IGNORECASE,
+)
 
 
 def advice(log: str) -> str:
@@ -305,7 +312,8 @@ def main() -> int:
     # Only a Python asked for by name replaces the one that .venv already has.
     wanted = dotted(sys.version_info[:2]) if os.environ.get("PYTHON") else None
     try:
-        ensure(ROOT, wanted)
+        if ensure(ROOT, wanted).action == "keep":
+            say(".venv is up to date.")
     except (SetupError, OSError) as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1

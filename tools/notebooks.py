@@ -1,0 +1,78 @@
+"""Execute the notebooks again, and keep what is stored of them small and clean.
+
+`run 01` executes and stores (without a number: all); `clean` removes metadata that changes from
+run to run; `verify` fails where `clean` would change something.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+EXTRA_KEYS = ["metadata.language_info.version", "cell.metadata.execution"]
+NBSTRIPOUT = [
+    *(sys.executable, "-m", "nbstripout", "--keep-output", "--keep-count", "--keep-id"),
+    *("--extra-keys", " ".join(EXTRA_KEYS)),
+]
+NBCONVERT = [
+    *(sys.executable, "-m", "jupyter", "nbconvert", "--to=notebook", "--execute"),
+    "--log-level=WARN",
+    "--ExecutePreprocessor.kernel_name=python3",
+    "--ExecutePreprocessor.timeout=600",
+    "--ExecutePreprocessor.record_timing=False",
+]
+
+
+def find(number: str = "", folder: Path = FOLDER) -> list[Path]:
+    """Every notebook, or those whose name begins with `number`; never a checkpoint."""
+    return sorted(
+        path
+        for path in folder.rglob("*.ipynb")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name.startswith(number.zfill(2) if number.isdecimal() else number)
+    )
+
+
+def clean(paths: list[Path], verify: bool = False) -> int:
+    """Remove metadata that changes from run to run; 1 where `verify` finds some."""
+    if not paths:  # nbstripout would wait for a notebook on standard input
+        return 0
+    return subprocess.run([*NBSTRIPOUT, *(["--verify"] if verify else []), *paths]).returncode
+
+
+def run(path: Path) -> bool:
+    """Execute one notebook and store the result; when a cell fails, the file stays as it was."""
+    draft = path.with_name(f".running-{path.name}")
+    started = time.monotonic()
+    print(f"{path.relative_to(FOLDER)}: running", flush=True)
+    store = [f"--output-dir={path.parent}", f"--output={draft.name}", str(path)]
+    # Progress bars differ from run to run: none in what is stored.
+    quiet = {**os.environ, "SFT_NO_BARS": "1"}
+    try:
+        if subprocess.run([*NBCONVERT, *store], env=quiet).returncode or clean([draft]):
+            print(f"{path.name}: failed; the stored notebook is as it was", file=sys.stderr)
+            return False
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    print(f"{path.relative_to(FOLDER)}: stored, {time.monotonic() - started:.0f} s", flush=True)
+    return True
+
+
+def main(task: str, number: str = "") -> int:
+    paths = find(number)
+    if task == "clean":
+        return clean(paths)
+    if task == "verify":
+        if clean(paths, verify=True):
+            sys.exit("Some notebooks hold metadata that does not belong there. Run: make format")
+        return 0
+    if number and not paths:
+        sys.exit(f"No notebook begins with {number!r}. There are: {[p.stem for p in find()]}")
+    return int(not all([run(path) for path in paths]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
