@@ -177,11 +177,13 @@ def install(root: Path, todo: Plan, lock: IO[str]) -> None:
     if todo.action == "install":
         say(f"Updating .venv: {todo.reason}.")
     (root / ".venv/sft-stamp.json").unlink(missing_ok=True)
-    pip = [str(root / ".venv/bin/python"), "-m", "pip", "install", "--progress-bar=raw"]
+    pip = [str(root / ".venv/bin/python"), "-m", "pip", "install"]
     say("Fetching and installing the packages. The first time, this takes some minutes.")
     started = time.monotonic()
-    run([*pip[:-1], "--constraint=constraints.txt", "pip"], root, lock)
-    run([*pip, "--requirement=requirements.txt"], root, lock)
+    run([*pip, "--constraint=constraints.txt", "pip"], root, lock)
+    # From 24.1 on, pip can write its progress in a form that is made to be read by a program.
+    raw = ["--progress-bar=raw"] if re.search(r"\braw\b", output([*pip, "--help"]) or "") else []
+    run([*pip, *raw, "--requirement=requirements.txt"], root, lock)
     write_stamp(root)
     say(f"The environment is ready ({time.monotonic() - started:.0f} s).")
 
