@@ -276,7 +276,7 @@ def test_two_at_once_wait_for_each_other(project: Path):
 @pytest.mark.slow
 def test_without_network_it_says_so_and_leaves_no_stamp(project: Path):
     (project / "requirements.txt").write_text("a-package-that-is-nowhere==1\n")
-    dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
     dead |= {"PIP_EXTRA_INDEX_URL": dead["PIP_INDEX_URL"], "PIP_CONFIG_FILE": os.devnull}
     failed = make(project, **dead)
     assert failed.returncode != 0 and "Traceback" not in failed.stderr

@@ -250,7 +250,7 @@ def progress(log: str, root: Path) -> str:
 
 NETWORK = re.compile(
     r"Connection(Error| refused| aborted| broken)|name resolution|resolve host|timed? ?out"
-    r"|unreachable|SSLError|ProxyError|HTTP error|Max retries",
+    r"|unreachable|SSLError|ProxyError|HTTP error|Max retries|from versions: none",
     re.IGNORECASE,
 )
 
