@@ -56,6 +56,7 @@ def main() -> None:
     # No pop-up about Jupyter news in the middle of a lesson, and this environment's kernel first.
     os.environ["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools/jupyter")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    (ROOT / "notebooks").mkdir(exist_ok=True)
     call = command(port, os.geteuid() == 0, has_display(os.environ, sys.platform))
     os.execv(call[0], call)
 
