@@ -30,7 +30,7 @@ lint: setup ## check code and notebooks: style, layout, clean metadata
 	@$(VENV) python $(NOTEBOOKS) verify
 
 format: setup ## repair what `make lint` complains about, as far as that is automatic
-	@$(VENV) ruff check --fix
+	@$(VENV) ruff check --fix-only --quiet
 	@$(VENV) ruff format
 	@$(VENV) python $(NOTEBOOKS) clean
 	@$(VENV) python tools/readme_table.py
