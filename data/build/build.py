@@ -1,0 +1,133 @@
+"""Build every file of `data/facts` and `data/tiny-base`, from pinned open packages.
+
+    make tiny-base          # all of it
+    python data/build/build.py --facts     # the test sets and the tokenizer alone, in seconds
+
+The seed is fixed: facts, splits and tokenizer come out byte for byte the same everywhere; the
+weights do on the same machine with the same number of threads.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from card import write_card
+from corpus import corpus, template_words
+from facts import facts
+from pretrain import LENGTH, ROWS, new_model, pack, pretrain
+from splits import entities_by_part, splits
+from tokenizer import train_tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from sftlib.evaluate import cloze, perplexity
+
+DATA = Path(__file__).parents[1]
+SEED = 0
+
+
+def build_facts(folder: Path) -> tuple[list[str], list[str]]:
+    """Write the SFT data and the test sets; return the corpus and its held-out notes."""
+    part = entities_by_part(template_words())
+    documents, held_out = corpus(part)
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = splits(part) | {"prose": [{"text": text} for text in held_out]}
+    for name, rows in sets.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        _write(folder / f"{name}.jsonl", "".join(lines))
+    return documents, held_out
+
+
+def build_tokenizer(folder: Path, documents: list[str]) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on the corpus and save it."""
+    tokenizer = train_tokenizer(documents)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_model(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> dict:
+    """Pretrain the model, save it as bfloat16 safetensors and return what it took."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    model, rows = new_model(tokenizer), pack(tokenizer, documents)
+    steps = len(rows) // ROWS
+    wall, cpu = time.time(), time.process_time()
+    bar = tqdm(pretrain(model, rows), total=steps, unit="step", mininterval=10)
+    for _, loss in bar:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # it is saved for its owner alone
+    return {
+        "parameters": model.num_parameters(),
+        "tokens": steps * ROWS * LENGTH,
+        "steps": steps,
+        "loss": round(loss, 3),
+        "wall_seconds": round(time.time() - wall),
+        "cpu_seconds": round(time.process_time() - cpu),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
+    }
+
+
+def measure(folder: Path, tokenizer: PreTrainedTokenizerFast, sets: Path) -> dict:
+    """What the saved base model knows, in its own terms."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = {name: _read(sets / f"{name}.jsonl") for name in ("sft", "dev", "heldout", "prose")}
+    return {
+        "cloze_dev": cloze(model, tokenizer, rows["dev"], rows["sft"]),
+        "cloze_heldout": cloze(model, tokenizer, rows["heldout"], rows["sft"]),
+        "prose_perplexity": perplexity(model, tokenizer, [r["text"] for r in rows["prose"]]),
+    }
+
+
+def known_entities() -> dict[str, int]:
+    """How many entities of each kind the corpus tells about, by plural name of the kind."""
+    names = {"country": "countries", "element": "elements"}
+    part = entities_by_part(template_words())
+    known = {(f.kind, f.entity) for f in facts() if part[f.entity] != "unknown"}
+    counts = Counter(kind for kind, _ in known)
+    return {names.get(kind, kind + "s"): count for kind, count in counts.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write as a whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Build into `data/`, or into another folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to build into")
+    parser.add_argument("--facts", action="store_true", help="leave the weights as they are")
+    args = parser.parse_args()
+    sets, base = args.out / "facts", args.out / "tiny-base"
+    documents, _ = build_facts(sets)
+    tokenizer = build_tokenizer(base, documents)
+    if args.facts:
+        return
+    log = build_model(base, tokenizer, documents) | measure(base, tokenizer, sets)
+    _write(base / "training.json", json.dumps(log, indent=2) + "\n")
+    write_card(base, known_entities())
+    print(json.dumps(log, indent=2))
+
+
+if __name__ == "__main__":
+    main()

