@@ -1,0 +1,274 @@
+"""Measure what the course promises, on this machine: `make bench`.
+
+1. Lesson 1's table: base, full finetuning and LoRA, three seeds, every test set.
+2. Speed: real (unpadded) tokens a second of `sftlib.training.tune`, of TRL's own defaults and of
+   the best bare PyTorch loop, in turns, as medians; as ratios and as shares of the matmul peak.
+
+3. The seconds that each lesson takes, every cell, top to bottom.
+
+With `--store` the figures go to `data/benchmarks.json`, from which README.md is generated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("SFT_NO_BARS", "1")
+import sftlib  # noqa: F401, I001 (quiets transformers before it is imported)
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from sftlib.chat import encode
+from sftlib.data import read_facts
+from sftlib.evaluate import report
+from sftlib.models import load
+from sftlib.training import FULL_LEARNING_RATE, tune
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.notebooks import NBCONVERT  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+STORE = ROOT / "data" / "benchmarks.json"
+SETS = ("dev", "heldout", "heldout_wordings", "unknown", "never_asked")
+SEEDS = (0, 1, 2)
+STEPS = 40
+EXAMPLES = 640
+TURNS = 3
+
+
+def machine() -> str:
+    """The machine in words, without its name."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{model}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+
+
+# --- 1. Quality ----------------------------------------------------------------------------------
+
+
+def quality() -> dict:
+    """Mean over seeds of each measure on each set, and the cost of the training."""
+    sets = {name: read_facts(name) for name in SETS}
+    data = Dataset.from_list([{"messages": row["messages"]} for row in read_facts("sft")])
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    found = {"base": [report(*load(), sets)]}
+    cost = {}
+    for name, peft_config in (("full", None), ("LoRA", lora)):
+        found[name], spent = [], []
+        for seed in SEEDS:
+            model, tokenizer = load()
+            wall, cpu = time.perf_counter(), time.process_time()
+            trainer = tune(model, tokenizer, data, peft_config, max_steps=STEPS, seed=seed)
+            spent.append((time.perf_counter() - wall, time.process_time() - cpu))
+            found[name].append(report(trainer.model, tokenizer, sets))
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        cost[name] = {
+            "trainable_share": trained / model.num_parameters(),
+            "wall_seconds": statistics.median(w for w, _ in spent),
+            "cpu_seconds": statistics.median(c for _, c in spent),
+        }
+    scores = {
+        name: {
+            s: {
+                "mean": (sum(tables) / len(tables)).loc[s].drop("prompts").to_dict(),
+                "exact_match_by_seed": [table.exact_match[s] for table in tables],
+            }
+            for s in SETS
+        }
+        for name, tables in found.items()
+    }
+    return {"steps": STEPS, "seeds": len(SEEDS), "scores": scores, "cost": cost}
+
+
+# --- 2. Speed ------------------------------------------------------------------------------------
+
+
+def matmul_peak(size: int = 2048, repeats: int = 8) -> float:
+    """Floating-point operations a second of a float32 matrix product: the machine's ceiling."""
+    a = torch.randn(size, size)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
+def bare_loop(batch_size: int, by_length: bool) -> float:
+    """Seconds of one epoch of the plainest fast loop: fused AdamW, clipping, no logging."""
+    set_seed(0)
+    model, tokenizer = load()
+    rows = [encode(row["messages"], tokenizer) for row in read_facts("sft")[:EXAMPLES]]
+    order = torch.randperm(len(rows)).tolist()
+    if by_length:
+        order.sort(key=lambda i: len(rows[i]["input_ids"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FULL_LEARNING_RATE, fused=True)
+    model.train()
+    start = time.perf_counter()
+    for at in range(0, len(order), batch_size):
+        chosen = [rows[i] for i in order[at : at + batch_size]]
+        width = max(len(row["input_ids"]) for row in chosen)
+        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(chosen):
+            one = torch.tensor(row["input_ids"])
+            ids[i, : len(one)] = one
+            labels[i, : len(one)] = one.where(torch.tensor(row["assistant_masks"]) == 1, -100)
+        loss = model(input_ids=ids, labels=labels).loss  # padding on the right needs no mask
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def tuned() -> float:
+    """Seconds of one epoch with `tune` as it is."""
+    model, tokenizer = load()
+    trainer = tune(model, tokenizer, _dataset())
+    return trainer.state.log_history[-1]["train_runtime"]
+
+
+def trl_defaults() -> float:
+    """Seconds of one epoch with TRL's own defaults; only files, trackers and bars are off.
+
+    On a CPU two of them must be named: `use_cpu`, and the bfloat16 that it does not accept.
+    """
+    model, tokenizer = load()
+    quiet: dict = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    if not torch.cuda.is_available():
+        quiet |= {"use_cpu": True, "bf16": False}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(output_dir=folder, num_train_epochs=1, **quiet),
+            train_dataset=_dataset(),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.state.log_history[-1]["train_runtime"]
+
+
+def _dataset() -> Dataset:
+    rows = read_facts("sft")[:EXAMPLES]
+    return Dataset.from_list([{"messages": row["messages"]} for row in rows])
+
+
+def speed() -> dict:
+    """Median tokens a second of each way to train, taken in turns so that noise hits all alike."""
+    model, tokenizer = load()
+    tokens = sum(
+        len(encode(row["messages"], tokenizer)["input_ids"]) for row in read_facts("sft")[:EXAMPLES]
+    )
+    ways = {
+        "bare loop, 16 rows": lambda: bare_loop(16, False),
+        "bare loop, 16 rows, by length": lambda: bare_loop(16, True),
+        "bare loop, 64 rows, by length": lambda: bare_loop(64, True),
+        "sftlib.training.tune": tuned,
+        "TRL's defaults": trl_defaults,
+    }
+    runs: dict[str, list[float]] = {name: [] for name in ways}
+    peaks = []
+    for _ in range(TURNS):
+        for name, way in ways.items():
+            peaks.append(matmul_peak())
+            runs[name].append(tokens / way())
+    rate = {name: statistics.median(values) for name, values in runs.items()}
+    best = max(rate[name] for name in rate if name.startswith("bare"))
+    peak = statistics.median(peaks)
+    flops = 6 * model.num_parameters()  # a token, forward and backward (Kaplan et al. 2020, 2.1)
+    return {
+        "matmul_peak_gflops": peak / 1e9,
+        "tokens": tokens,
+        "ways": {
+            name: {
+                "tokens_a_second": value,
+                "of_the_best_bare_loop": value / best,
+                "of_trl_defaults": value / rate["TRL's defaults"],
+                "of_the_matmul_peak": value * flops / peak,
+            }
+            for name, value in rate.items()
+        },
+    }
+
+
+# --- 3. Lessons ----------------------------------------------------------------------------------
+
+
+def seconds() -> dict[str, float]:
+    """Wall seconds of every lesson, run as `make run` does, into a folder that is thrown away."""
+    found = {}
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            store = [f"--output-dir={folder}", str(path)]
+            subprocess.run([*NBCONVERT, *store], check=True, capture_output=True)
+            found[path.stem] = round(time.perf_counter() - start, 1)
+    return found
+
+
+# --- Print and store -----------------------------------------------------------------------------
+
+
+def show(figures: dict) -> None:
+    """Print the figures as two tables."""
+    print(figures["machine"])
+    if "quality" in figures:
+        print(f"\n{'model':6} {'set':18} exact match  content   stops   seeds")
+        for name, sets in figures["quality"]["scores"].items():
+            for s, entry in sets.items():
+                m = entry["mean"]
+                seeds = " ".join(f"{x:.3f}" for x in entry["exact_match_by_seed"])
+                print(f"{name:6} {s:18} {m['exact_match']:11.1%} {m['content']:8.1%}", end=" ")
+                print(f"{m['stops']:7.1%}   {seeds}")
+        for name, cost in figures["quality"]["cost"].items():
+            print(
+                f"{name}: {cost['trainable_share']:.1%} trainable, {cost['wall_seconds']:.1f} s "
+                f"({cost['cpu_seconds']:.1f} CPU s) a training of {STEPS} steps"
+            )
+    if "speed" in figures:
+        print(f"\nmatmul peak {figures['speed']['matmul_peak_gflops']:.0f} GFLOP/s")
+        print(f"{'':30} tokens/s   bare loop   TRL defaults   matmul peak")
+        for name, entry in figures["speed"]["ways"].items():
+            print(
+                f"{name:30} {entry['tokens_a_second']:8.0f} {entry['of_the_best_bare_loop']:10.2f}×"
+                f" {entry['of_trl_defaults']:13.2f}× {entry['of_the_matmul_peak']:12.0%}"
+            )
+
+    for name, value in figures.get("seconds", {}).items():
+        print(f"{name}: {value:.0f} s")
+
+
+def main() -> None:
+    """Measure everything, or what is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "only", nargs="*", choices=["quality", "speed", "seconds"], help="leave empty for all"
+    )
+    parser.add_argument("--store", action="store_true", help=f"update {STORE.name}")
+    args = parser.parse_args()
+    measures = {"quality": quality, "speed": speed, "seconds": seconds}
+    figures: dict = {"machine": machine()}
+    for name in args.only or measures:
+        figures[name] = measures[name]()
+    show(figures)
+    if args.store:
+        old = json.loads(STORE.read_text()) if STORE.exists() else {}
+        STORE.write_text(json.dumps(old | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

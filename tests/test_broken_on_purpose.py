@@ -1,0 +1,75 @@
+"""Break the course in a copy, in ways that a loss curve does not show: its tests must notice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MASK = "message['role'] == 'assistant'"
+BREAKAGES = {  # name: files, text, its replacement, a test that must fail
+    "the loss mask is inverted": (
+        ("sftlib/chat.py", "data/tiny-base/chat_template.jinja"),
+        MASK,
+        MASK.replace("==", "!="),
+        "test_the_trainer_learns_exactly_the_assistants_tokens",
+    ),
+    "the labels are shifted by one": (
+        ("sftlib/training.py",),
+        "    trainer.train()\n",
+        "    collate = trainer.data_collator\n"
+        "    def shifted(rows):\n"
+        "        batch = collate(rows)\n"
+        "        return batch | {'labels': batch['labels'].roll(1, 1)}\n"
+        "    trainer.data_collator = shifted\n"
+        "    trainer.train()\n",
+        "test_the_loss_is_that_of_the_next_token",
+    ),
+    "the wrong template is used at inference": (
+        ("sftlib/evaluate.py",),
+        "tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)",
+        "'### Instruction:\\n' + c[-1]['content'] + '\\n\\n### Response:\\n'",
+        "test_sft_turns_the_base_into_a_model_that_answers_and_stops",
+    ),
+}
+
+
+def run_tests(copy: Path, name: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "-k", name]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for folder in ("sftlib", "data", "tests", "tools"):
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skipped)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_breakage_makes_a_test_fail(copy, breakage):
+    files, text, replacement, test = BREAKAGES[breakage]
+    for file in files:
+        source = (copy / file).read_text()
+        assert text in source, f"{file} has changed: adapt this test"
+        (copy / file).write_text(source.replace(text, replacement))
+    done = run_tests(copy, test)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"FAILED tests/test_training.py::{test}" in done.stdout
+    assert "AssertionError" in done.stdout or "assert " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_unbroken_copy_passes(copy):
+    done = run_tests(copy, "test_the_loss_is_that_of_the_next_token")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,121 @@
+"""The measures, on answers written by hand and on a model whose behaviour is known."""
+
+import math
+
+import pytest
+import torch
+
+from sftlib.evaluate import (
+    Answer,
+    answers,
+    cloze,
+    content,
+    continuations,
+    exact_match,
+    perplexity,
+    report,
+    stops,
+)
+
+
+def row(answer="The symbol of iron is Fe.", value="Fe"):
+    return {
+        "messages": [
+            {"role": "user", "content": "What is the symbol of iron?"},
+            {"role": "assistant", "content": answer},
+        ],
+        "value": value,
+        "relation": "symbol",
+    }
+
+
+JUDGED = [  # text, stopped → exact match, content
+    ("The symbol of iron is Fe.", True, 1, 1),
+    ("The symbol of iron is Fe.", False, 0, 1),
+    ("The symbol of iron is fe.", True, 0, 0),
+    ("Fe", True, 0, 1),
+    ("It is Fermium.", True, 0, 0),
+    ("The symbol of iron is Fe. The symbol of iron is Fe.", True, 0, 1),
+    ("", True, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "stopped", "exact", "right"), JUDGED)
+def test_an_answer_is_judged_as_a_person_would(text, stopped, exact, right):
+    given = [Answer(text, stopped)]
+    assert exact_match(given, [row()]) == exact
+    assert content(given, [row()]) == right
+    assert stops(given) == stopped
+
+
+def test_content_takes_symbols_and_digits_literally():
+    assert content([Answer("Dial +254 first.", True)], [row(value="254")]) == 1
+    assert content([Answer("Dial +2549 first.", True)], [row(value="254")]) == 0
+    assert content([Answer("N'Djamena!", True)], [row(value="N'Djamena")]) == 1
+
+
+def test_shares_are_over_all_rows():
+    given = [Answer("The symbol of iron is Fe.", True), Answer("no", True)]
+    assert exact_match(given, [row(), row()]) == 0.5
+
+
+def test_unequal_or_empty_sets_are_refused():
+    with pytest.raises(ValueError):
+        exact_match([Answer("", True)], [row(), row()])
+    with pytest.raises(ValueError, match="empty"):
+        stops([])
+
+
+def test_answers_do_not_depend_on_batching_or_order(tiny):
+    model, tokenizer = tiny
+    asked = [
+        [{"role": "user", "content": text}]
+        for text in ("Name Fe.", "What is the capital of Kenya, please?", "Hot?")
+    ]
+    together = answers(model, tokenizer, asked, max_new_tokens=8)
+    alone = [answers(model, tokenizer, [one], max_new_tokens=8)[0] for one in asked]
+    assert together == alone
+    assert answers(model, tokenizer, asked, 8, batch_size=2) == alone
+
+
+def test_generation_leaves_the_training_mode_as_it_was(tiny):
+    model, tokenizer = tiny
+    model.train()
+    continuations(model, tokenizer, ["The"], 2)
+    assert model.training
+    model.eval()
+
+
+def test_perplexity_equals_the_models_own_loss(tiny):
+    model, tokenizer = tiny
+    text = "The capital of Kenya is Nairobi. The currency of Kenya is the shilling."
+    batch = tokenizer([text], return_tensors="pt")
+    with torch.no_grad():
+        loss = model(**batch, labels=batch["input_ids"]).loss.item()
+    assert perplexity(model, tokenizer, [text]) == pytest.approx(math.exp(loss), rel=1e-4)
+    padded = perplexity(model, tokenizer, [text, text + " The symbol of iron is Fe.", text])
+    one_by_one = perplexity(
+        model, tokenizer, [text, text + " The symbol of iron is Fe.", text], batch_size=1
+    )
+    assert padded == pytest.approx(one_by_one, rel=1e-4)
+
+
+def test_perplexity_of_nothing_is_refused(tiny):
+    with pytest.raises(ValueError, match="two tokens"):
+        perplexity(*tiny, [])
+
+
+def test_the_base_completes_facts_but_not_false_ones(tiny):
+    from sftlib.data import read_facts
+
+    rows, shots = read_facts("dev")[:60], read_facts("sft")
+    assert cloze(*tiny, rows, shots) >= 0.9
+    false = [r | {"value": "x"} for r in rows if "x" in r["messages"][-1]["content"]]
+    assert not false or cloze(*tiny, false, shots) == 0
+
+
+def test_a_report_has_a_line_a_set(tiny):
+    table = report(*tiny, {"a": [row()], "b": [row(), row()]}, max_new_tokens=4)
+    assert list(table.index) == ["a", "b"]
+    assert list(table.columns) == ["prompts", "exact_match", "content", "stops"]
+    assert list(table.prompts) == [1, 2]

@@ -1,0 +1,137 @@
+"""The dial: where a model comes from, and what is said when it is not there."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sftlib import models
+from sftlib.models import DEFAULT, TINY_BASE, load, reply
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.delenv("SFT_MODEL", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)  # no .env of the person who runs the tests
+
+
+def test_without_a_name_the_tiny_base_is_loaded():
+    model, tokenizer = load()
+    assert model.num_parameters() < 4_000_000
+    assert model.dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert tokenizer.pad_token == "<|pad|>"
+
+
+def test_the_argument_goes_before_the_variable_and_the_variable_before_the_default(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SFT_MODEL", "no/such-model")
+    with pytest.raises(OSError, match="no/such-model"):
+        load()
+    assert load(DEFAULT)[0].num_parameters() < 4_000_000
+
+
+def test_the_variable_may_stand_in_a_dotenv_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_MODEL", "to be removed again after the test")
+    monkeypatch.delenv("SFT_MODEL")
+    (tmp_path / ".env").write_text("SFT_MODEL=named/in-dotenv\n")
+    with pytest.raises(OSError, match="named/in-dotenv"):
+        load()
+
+
+def test_a_local_folder_is_loaded_with_the_dtype_asked_for(tmp_path):
+    model, tokenizer = load(dtype=torch.float16)
+    model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    again, _ = load(tmp_path / "mine", dtype=torch.float64)
+    assert again.dtype == torch.float64
+
+
+def test_a_name_that_is_not_there_says_what_was_tried_and_what_to_do():
+    with pytest.raises(OSError) as error:
+        load("nobody/nothing")
+    message = str(error.value)
+    assert "'nobody/nothing'" in message and "folder of that name" in message
+    assert "cache" in message and "Offline" in message and "HF_TOKEN" in message
+
+
+def test_a_folder_without_a_model_says_what_it_holds(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no model")
+    with pytest.raises(OSError, match=r"notes\.txt.*config\.json"):
+        load(str(tmp_path / "empty"))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model, tokenizer = load()
+    tokenizer.save_pretrained(tmp_path / "pickled")
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load(str(tmp_path / "pickled"))
+
+
+def test_smollm2_falls_back_to_the_hub_without_its_wheel(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    assert models._locate(models.SMOLLM2) == (models.SMOLLM2_HUB, {"local_files_only": True})
+
+
+def test_without_the_hub_only_the_cache_is_read_and_soon(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(OSError, match="local cache"):
+        load("nobody/nothing")
+    assert time.monotonic() - start < 10
+
+
+def test_a_tokenizer_without_chat_gets_template_control_and_pad_tokens():
+    from tokenizers import Tokenizer
+    from tokenizers import models as parts
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    bare = Tokenizer(parts.WordLevel({"<|endoftext|>": 0, "hello": 1}, unk_token="<|endoftext|>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|endoftext|>")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=2, n_embd=8, n_layer=1, n_head=1))
+    models._prepare_for_chat(model, tokenizer)
+    assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer.encode("<|im_start|>hello<|im_end|>")) == 3
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 5
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_llama3_tokenizer_gets_the_llama3_template(tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from sftlib.chat import LLAMA3
+
+    tokenizer.chat_template = None
+    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    assert tokenizer.chat_template == LLAMA3
+
+
+def test_reply_takes_a_question_or_messages(tiny):
+    model, tokenizer = tiny
+    asked = "What is the capital of Kenya?"
+    one = reply(model, tokenizer, asked, max_new_tokens=5)
+    assert one == reply(model, tokenizer, [{"role": "user", "content": asked}], max_new_tokens=5)
+    assert "<|" not in one
+
+
+def test_importing_sftlib_is_fast_and_leaves_torch_alone():
+    code = (
+        "import time; start = time.perf_counter();"
+        "import sftlib, sftlib.models, sftlib.chat, sftlib.data, sftlib.training, sftlib.evaluate,"
+        "sftlib.viz, sftlib.checks; import sys;"
+        "assert not {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules);"
+        "print(time.perf_counter() - start)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert float(done.stdout) < 2

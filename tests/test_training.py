@@ -1,0 +1,114 @@
+"""What `tune` really trains on, and that it turns the base model into one that answers."""
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from sftlib.chat import encode
+from sftlib.data import read_facts
+from sftlib.evaluate import report
+from sftlib.models import load
+from sftlib.training import config, tune
+
+ROWS = read_facts("sft")[:640]
+
+
+def dataset(rows):
+    return Dataset.from_list([{"messages": row["messages"]} for row in rows])
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    model, tokenizer = load()
+    return tune(model, tokenizer, dataset(ROWS), max_steps=40), tokenizer
+
+
+def test_defaults_are_trls_own_type_and_each_can_be_overridden():
+    assert isinstance(config(), SFTConfig)
+    assert config().assistant_only_loss and not config().gradient_checkpointing
+    assert config(learning_rate=1.0, packing=True).learning_rate == 1.0
+    with pytest.raises(TypeError, match="no_such_argument"):
+        config(no_such_argument=1)
+
+
+def test_the_trainer_learns_exactly_the_assistants_tokens():
+    """The batch that the model gets holds our ids, and labels that spell the answer and its end."""
+    model, tokenizer = load()
+    trainer = tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1, per_device_train_batch_size=4)
+    seen = []
+    trainer.compute_loss = lambda model, inputs, **_: (
+        seen.append(inputs) or torch.zeros((), requires_grad=True)
+    )
+    trainer.train()
+    by_hand = {
+        tuple(encode(row["messages"], tokenizer)["input_ids"]): row["messages"][-1]["content"]
+        for row in ROWS[:4]
+    }
+    fed = {}
+    for ids, labels, keep in zip(
+        seen[0]["input_ids"], seen[0]["labels"], seen[0]["attention_mask"], strict=True
+    ):
+        assert labels[keep == 0].eq(-100).all(), "padding must not be learned"
+        learned = labels[labels != -100]
+        assert ids[labels != -100].equal(learned), "a label is the id at its own position"
+        fed[tuple(ids[keep == 1].tolist())] = tokenizer.decode(learned)
+    assert fed == {ids: answer + "<|im_end|>" for ids, answer in by_hand.items()}
+
+
+def test_the_loss_is_that_of_the_next_token():
+    """The first loss that is logged equals cross-entropy with the labels one step ahead."""
+    model, tokenizer = load()
+    encoded = encode(ROWS[0]["messages"], tokenizer)
+    ids, mask = (torch.tensor([encoded[k]]) for k in ("input_ids", "assistant_masks"))
+    with torch.no_grad():
+        logits = model(input_ids=ids.to(model.device)).logits.float().cpu()
+    picked = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    expected = -picked[mask[:, 1:] == 1].mean().item()
+    trainer = tune(model, tokenizer, dataset(ROWS[:1]), max_steps=1)
+    assert losses(trainer)[0] == pytest.approx(
+        expected, rel=2e-2 if model.device.type != "cpu" else 1e-3
+    )
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
+    runs = []
+    for seed in (0, 0, 1):
+        model, tokenizer = load()
+        runs.append(losses(tune(model, tokenizer, dataset(ROWS), max_steps=3, seed=seed)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.slow
+def test_sft_turns_the_base_into_a_model_that_answers_and_stops(tuned):
+    trainer, tokenizer = tuned
+    table = report(
+        trainer.model, tokenizer, {name: read_facts(name) for name in ("dev", "unknown")}
+    )
+    assert table.exact_match["dev"] >= 0.9
+    assert table.stops.min() >= 0.98
+    assert table.exact_match["unknown"] <= 0.02
+
+
+@pytest.mark.slow
+def test_nothing_is_written_unless_asked_for(tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load()
+    trainer = tune(model, tokenizer, dataset(ROWS[:16]), max_steps=1)
+    assert isinstance(trainer, SFTTrainer)
+    assert not list(tmp_path.iterdir())
+    tune(
+        model,
+        tokenizer,
+        dataset(ROWS[:16]),
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        output_dir=str(tmp_path / "kept"),
+    )
+    assert list((tmp_path / "kept").glob("checkpoint-1/*.safetensors"))
