@@ -38,8 +38,8 @@ format: setup ## repair what `make lint` complains about, as far as that is auto
 run: setup ## execute the notebooks again and store their outputs (NB=01 for one lesson)
 	@$(VENV) python $(NOTEBOOKS) run $(NB)
 
-bench: setup ## measure the lessons on this machine
-	@$(VENV) python tests/bench.py
+bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps the figures)
+	@$(VENV) python tests/bench.py $(ARGS)
 
 tiny-base: setup ## build data/ and the tiny base model again
 	@$(VENV) python data/build/build.py

@@ -3,12 +3,13 @@
 The package is thin on purpose: lessons call TRL, PEFT, DeepSpeed and Datasets directly, and
 `sftlib` only takes noise away. Importing it is fast; torch and transformers are loaded by the
 modules that need them, when they need them.
+
+Import it before those libraries: they read the settings below when they are imported.
 """
 
 import os
 import warnings
 
-# Set before transformers and datasets are imported: repeatable, readable notebook outputs.
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",  # no warning when a data loader forks
     "TRANSFORMERS_VERBOSITY": "error",
@@ -23,4 +24,8 @@ def progress_bars() -> bool:
 
 for _name, _value in (_QUIET if progress_bars() else _QUIET | _NO_BARS).items():
     os.environ.setdefault(_name, _value)
-warnings.filterwarnings("ignore", message="IProgress not found")
+for _message in (
+    "IProgress not found",  # tqdm, without ipywidgets: bars of text will do
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 calls the old name
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -7,6 +7,7 @@ it never stops.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def encode(
     Raises:
         ValueError: the template does not mark the assistant's tokens.
     """
-    if "generation %}" not in (tokenizer.chat_template or "").replace("-%}", " %}"):
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or ""):
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
             "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML."

@@ -32,12 +32,23 @@ def answers(
     batch_size: int = 256,
 ) -> list[Answer]:
     """Greedy answers to conversations that end with a user's message, in the given order."""
-    from sftlib.chat import end_of_turn_id
-
     prompts = [
         tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
         for c in conversations
     ]
+    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)
+
+
+def answers_to_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+) -> list[Answer]:
+    """Greedy answers to prompts as they are, without the chat template."""
+    from sftlib.chat import end_of_turn_id
+
     end = end_of_turn_id(tokenizer)
     written = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, stop=end)
     return [

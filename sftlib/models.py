@@ -41,6 +41,7 @@ def load(
     """
     import torch
     from dotenv import find_dotenv, load_dotenv
+    from transformers.utils import logging
 
     load_dotenv(find_dotenv(usecwd=True))
     name = str(name or os.environ.get("SFT_MODEL") or DEFAULT)
@@ -49,6 +50,8 @@ def load(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
     if dtype is None:
         dtype = torch.bfloat16 if gpu else torch.float32
+    if name == DEFAULT:
+        logging.disable_progress_bar()  # it is there in a tenth of a second
     source, options = _locate(name)
     model, tokenizer = _read(name, source, dtype, options)
     if gpu:

@@ -21,18 +21,17 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("SFT_NO_BARS", "1")
-import sftlib  # noqa: F401, I001 (quiets transformers before it is imported)
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
-
 from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
 from sftlib.models import load
 from sftlib.training import FULL_LEARNING_RATE, tune
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.notebooks import NBCONVERT  # noqa: E402

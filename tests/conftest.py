@@ -14,8 +14,8 @@ def tiny():
 @pytest.fixture
 def tokenizer():
     """A fresh tokenizer of the tiny base, which a test may change."""
-    from transformers import AutoTokenizer
-
     from sftlib.models import TINY_BASE
+
+    from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(TINY_BASE)

@@ -1,8 +1,8 @@
 """Chat templates and masks, with the expected text and ids written out."""
 
-import pytest
-
 from sftlib.chat import CHATML, LLAMA3, encode, end_of_turn_id, render
+
+import pytest
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -1,8 +1,8 @@
 """Exercise checks: the solution passes, an empty answer is noticed, a wrong one gets a hint."""
 
-import pytest
-
 from sftlib import checks
+
+import pytest
 
 KENYA = [
     {"role": "user", "content": "What is the capital of Kenya?"},

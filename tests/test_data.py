@@ -1,8 +1,8 @@
 """Reading the course's data: what is wrong is said with its line."""
 
-import pytest
-
 from sftlib.data import read_facts, read_jsonl
+
+import pytest
 
 
 def test_records_come_in_order_and_empty_lines_are_skipped(tmp_path):

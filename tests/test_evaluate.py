@@ -2,9 +2,6 @@
 
 import math
 
-import pytest
-import torch
-
 from sftlib.evaluate import (
     Answer,
     answers,
@@ -16,6 +13,9 @@ from sftlib.evaluate import (
     report,
     stops,
 )
+
+import pytest
+import torch
 
 
 def row(answer="The symbol of iron is Fe.", value="Fe"):

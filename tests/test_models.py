@@ -5,11 +5,11 @@ import subprocess
 import sys
 import time
 
-import pytest
-import torch
-
 from sftlib import models
 from sftlib.models import DEFAULT, TINY_BASE, load, reply
+
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +106,9 @@ def test_a_tokenizer_without_chat_gets_template_control_and_pad_tokens():
 
 
 def test_a_llama3_tokenizer_gets_the_llama3_template(tokenizer):
-    from transformers import AutoModelForCausalLM
-
     from sftlib.chat import LLAMA3
+
+    from transformers import AutoModelForCausalLM
 
     tokenizer.chat_template = None
     models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)

@@ -217,7 +217,7 @@ def test_make_lab_answers_with_its_token_only(server):
 @pytest.mark.slow
 def test_make_lab_shows_the_lessons(server):
     _, port, token = server
-    names = {item["name"] for item in ask(port, "contents", token)["content"]}
+    names = {item["name"] for item in ask(port, "contents/notebooks", token)["content"]}
     assert names >= {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 

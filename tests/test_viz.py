@@ -1,9 +1,9 @@
 """Pictures are labelled and described; token pictures show text as it is."""
 
+from sftlib import viz
+
 import pandas as pd
 import pytest
-
-from sftlib import viz
 
 PNG = b"\x89PNG"
 

@@ -35,7 +35,8 @@ def command(port: int, root: bool, display: bool) -> list[str]:
     return [
         *(sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"),
         "--ServerApp.port_retries=0",  # a port that is taken is an error, not a reason to move on
-        f"--ServerApp.root_dir={ROOT / 'notebooks'}",
+        f"--ServerApp.root_dir={ROOT}",  # so that a lesson's links to ../data and ../sftlib open
+        "--LabApp.default_url=/lab/tree/notebooks",
         "--ServerApp.answer_yes=True",  # one Ctrl-C is enough, without a question
         *(["--allow-root"] if root else []),
         # Without a display, a text browser would take the terminal over.

@@ -17,6 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from sftlib.evaluate import cloze, perplexity
+
 import torch
 from card import write_card
 from corpus import corpus, template_words
@@ -26,8 +28,6 @@ from splits import entities_by_part, splits
 from tokenizer import train_tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
-
-from sftlib.evaluate import cloze, perplexity
 
 DATA = Path(__file__).parents[1]
 SEED = 0

@@ -9,6 +9,7 @@ An entity belongs to exactly one part, so that no test asks about an entity of t
 
 import random
 import re
+from itertools import islice
 
 from facts import Fact, facts
 from relations import NEVER_ASKED, RELATIONS, questions, sentence
@@ -29,19 +30,20 @@ def words(text: str) -> set[str]:
 
 
 def entities_by_part(known_words: set[str]) -> dict[str, str]:
-    """Map each entity to its part. No `unknown` entity shares a word with `known_words`."""
+    """Map each entity to its part; names that stand elsewhere too are always in `train`.
+
+    So no tested entity is a word of a template (`known_words`) or of another entity's facts.
+    """
     rng, part = random.Random(SEED), {}
     every = facts()
     for kind, sizes in SIZES.items():
         names = sorted({f.entity for f in every if f.kind == kind})
         rng.shuffle(names)
         clash = _clashing(names, every, known_words)
-        names.sort(key=lambda name: name in clash)  # stable: those that can be unknown come first
-        for name, size in sizes.items():
-            part |= dict.fromkeys(names[:size], name)
-            names = names[size:]
-            rng.shuffle(names)
         part |= dict.fromkeys(names, "train")
+        tested = (name for name in names if name not in clash)
+        for label, size in sizes.items():
+            part |= dict.fromkeys(islice(tested, size), label)
     return part
 
 

@@ -1,9 +1,9 @@
 """Train the tokenizer of the tiny base model: byte-level BPE with the control tokens reserved."""
 
+from sftlib.chat import CHATML
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from sftlib.chat import CHATML
 
 VOCAB_SIZE = 4096
 CONTROL_TOKENS = (

@@ -27,7 +27,7 @@ mountain valley,optimist pessimist,vertical horizontal,temporary permanent,strai
 ceiling floor,major minor,odd even,absent present,ancestor descendant,arrogant humble,
 bless curse,bitter mild,bold timid,create demolish,debtor creditor,divide unite,expand contract,
 feast famine,fertile barren,fresh stale,gain loss,giant dwarf,host guest,idle busy,
-inhale exhale,joy sorrow,junior senior,knowledge ignorance,lead follow,lengthen shorten,
+inhale exhale,joy sorrow,junior senior,knowledge ignorance,leader follower,lengthen shorten,
 lock unlock,merciful cruel,natural artificial,obey rebel,permit forbid,plentiful scarce,
 praise blame,pride shame,profit deficit,reward punishment,rigid flexible,sane insane,
 spend save,stingy lavish,surface depth,tame wild,thaw solidify,transparent opaque,
