@@ -50,8 +50,8 @@ def test_a_short_conversation_id_by_id(tokenizer):
     pieces = "<|im_start|>,user,\n,An,d, of, P,eru,?,<|im_end|>,\n,"
     pieces += "<|im_start|>,assistant,\n,L,im,a,.,<|im_end|>,\n"
     assert encode(MESSAGES[3:], tokenizer) == {
-        "input_ids": [2, 2958, 206, 2114, 75, 267, 364, 2505, 38, 3, 206]
-        + [2, 2974, 206, 51, 569, 72, 21, 3, 206],
+        "input_ids": [2, 2939, 206, 2141, 75, 267, 364, 2675, 38, 3, 206]
+        + [2, 2977, 206, 51, 576, 72, 21, 3, 206],
         "assistant_masks": [0] * 14 + [1, 1, 1, 1, 1] + [0],
     }
     decoded = [tokenizer.decode([i]) for i in encode(MESSAGES[3:], tokenizer)["input_ids"]]

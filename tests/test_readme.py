@@ -168,7 +168,7 @@ def wait_for_token(process: subprocess.Popen, log: Path) -> str:
     """The token in the address that JupyterLab prints."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
-        if token := re.search(r"/lab\?token=([0-9a-f]{32,})", log.read_text()):
+        if token := re.search(r"/lab/tree/notebooks\?token=([0-9a-f]{32,})", log.read_text()):
             return token[1]
         time.sleep(0.2)
     raise AssertionError(f"make lab printed no address with a token:\n{log.read_text()[-2000:]}")

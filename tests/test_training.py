@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-ROWS = read_facts("sft")[:640]
+ROWS = read_facts("sft")[:480]
 
 
 def dataset(rows):
@@ -27,7 +27,7 @@ def losses(trainer):
 @pytest.fixture(scope="module")
 def tuned():
     model, tokenizer = load()
-    return tune(model, tokenizer, dataset(ROWS), max_steps=40), tokenizer
+    return tune(model, tokenizer, dataset(ROWS)), tokenizer
 
 
 def test_defaults_are_trls_own_type_and_each_can_be_overridden():
