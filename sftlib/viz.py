@@ -78,7 +78,7 @@ def compare(
     """Grouped bars: a group for each row of `table`, a bar for each column, values in per cent.
 
     Args:
-        table: shares from 0 to 1; the numbers are printed on the bars.
+        table: shares from 0 to 1; printed on the bars in per cent.
         alt: what the figure shows, in a sentence or two.
     """
     figure, axes = _axes(title, "", y_label, (max(7, 1.1 * table.size), 3.8))
@@ -94,7 +94,7 @@ def compare(
             hatch=HATCHES[i % len(HATCHES)],
             edgecolor="white",
         )
-        axes.bar_label(bars, fmt="%.0f", padding=2)
+        axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.set_xticks(range(len(table)), table.index)
     axes.set_ylim(0, 112)
     axes.legend(

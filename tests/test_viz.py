@@ -32,7 +32,7 @@ def test_axes_carry_title_labels_and_units(monkeypatch):
     assert (curves.get_title(), curves.get_xlabel()) == ("Title", "optimizer step")
     assert curves.get_ylabel() == "loss (nats a token)" and curves.get_legend()
     assert bars.get_ylabel() == "share of prompts (%)"
-    assert [t.get_text() for t in bars.texts] == ["50", "100"]
+    assert [t.get_text() for t in bars.texts] == ["50.0", "100.0"]
 
 
 def test_tokens_count_and_escape(tokenizer):
