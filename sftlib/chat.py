@@ -74,7 +74,7 @@ def encode(
     Raises:
         ValueError: the template does not mark the assistant's tokens.
     """
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or ""):
+    if not marks_the_assistant(tokenizer.chat_template or ""):
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
             "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML."
@@ -83,6 +83,11 @@ def encode(
         list(messages), return_dict=True, return_assistant_tokens_mask=True
     )
     return {k: list(encoded[k])[:max_length] for k in ("input_ids", "assistant_masks")}
+
+
+def marks_the_assistant(template: str) -> bool:
+    """Whether a chat template says which tokens are the assistant's."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -34,7 +34,8 @@ def load(
 
     Only safetensors (or the GGUF file of `smollm2-135m`) are read, and no code of the repository
     is ever run. A tokenizer without a chat template gets ChatML, or the Llama-3 format if it knows
-    that format's control tokens; control tokens that it lacks are added to it and to the model.
+    that format's control tokens; control tokens that it lacks are added to it and to the model. A
+    template of these two formats that does not mark what the assistant says is replaced by ours.
 
     Raises:
         OSError: the model is not there; the message says what was tried and what to do offline.
@@ -142,14 +143,19 @@ def _not_loaded(name: str, source: str, error: Exception) -> str:
 
 def _prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the tokenizer what a conversation needs and base models often lack."""
-    from sftlib.chat import CHATML, LLAMA3
+    from sftlib.chat import CHATML, LLAMA3, marks_the_assistant
 
     known = set(tokenizer.get_vocab())
     added: dict = {}
-    if tokenizer.chat_template is None:
+    template = tokenizer.chat_template
+    if template is None:
         tokenizer.chat_template = LLAMA3 if "<|eot_id|>" in known else CHATML
-        if tokenizer.chat_template == CHATML and "<|im_end|>" not in known:
-            added["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
+    elif not marks_the_assistant(template):
+        ours = {"<|im_end|>": CHATML, "<|eot_id|>": LLAMA3}
+        same = [t for token, t in ours.items() if token in template and token in known]
+        tokenizer.chat_template = same[0] if same else template
+    if tokenizer.chat_template == CHATML and "<|im_end|>" not in known:
+        added["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     if tokenizer.pad_token is None:
         added["pad_token"] = _pad_token(known)
     if added and tokenizer.add_special_tokens(added):

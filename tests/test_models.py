@@ -10,6 +10,7 @@ from sftlib.models import DEFAULT, TINY_BASE, load, reply
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +109,26 @@ def test_a_tokenizer_without_chat_gets_template_control_and_pad_tokens():
 def test_a_llama3_tokenizer_gets_the_llama3_template(tokenizer):
     from sftlib.chat import LLAMA3
 
-    from transformers import AutoModelForCausalLM
-
     tokenizer.chat_template = None
     models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
     assert tokenizer.chat_template == LLAMA3
+
+
+@pytest.mark.parametrize(("token", "name"), [("<|im_end|>", "CHATML"), ("<|eot_id|>", "LLAMA3")])
+def test_a_template_that_does_not_mark_the_assistant_is_replaced(tokenizer, token, name):
+    from sftlib import chat
+
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + '" + token + "' }}{% endfor %}"
+    )
+    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    assert tokenizer.chat_template == getattr(chat, name)
+
+
+def test_a_foreign_template_stays_as_it_is(tokenizer):
+    tokenizer.chat_template = foreign = "{{ messages[0]['content'] }}"
+    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    assert tokenizer.chat_template == foreign
 
 
 def test_reply_takes_a_question_or_messages(tiny):
