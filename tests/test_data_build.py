@@ -187,6 +187,17 @@ def test_no_tested_entity_occurs_in_the_sft_data(name):
         assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
 
 
+def test_every_file_of_data_has_its_source_and_licence():
+    table = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    named = {row[1].strip(" `/") for row in rows}
+    assert all(len(row) == 6 and row[3].strip() and row[4].strip() for row in rows)
+    files = [p.relative_to(ROOT / "data") for p in (ROOT / "data").rglob("*") if p.is_file()]
+    for path in files:
+        if path.parts[0] not in ("build", "README.md"):
+            assert str(path) in named or path.parts[0] in named, path
+
+
 def test_parts_share_no_entity():
     entities = {name: {row["entity"] for row in read_facts(name)} for name in ("sft", *TESTS)}
     assert entities["heldout"] == entities["heldout_wordings"]
