@@ -69,7 +69,7 @@ def continuations(
     batch_size: int = 256,
     stop: int | None = None,
 ) -> list[list[int]]:
-    """The ids that the model greedily appends to each prompt, without padding."""
+    """The ids that the model greedily appends to each prompt, up to its stop token."""
     import torch
 
     stops = [i for i in {tokenizer.eos_token_id, stop} if i is not None]
@@ -96,7 +96,8 @@ def continuations(
                 pad_token_id=tokenizer.pad_token_id,
             )[:, batch["input_ids"].shape[1] :].tolist()
         for i, ids in zip(chosen, written, strict=True):
-            found[i] = [t for t in ids if t != tokenizer.pad_token_id]
+            end = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
+            found[i] = ids[:end]  # padding comes after it, and may be the same token
     model.train(training)
     return [found[i] for i in range(len(prompts))]
 

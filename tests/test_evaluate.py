@@ -78,6 +78,19 @@ def test_answers_do_not_depend_on_batching_or_order(tiny):
     assert answers(model, tokenizer, asked, 8, batch_size=2) == alone
 
 
+def test_a_stop_is_seen_where_the_pad_token_is_the_end_of_turn(tiny, tokenizer, monkeypatch):
+    model, _ = tiny
+    tokenizer.pad_token = "<|im_end|>"
+    end, other = tokenizer.pad_token_id, tokenizer.encode("Lima", add_special_tokens=False)
+    written = torch.tensor([other + [end] * 3, other + other[:1] * 3])
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat([input_ids, written], dim=1)
+    )
+    given = answers(model, tokenizer, [[{"role": "user", "content": q}] for q in ("A?", "B?")])
+    assert [a.stopped for a in given] == [True, False]
+    assert given[0].text == "Lima"
+
+
 def test_generation_leaves_the_training_mode_as_it_was(tiny):
     model, tokenizer = tiny
     model.train()
