@@ -40,7 +40,7 @@ def config(**overrides: Any) -> SFTConfig:
         "use_cpu": not gpu,
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "assistant_only_loss": True,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 32,
         "learning_rate": FULL_LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,  # a fraction of all steps

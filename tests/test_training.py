@@ -27,7 +27,7 @@ def losses(trainer):
 @pytest.fixture(scope="module")
 def tuned():
     model, tokenizer = load()
-    return tune(model, tokenizer, dataset(ROWS)), tokenizer
+    return tune(model, tokenizer, dataset(ROWS), per_device_train_batch_size=16), tokenizer
 
 
 def test_defaults_are_trls_own_type_and_each_can_be_overridden():
