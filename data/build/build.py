@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from sftlib.data import read_jsonl
 from sftlib.evaluate import cloze, perplexity
 
 import torch
@@ -83,7 +84,7 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerFast, sets: Path) -> dic
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = {name: _read(sets / f"{name}.jsonl") for name in ("sft", "dev", "heldout", "prose")}
+    rows = {name: read_jsonl(sets / f"{name}.jsonl") for name in ("sft", "dev", "heldout", "prose")}
     return {
         "cloze_dev": cloze(model, tokenizer, rows["dev"], rows["sft"]),
         "cloze_heldout": cloze(model, tokenizer, rows["heldout"], rows["sft"]),
@@ -106,10 +107,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
