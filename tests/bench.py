@@ -3,8 +3,9 @@
 1. Lesson 1's table: base, full finetuning and LoRA, three seeds, every test set.
 2. Speed: real (unpadded) tokens a second of `sftlib.training.tune`, of TRL's own defaults and of
    the best bare PyTorch loop, in turns, as medians; as ratios and as shares of the matmul peak.
-
 3. The seconds that each lesson takes, every cell, top to bottom.
+4. Data: records a second that `convert` reads in each published format, and the seconds that
+   `deduplicate` takes for more and more rows, with a plot in `build/`.
 
 With `--store` the figures go to `data/benchmarks.json`, from which README.md is generated.
 """
@@ -13,20 +14,25 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("SFT_NO_BARS", "1")
 from sftlib.chat import encode
-from sftlib.data import read_facts
+from sftlib.conversion import convert
+from sftlib.data import deduplicate, read_facts, read_jsonl
 from sftlib.evaluate import report
 from sftlib.models import load
 from sftlib.training import FULL_LEARNING_RATE, tune
+from sftlib.viz import COLOURS, Picture, _axes
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -43,6 +49,9 @@ SEEDS = (0, 1, 2)
 EXAMPLES = 480  # those of lesson 1, each seen once
 LESSON = {"per_device_train_batch_size": 16}
 TURNS = 3
+RECORDS = 10_000
+ROWS = (1250, 2500, 5000, 10_000)
+PLOT = ROOT / "build" / "deduplicate.png"
 
 
 def machine() -> str:
@@ -232,6 +241,126 @@ def seconds() -> dict[str, float]:
     return found
 
 
+# --- 4. Data -------------------------------------------------------------------------------------
+
+
+def prose(rng: random.Random, words: list[str], low: int, high: int | None = None) -> str:
+    """Some text of about `low` to `high` characters, with the line breaks that answers have."""
+    text = " ".join(rng.choices(words, k=rng.randint(low, high or low) // 6 + 1))
+    return text.replace(". ", ".\n", 1)
+
+
+def records(name: str) -> list[dict]:
+    """Records laid out as published, their texts about as long."""
+    rng = random.Random(0)
+    words = [word for row in read_facts("prose") for word in row["text"].split()]
+    text = lambda low, high=None: prose(rng, words, low, high)  # noqa: E731
+
+    def turns(n: int) -> list[dict]:
+        sides = (("human", 150), ("gpt", 700))
+        return [{"from": side, "value": text(size)} for _ in range(n) for side, size in sides]
+
+    def dialogue(n: int) -> str:
+        return "".join(f"\n\nHuman: {text(90)}\n\nAssistant: {text(200)}" for _ in range(n))
+
+    trees = read_jsonl(ROOT / "data" / "open_formats" / "oasst1.trees.jsonl")
+    trees = [tree for tree in trees if len(tree["prompt"]["replies"]) > 1]
+    makers: dict[str, Callable[[int], dict]] = {
+        "alpaca.json": lambda i: {
+            "instruction": text(60),
+            "input": text(80) if i % 3 == 0 else "",
+            "output": text(270),
+        },
+        "dolly.jsonl": lambda i: {
+            "instruction": text(70),
+            "context": text(1000) if i % 3 == 0 else "",
+            "response": text(350),
+            "category": "closed_qa",
+        },
+        "hh_rlhf.jsonl": lambda i: {"chosen": dialogue(1 + i % 4), "rejected": dialogue(1 + i % 4)},
+        "sharegpt.json": lambda i: {"id": f"x_{i}", "conversations": turns(1 + i % 5)},
+        "oasst1.trees.jsonl": lambda i: trees[i % len(trees)],
+    }
+    return [makers[name](i) for i in range(RECORDS)]
+
+
+def conversion(folder: Path) -> dict:
+    """Records a second of `convert` in each published format, median of three."""
+    indents = {"alpaca.json": 4, "sharegpt.json": 2}
+    found = {}
+    for name in (
+        "alpaca.json",
+        "dolly.jsonl",
+        "hh_rlhf.jsonl",
+        "sharegpt.json",
+        "oasst1.trees.jsonl",
+    ):
+        file = folder / name
+        if name in indents:
+            file.write_text(json.dumps(records(name), indent=indents[name]))
+        else:
+            file.write_text("".join(json.dumps(record) + "\n" for record in records(name)))
+        spent = []
+        for _ in range(TURNS):
+            start = time.perf_counter()
+            assert len(convert(file).rows) == RECORDS
+            spent.append(time.perf_counter() - start)
+        found[name] = {
+            "records_a_second": RECORDS / statistics.median(spent),
+            "bytes_a_record": file.stat().st_size / RECORDS,
+        }
+    return found
+
+
+def deduplication() -> dict:
+    """Seconds of `deduplicate(threshold=0.9)` for more and more rows of about 300 characters."""
+    rng = random.Random(0)
+    words = [word for row in read_facts("prose") for word in row["text"].split()]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": prose(rng, words, 60)},
+                {"role": "assistant", "content": prose(rng, words, 150, 330)},
+            ]
+        }
+        for _ in range(max(ROWS))
+    ]
+    spent = []
+    for n in ROWS:
+        start = time.perf_counter()
+        deduplicate(rows[:n], 0.9)
+        spent.append(time.perf_counter() - start)
+    exponent = float(np.polyfit(np.log(ROWS), np.log(spent), 1)[0])
+    characters = sum(len(m["content"]) for row in rows for m in row["messages"]) / len(rows)
+    draw_deduplication(spent, exponent)
+    return {
+        "characters_a_row": characters,
+        "seconds": dict(zip(map(str, ROWS), spent, strict=True)),
+        "exponent": exponent,
+    }
+
+
+def draw_deduplication(spent: list[float], exponent: float) -> None:
+    """Seconds over rows, both axes logarithmic, so that a power law is a straight line."""
+    title = f"deduplicate(rows, 0.9): time grows with rows to the power {exponent:.1f}"
+    figure, axes = _axes(title, "rows of about 300 characters", "time (s)")
+    axes.plot(ROWS, spent, "o-", color=COLOURS[0])
+    for n, value in zip(ROWS, spent, strict=True):
+        axes.annotate(f"{value:.2g} s", (n, value), (6, -12), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xticks=ROWS, xticklabels=[f"{n:,}" for n in ROWS])
+    axes.set_ylim(min(spent) / 2, max(spent) * 2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    PLOT.parent.mkdir(exist_ok=True)
+    PLOT.write_bytes(Picture(figure, title).png)
+
+
+def data() -> dict:
+    """What reading and cleaning data costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"convert": conversion(Path(folder)), "deduplicate": deduplication()}
+
+
 # --- Print and store -----------------------------------------------------------------------------
 
 
@@ -263,10 +392,20 @@ def show(figures: dict) -> None:
     for name, value in figures.get("seconds", {}).items():
         print(f"{name}: {value:.0f} s")
 
+    if "data" in figures:
+        print(f"\n{'convert':30} records/s   bytes a record")
+        for name, entry in figures["data"]["convert"].items():
+            print(f"{name:30} {entry['records_a_second']:9.0f} {entry['bytes_a_record']:16.0f}")
+        entry = figures["data"]["deduplicate"]
+        print(f"\ndeduplicate, rows of {entry['characters_a_row']:.0f} characters")
+        for rows, value in entry["seconds"].items():
+            print(f"{rows:>6} rows: {value:.2f} s")
+        print(f"seconds grow with rows to the power {entry['exponent']:.2f}; plot: {PLOT}")
+
 
 def main() -> None:
     """Measure everything, or what is named."""
-    measures = {"quality": quality, "speed": speed, "seconds": seconds}
+    measures = {"quality": quality, "speed": speed, "seconds": seconds, "data": data}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="*", help=f"any of {', '.join(measures)}; empty: all")
     parser.add_argument("--store", action="store_true", help=f"update {STORE.name}")

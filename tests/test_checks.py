@@ -1,5 +1,8 @@
 """Exercise checks: the solution passes, an empty answer is noticed, a wrong one gets a hint."""
 
+import json
+import re
+
 from sftlib import checks
 
 import pytest
@@ -23,7 +26,29 @@ def with_answer(answer):
     return [KENYA[0], {"role": "assistant", "content": answer}]
 
 
+def validate(question, answer):
+    texts = question.strip(), answer.strip()
+    found = ["empty"] if not texts[1] else []
+    found += ["repeats"] if texts[0].lower() == texts[1].lower() else []
+    return found + (["control token"] if "<|" in question + answer else [])
+
+
+def parse(text, keys=(("question", "answer"), ("instruction", "response"))):
+    try:
+        data = json.loads(re.search(r"[\[{].*[\]}]", text, re.DOTALL)[0])
+    except (ValueError, TypeError):
+        return []
+    items = data if isinstance(data, list) else [data]
+    return [(i[q], i[a]) for i in items for q, a in keys if q in i]
+
+
 RIGHT = [
+    (checks.check_validator, (validate,)),
+    (checks.check_parser, (parse,)),
+    (checks.check_leaks, ({1, 3},)),
+    (checks.check_leaks, ([3, 1],)),
+    (checks.check_cost, (4.67,)),
+    (checks.check_cost, (280 / 60,)),
     (checks.check_example, (KENYA,)),
     (checks.check_example, ([{"role": "system", "content": "Be brief."}, *KENYA],)),
     (checks.check_exact_match, (exact,)),
@@ -32,6 +57,12 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_validator, (...,)),
+    (checks.check_validator, (lambda question, answer: ...,)),
+    (checks.check_parser, (...,)),
+    (checks.check_parser, (lambda text: ...,)),
+    (checks.check_leaks, (...,)),
+    (checks.check_cost, (...,)),
     (checks.check_example, (...,)),
     (checks.check_example, (None,)),
     (checks.check_exact_match, (...,)),
@@ -40,6 +71,29 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_validator, (lambda q, a: [] if a.strip() else ["empty"],), "is the question"),
+    (checks.check_validator, (lambda q, a: ["empty"] * (not a),), "spaces and line breaks"),
+    (checks.check_validator, (lambda q, a: ["bad"],), "nothing wrong"),
+    (checks.check_validator, (lambda q, a: validate(q, a) + ["quotes"] * (q in a),), "quote"),
+    (checks.check_validator, (lambda q, a: validate("", a),), "that is the question"),
+    (checks.check_validator, (lambda q, a: validate(q, a) + ["x"] * ("<" in a),), "no control"),
+    (checks.check_validator, (lambda q, a: True,), "list of problems"),
+    (checks.check_validator, (lambda q: [],), "raised TypeError"),
+    (checks.check_parser, (lambda text: json.loads(text) and parse(text),), "code fence"),
+    (checks.check_parser, (lambda text: parse(text, (("question", "answer"),)),), "instruction"),
+    (checks.check_parser, (lambda text: parse(text)[:1],), "Both kinds"),
+    (checks.check_leaks, ({1, 2, 3},), "another country"),
+    (checks.check_leaks, ({1, 3, 4},), "another fact"),
+    (checks.check_leaks, ({1},), "the question inside"),
+    (checks.check_leaks, ({3},), "the same answer"),
+    (checks.check_leaks, (5,), "set of numbers"),
+    (checks.check_cost, (2.8,), "6,000 would be usable"),
+    (checks.check_cost, (1.68,), "divide"),
+    (checks.check_cost, (28 / 6 * 1e6,), "for a million"),
+    (checks.check_cost, (4 / 3,), "prompt costs too"),
+    (checks.check_cost, (10 / 3,), "writes costs"),
+    (checks.check_cost, (13.667,), "wrong way round"),
+    (checks.check_cost, ("4.67",), "Expected a number"),
     (checks.check_example, (with_roles("human", "gpt"),), "other formats"),
     (checks.check_example, (with_roles("assistant", "user"),), "'user' message and then"),
     (checks.check_example, (with_answer("The capital of Kenya is Mombasa."),), "wrong"),

@@ -27,12 +27,40 @@ def test_axes_carry_title_labels_and_units(monkeypatch):
     figures = []
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
     viz.curves({"a": ([1], [1.0]), "b": ([1], [2.0])}, "Title", "alt")
-    viz.compare(pd.DataFrame({"x": [0.5], "y": [1.0]}, index=["set"]), "Bars", "alt")
+    viz.compare(pd.DataFrame({"x": [0.5], "y": [0.999]}, index=["set"]), "Bars", "alt")
     curves, bars = (figure.axes[0] for figure in figures)
     assert (curves.get_title(), curves.get_xlabel()) == ("Title", "optimizer step")
     assert curves.get_ylabel() == "loss (nats a token)" and curves.get_legend()
     assert bars.get_ylabel() == "share of prompts (%)"
-    assert [t.get_text() for t in bars.texts] == ["50.0", "100.0"]
+    assert [t.get_text() for t in bars.texts] == ["50.0", "99.9"]
+
+
+def test_bars_show_the_numbers_as_they_are(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    viz.bars(pd.DataFrame({"rows": [207, 99]}, index=["plural", "language"]), "T", "alt", "rows")
+    [axes] = figures[0].axes
+    assert [t.get_text() for t in axes.texts] == ["207", "99"] and axes.get_legend() is None
+    assert axes.get_ylabel() == "rows" and axes.get_ylim()[1] > 207
+
+
+def test_a_histogram_shows_shares_of_each_series(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    viz.histogram({"a": [1, 1, 1, 3], "b": [3, 3]}, "T", "alt", "tokens", bins=2)
+    [axes] = figures[0].axes
+    heights = [patch.get_xy()[:, 1].max() for patch in axes.patches]
+    assert sorted(heights) == [75, 100]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a (4)", "b (2)"]
+
+
+def test_curves_over_ratios_name_each_value(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    viz.curves({"a": ((10, 1000), (1, 2))}, "T", "alt", log_x=True)
+    [axes] = figures[0].axes
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "1,000"]
 
 
 def test_tokens_count_and_escape(tokenizer):

@@ -48,8 +48,8 @@ def run(path: Path) -> bool:
     started = time.monotonic()
     print(f"{path.relative_to(FOLDER)}: running", flush=True)
     store = [f"--output-dir={path.parent}", f"--output={draft.name}", str(path)]
-    # Progress bars differ from run to run: none in what is stored.
-    quiet = {**os.environ, "SFT_NO_BARS": "1"}
+    # What is stored is the same on every machine: no progress bars, and the recorded teacher.
+    quiet = {"SFT_TEACHER": "recording", **os.environ, "SFT_NO_BARS": "1"}
     try:
         if subprocess.run([*NBCONVERT, *store], env=quiet).returncode or clean([draft]):
             print(f"{path.name}: failed; the stored notebook is as it was", file=sys.stderr)

@@ -1,0 +1,740 @@
+"""Whatever a teacher's server does, it ends in clear words or in a count, and nothing is lost.
+
+The real `openai` client talks over a real socket to a server on 127.0.0.1 that does wrong on
+purpose (pytest-httpserver).
+"""
+
+import fcntl
+import json
+import logging
+import os
+import random
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+from sftlib.data import read_jsonl
+from sftlib.teacher import (
+    Completion,
+    PairError,
+    Prices,
+    Teacher,
+    TeacherError,
+    Unreadable,
+    generate_pairs,
+    parse_pairs,
+)
+from sftlib.teacher.recording import Recorder, Replay
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+KEY = "sk-planted-0123456789abcdefghij"
+PAIR = {"question": "What is the capital of Kenya?", "answer": "The capital of Kenya is Nairobi."}
+ASK = [{"role": "user", "content": "Write a pair."}]
+PATH = "/v1/chat/completions"
+
+
+def chat(content, finish_reason="stop", refusal=None, usage=(7, 5), **message) -> dict:
+    """The body of a chat completion."""
+    said = {"role": "assistant", "content": content, "refusal": refusal} | message
+    counted = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
+    return {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": said}],
+        "usage": counted,
+    }
+
+
+def numbered(i: int) -> dict:
+    return chat(json.dumps({"question": f"Question {i}?", "answer": f"Answer number {i}."}))
+
+
+def error(status: int, code: str = "c", message: str = "x", **headers: str) -> Response:
+    body = json.dumps({"error": {"message": message, "type": code, "code": code}})
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(body, status, headers=headers, content_type="application/json")
+
+
+def raw(body: bytes | str, kind: str = "application/json") -> Response:
+    return Response(body, 200, content_type=kind)
+
+
+@pytest.fixture
+def settled(monkeypatch, tmp_path):
+    """No setting of this machine, no `.env`, no proxy."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SFT_TEACHER", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "SFT_RECORD"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def make_httpserver():
+    """The server behind pytest-httpserver's fixture `httpserver`, here with a thread a request."""
+    with HTTPServer(threaded=True) as server:
+        yield server
+
+
+@pytest.fixture
+def serve(httpserver, settled):
+    """Make the server give these answers, one a request, the last one for ever; returns a teacher.
+
+    `serve.log` holds the requests that came.
+    """
+
+    def start(*steps, **options) -> Teacher:
+        waiting = list(steps)
+
+        def answer(request: Request) -> Response:
+            serve.log.append(request.get_json())
+            step = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            step = step(request) if callable(step) and not isinstance(step, Response) else step
+            return step if isinstance(step, Response) else raw(json.dumps(step))
+
+        httpserver.clear()
+        httpserver.expect_request(PATH, method="POST").respond_with_handler(answer)
+        settled.setenv("OPENAI_BASE_URL", httpserver.url_for("/v1"))
+        settled.setenv("OPENAI_API_KEY", KEY)
+        settled.setenv("OPENAI_MODEL", "m")
+        return Teacher(**{"timeout": 5.0, "max_retries": 2} | options)
+
+    def serve(*steps, **options):
+        return start(*steps, **options)
+
+    serve.log = []
+    return serve
+
+
+# --- One request ---------------------------------------------------------------------------------
+
+
+def test_an_answer_comes_with_its_tokens(serve):
+    found = serve(chat("Hello.")).ask(ASK, temperature=0.2, seed=3, max_tokens=9)
+    assert found == Completion("Hello.", "stop", None, 7, 5)
+    assert serve.log == [
+        {"model": "m", "messages": ASK, "temperature": 0.2, "seed": 3, "max_tokens": 9}
+    ]
+
+
+def test_a_short_wait_is_waited_for(serve):
+    teacher = serve(error(429, Retry_After="1"), chat("ok"))
+    started = time.monotonic()
+    assert teacher.ask(ASK).text == "ok"
+    assert len(serve.log) == 2 and time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize("wait", ["61", "600", "1e9", "99999999999"])
+def test_an_absurd_wait_ends_the_tries_at_once(serve, wait):
+    teacher = serve(error(429, Retry_After=wait))
+    with pytest.raises(TeacherError, match=f"Too many requests. Try again in {wait} s."):
+        teacher.ask(ASK)
+    assert len(serve.log) == 1
+
+
+def test_an_empty_account_is_not_asked_again(serve):
+    teacher = serve(error(429, "insufficient_quota", Retry_After_Ms="1"))
+    with pytest.raises(TeacherError, match="no credit left. Add some"):
+        teacher.ask(ASK)
+    assert len(serve.log) == 1
+
+
+def test_a_server_error_that_passes_is_not_noticed(serve):
+    broken = error(500, Retry_After_Ms="1")
+    assert serve(broken, broken, chat("ok")).ask(ASK).text == "ok"
+    assert len(serve.log) == 3
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 529])
+def test_a_server_error_that_stays_is_said(serve, status):
+    with pytest.raises(TeacherError, match="server fails. Try again later"):
+        serve(error(status, Retry_After_Ms="1")).ask(ASK)
+    assert len(serve.log) == 3
+
+
+def test_a_server_that_does_not_answer_in_time(serve):
+    def slow(request):
+        time.sleep(1)
+        return raw("{}")
+
+    with pytest.raises(TeacherError, match="did not answer in time"):
+        serve(slow, timeout=0.2, max_retries=1).ask(ASK)
+
+
+class Cutting(socketserver.StreamRequestHandler):
+    """Promises a whole answer, sends its beginning, and hangs up; answers the third request."""
+
+    asked = 0
+
+    def handle(self) -> None:
+        length = 0
+        while (line := self.rfile.readline().strip().lower()) not in (b"", b"\r\n"):
+            length = int(line.split()[1]) if line.startswith(b"content-length") else length
+        self.rfile.read(length)
+        type(self).asked += 1
+        body = json.dumps(chat("ok")).encode()
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        whole = body if self.asked >= 3 else body[:40]
+        self.wfile.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + whole)
+
+
+def test_a_connection_cut_in_the_middle_is_tried_again(settled):
+    settled.setattr(Cutting, "asked", 0)
+    with socketserver.TCPServer(("127.0.0.1", 0), Cutting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settled.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}/v1")
+        settled.setenv("OPENAI_MODEL", "m")
+        with pytest.raises(TeacherError, match="cannot be reached"):
+            Teacher(max_retries=0).ask(ASK)
+        assert Teacher(max_retries=1).ask(ASK).text == "ok"
+        assert Cutting.asked == 3
+        server.shutdown()
+
+
+def test_nobody_listens(settled):
+    settled.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    settled.setenv("OPENAI_MODEL", "m")
+    with pytest.raises(TeacherError, match="cannot be reached. Is its server running"):
+        Teacher(max_retries=0).ask(ASK)
+
+
+NOT_COMPLETIONS = {
+    "truncated": raw(json.dumps(chat("hello"))[:80]),
+    "invalid UTF-8": raw(json.dumps(chat("caf@")).encode().replace(b"@", b"\xe9")),
+    "a web page": raw("<html>Log in to the Wi-Fi</html>", "text/html"),
+    "a web page that says it is JSON": raw("<html></html>"),
+    "nothing": raw(""),
+    "null": raw("null"),
+    "a list": raw("[]"),
+    "another protocol": raw('{"result": "hi"}'),
+    "choices null": raw(json.dumps(chat("x") | {"choices": None})),
+    "choices empty": raw(json.dumps(chat("x") | {"choices": []})),
+    "choices of text": raw(json.dumps(chat("x") | {"choices": "x"})),
+    "content in parts": raw(json.dumps(chat([{"type": "text", "text": "x"}]))),
+    "content a number": raw(json.dumps(chat(7))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COMPLETIONS)
+def test_a_response_that_is_no_completion_is_unreadable(serve, name):
+    with pytest.raises(Unreadable, match="Expected|no valid JSON"):
+        serve(NOT_COMPLETIONS[name]).ask(ASK)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"usage": None}, Completion("x", "stop")),
+        ({"usage": {"prompt_tokens": "many"}}, Completion("x", "stop")),
+        (
+            {"choices": [{"index": 0, "message": {"content": None}}]},
+            Completion("", None, None, 7, 5),
+        ),
+        ({"choices": [{}]}, Completion("", None, None, 7, 5)),
+    ],
+)
+def test_what_a_completion_lacks_is_none(serve, change, found):
+    assert serve(chat("x") | change).ask(ASK) == found
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (error(401), "does not accept the key. Correct OPENAI_API_KEY"),
+        (error(403), "does not accept the key"),
+        (error(404), "no such model or address. Check OPENAI_MODEL"),
+        (error(400), "does not accept this request"),
+        (error(422), "does not accept this request"),
+    ],
+)
+def test_a_refused_request_says_what_to_correct(serve, answer, words):
+    with pytest.raises(TeacherError, match=words):
+        serve(answer).ask(ASK)
+    assert len(serve.log) == 1
+
+
+# --- Which teacher, and its key ------------------------------------------------------------------
+
+
+def test_the_first_source_that_is_there_is_taken(settled):
+    settled.setattr("sftlib.teacher.local.installed", lambda: False)
+    assert Teacher().source == "recording"
+    settled.setattr("sftlib.teacher.local.installed", lambda: True)
+    settled.setattr("sftlib.teacher.local.start", lambda: ("http://127.0.0.1:9/v1", "k"))
+    assert repr(Teacher()) == (
+        "Teacher(local: smollm2-135m-instruct, asked at http://127.0.0.1:9/v1/)"
+    )
+    settled.setenv("OPENAI_API_KEY", KEY)
+    assert repr(Teacher()) == ("Teacher(openai: gpt-4o-mini, asked at https://api.openai.com/v1/)")
+    settled.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    settled.setenv("OPENAI_MODEL", "m")
+    assert Teacher().source == "server"
+    settled.setenv("SFT_TEACHER", "recording")
+    assert Teacher().source == "recording"
+    assert Teacher("openai").source == "openai"
+
+
+def test_settings_may_stand_in_a_file(settled, tmp_path):
+    lines = "OPENAI_BASE_URL=http://127.0.0.1:9/v1\nOPENAI_MODEL=m\n"
+    (tmp_path / ".env").write_text(lines + f"OPENAI_API_KEY={KEY}\n")
+    teacher = Teacher()
+    assert (teacher.source, teacher.model, teacher.client.api_key) == ("server", "m", KEY)
+    for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
+        settled.delenv(name)
+
+
+def test_the_only_model_of_a_server_is_taken(httpserver, settled):
+    settled.setenv("OPENAI_BASE_URL", httpserver.url_for("/v1"))
+    one = {"object": "list", "data": [{"id": "a", "object": "model"}]}
+    httpserver.expect_request("/v1/models").respond_with_json(one)
+    assert Teacher().model == "a"
+    httpserver.clear()
+    two = {"object": "list", "data": [{"id": "a"}, {"id": "b"}]}
+    httpserver.expect_request("/v1/models").respond_with_json(two)
+    with pytest.raises(TeacherError, match="one model .* found 2: a, b. Name one"):
+        Teacher()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        ({"SFT_TEACHER": "openai"}, "Expected a key in OPENAI_API_KEY, found none"),
+        ({"SFT_TEACHER": "openai", "OPENAI_API_KEY": "“sk-1”"}, "characters that no key has"),
+        ({"SFT_TEACHER": "openai", "OPENAI_API_KEY": "sk-1\nsk-2"}, "characters that no key has"),
+        ({"SFT_TEACHER": "server"}, "Expected an address such as"),
+        ({"SFT_TEACHER": "server", "OPENAI_BASE_URL": "localhost:8"}, "Expected an address such"),
+        ({"SFT_TEACHER": "gpt"}, "Expected one of openai, server, local, recording"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_said(settled, settings_, words):
+    for name, value in settings_.items():
+        settled.setenv(name, value)
+    with pytest.raises(TeacherError, match=words) as problem:
+        Teacher()
+    assert settings_.get("OPENAI_API_KEY", "-") not in str(problem.value)
+
+
+def test_a_teacher_that_is_not_installed_says_how(settled):
+    settled.setattr("sftlib.teacher.local.installed", lambda: False)
+    with pytest.raises(TeacherError, match="Run `make teacher`"):
+        Teacher("local")
+
+
+def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
+    """Not even where the server says it aloud, or somebody turns the client's logging on."""
+    settled.setenv("OPENAI_LOG", "debug")
+    with caplog.at_level(logging.DEBUG):
+        teacher = serve(chat(json.dumps(PAIR)))
+        generate_pairs(["Kenya"], 1, tmp_path / "pairs.jsonl", teacher)
+        with pytest.raises(TeacherError, match=r"\[key\]") as problem:
+            serve(error(401, message=f"Incorrect API key provided: {KEY}")).ask(ASK)
+    shown = repr(teacher) + str(problem.value) + caplog.text + "".join(capfd.readouterr())
+    shown += repr(problem.value.__context__) + repr(problem.value.__cause__)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2
+    assert KEY not in shown + "".join(path.read_text() for path in files)
+
+
+# --- A recording ---------------------------------------------------------------------------------
+
+
+def test_a_recording_answers_as_the_server_did(serve, settled, tmp_path):
+    path = tmp_path / "recording.jsonl"
+    settled.setenv("SFT_RECORD", str(path))
+    live = serve(chat("first"), error(500, Retry_After_Ms="1"), chat("second"))
+    said = [live.ask(ASK, seed=1), live.ask(ASK, seed=2)]
+    settled.delenv("SFT_RECORD")
+    assert len(read_jsonl(path)) == 2 and KEY not in path.read_text()
+    settled.setattr("sftlib.teacher.recording.Replay", lambda: Replay(path))
+    replayed = Teacher("recording", model="m")
+    assert [replayed.ask(ASK, seed=1), replayed.ask(ASK, seed=2)] == said
+    with pytest.raises(TeacherError, match="not in the recording.*make teacher"):
+        replayed.ask(ASK, seed=3)
+
+
+def test_the_shipped_recording_is_readable_and_its_teacher_named(settled):
+    from sftlib.teacher.recording import RECORDING
+
+    rows = read_jsonl(RECORDING)
+    assert len(rows) > 50
+    assert {row["request"]["model"] for row in rows} == {"smollm2-135m-instruct"}
+    assert {row["response"]["object"] for row in rows} == {"chat.completion"}
+
+
+def test_the_recorder_keeps_no_failures(serve, settled, tmp_path):
+    settled.setenv("SFT_RECORD", str(tmp_path / "recording.jsonl"))
+    with pytest.raises(TeacherError):
+        serve(error(400)).ask(ASK)
+    assert not (tmp_path / "recording.jsonl").exists()
+    assert Recorder(tmp_path).path == tmp_path
+
+
+# --- Reading pairs -------------------------------------------------------------------------------
+
+ONE, TWO = {"question": "a?", "answer": "b"}, {"question": "c?", "answer": "d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (json.dumps(ONE), [ONE]),
+        (json.dumps([ONE, TWO]), [ONE, TWO]),
+        (json.dumps({"examples": [ONE, TWO]}), [ONE, TWO]),
+        (json.dumps({"pairs": [[ONE], [TWO]]}), [ONE, TWO]),
+        (json.dumps({"instruction": "a?", "response": "b"}), [ONE]),
+        (json.dumps(ONE | {"difficulty": 3}), [ONE]),
+        ("```json\n" + json.dumps([ONE], indent=2) + "\n```", [ONE]),
+        ("```\n" + json.dumps(ONE) + "\n```\nI hope this helps!", [ONE]),
+        ("Sure! Here it is: " + json.dumps(ONE) + " Anything else?", [ONE]),
+        (json.dumps(ONE) + "\n" + json.dumps(TWO), [ONE, TWO]),
+        (json.dumps({"question": " a?\n", "answer": "\tb "}), [ONE]),
+        ("[" + json.dumps(ONE) + ', {"question": "c?", "ans', [ONE]),
+        ("[sic] {not JSON} " + json.dumps(ONE), [ONE]),
+    ],
+)
+def test_pairs_are_found_however_they_are_wrapped(text, found):
+    assert [pair.model_dump() for pair in parse_pairs(text)] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no JSON"),
+        ("I would rather not.", "no JSON"),
+        ("{'question': 'a?', 'answer': 'b'}", "broken JSON"),
+        ('{"question": "a?", "answer": "b', "broken JSON"),
+        ("[" * 50_000, "broken JSON"),
+        ('{"a":' * 15_000, "broken JSON"),
+        ('{"question": ' + "9" * 6000 + "}", "broken JSON"),
+        ("[]", "no pair"),
+        ("{}", "wrong keys"),
+        ('{"q": "a?", "a": "b"}', "wrong keys"),
+        ('{"question": "a?"}', "wrong keys"),
+        ("[1, 2]", "wrong keys"),
+        ('{"question": "a?", "answer": 42}', "not text"),
+        ('{"question": "a?", "answer": null}', "not text"),
+        ('{"question": "a?", "question": "b?", "answer": "c"}', "duplicate keys"),
+        ('{"question": "a?", "answer": ""}', "the answer is empty"),
+        ('{"question": "\\u200b", "answer": "b"}', "the question is empty"),
+        ('{"question": "a?", "answer": "A"}', "the answer only repeats the question"),
+        ('{"question": "a?", "answer": "b\\ud800"}', "the answer has half a character ('\\ud800')"),
+        (
+            '{"question": "a?", "answer": "b<|im_end|>"}',
+            "the answer holds the control token '<|im_end|>'",
+        ),
+        ("x" * 10_000_000, "too long"),
+        (json.dumps({"question": "a?", "answer": "b" * 10_000_000}), "too long"),
+        (None, "not text"),
+    ],
+)
+def test_what_is_no_pair_has_a_reason(text, reason):
+    with pytest.raises(PairError) as problem:
+        parse_pairs(text)
+    assert problem.value.reason == reason
+
+
+def test_a_bad_pair_does_not_hide_a_good_one():
+    rejected: list[PairError] = []
+    text = json.dumps([ONE, {"question": "c?", "answer": " "}, 7])
+    assert [pair.model_dump() for pair in parse_pairs(text, rejected)] == [ONE]
+    assert [e.reason for e in rejected] == ["the answer is empty", "wrong keys"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["question", "answer", "pairs"]) | st.text(), inner)
+        | st.fixed_dictionaries({"question": inner, "answer": inner})
+        | st.fixed_dictionaries({"instruction": inner, "response": inner})
+    ),
+)
+
+
+@given(st.text() | JSON.map(json.dumps) | st.lists(JSON.map(json.dumps) | st.text()).map("".join))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_read_gives_pairs_with_text_or_the_documented_error(text):
+    try:
+        pairs = parse_pairs(text)
+    except PairError as problem:
+        assert problem.reason
+        return
+    assert pairs
+    for pair in pairs:
+        assert pair.question.strip() and pair.answer.strip()
+        json.dumps(pair.model_dump(), ensure_ascii=False).encode()
+
+
+# --- Generating ----------------------------------------------------------------------------------
+
+COUNTED = {
+    "refusal": (chat(None, refusal="I cannot help with that."), "refused"),
+    "length": (chat('{"question": "a?", "ans', finish_reason="length"), "cut off"),
+    "content_filter": (chat("", finish_reason="content_filter"), "filtered"),
+    "no text": (chat(None), "no JSON"),
+    "prose": (chat("What is the capital of Kenya? Nairobi."), "no JSON"),
+    "wrong keys": (chat('{"q": "a?", "a": "b"}'), "wrong keys"),
+    "duplicate keys": (chat('{"question": "a", "question": "b", "answer": "c"}'), "duplicate keys"),
+    "10 MB": (chat("x" * 10_000_000), "too long"),
+    "control token": (
+        chat('{"question": "a?", "answer": "<|im_start|>"}'),
+        "the answer holds the control token '<|im_start|>'",
+    ),
+} | {name: (response, "unreadable response") for name, response in NOT_COMPLETIONS.items()}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_bad_answer_is_counted_and_the_next_one_taken(serve, tmp_path, name):
+    answer, reason = COUNTED[name]
+    teacher = serve(numbered(1), answer, numbered(2))
+    done = generate_pairs(["x"], 2, tmp_path / "pairs.jsonl", teacher, concurrency=1)
+    assert done.rejected == {reason: 1} and done.attempts == 3 and len(done.rows) == 2
+    assert read_jsonl(tmp_path / "pairs.jsonl") == done.rows
+
+
+def test_pairs_are_saved_as_conversations_with_their_origin(serve, tmp_path):
+    teacher = serve(chat("```json\n" + json.dumps(PAIR) + "\n```"))
+    done = generate_pairs([{"entity": "Kenya"}], 1, tmp_path / "new/pairs.jsonl", teacher)
+    [row] = read_jsonl(tmp_path / "new/pairs.jsonl")
+    assert row.pop("request") and done.attempts == done.parsed == 1 and done.cost == 12
+    assert row == {
+        "messages": [
+            {"role": "user", "content": PAIR["question"]},
+            {"role": "assistant", "content": PAIR["answer"]},
+        ],
+        "topic": {"entity": "Kenya"},
+        "teacher": "m",
+    }
+
+
+def test_doubles_and_what_the_check_refuses_are_counted(serve, tmp_path):
+    teacher = serve(numbered(1), numbered(1), numbered(2), numbered(3))
+
+    def accept(topic, pair):
+        return "about 2" if "2" in pair.answer else None
+
+    done = generate_pairs(["x"], 2, tmp_path / "pairs.jsonl", teacher, accept=accept, concurrency=1)
+    assert done.rejected == {"duplicate": 1, "about 2": 1}
+    assert [reject["reason"] for reject in done.rejects] == ["duplicate", "about 2"]
+
+
+def test_the_attempts_end(serve, tmp_path):
+    teacher = serve(chat("no"))
+    done = generate_pairs(["x"], 2, tmp_path / "pairs.jsonl", teacher, max_attempts=5)
+    assert (done.attempts, done.stopped) == (5, "all attempts are used")
+    assert len({request["seed"] for request in serve.log}) == 5
+
+
+def test_a_failure_in_the_middle_loses_nothing(serve, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    teacher = serve(numbered(1), numbered(2), error(401))
+    with pytest.raises(TeacherError, match="2 accepted pairs are in .*pairs.jsonl; run the same"):
+        generate_pairs(["x"], 4, out, teacher, concurrency=1)
+    assert len(read_jsonl(out)) == 2
+    teacher = serve(numbered(3), numbered(4))
+    serve.log.clear()
+    assert len(generate_pairs(["x"], 4, out, teacher, concurrency=1).rows) == 4
+    assert [request["seed"] for request in serve.log] == [2, 3]
+
+
+def test_a_server_that_never_answers_properly_ends_it(serve, tmp_path):
+    teacher = serve(raw("<html>Log in</html>", "text/html"))
+    with pytest.raises(TeacherError, match="Does the address lead to a chat API"):
+        generate_pairs(["x"], 50, tmp_path / "pairs.jsonl", teacher, concurrency=1)
+    assert len(serve.log) == 5
+
+
+def test_what_is_there_is_not_asked_again(serve, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    teacher = serve(*map(numbered, range(9)))
+    first = generate_pairs(["x", "y"], 3, out, teacher, concurrency=1)
+    asked = len(serve.log)
+    again = generate_pairs(["x", "y"], 3, out, teacher, concurrency=1)
+    assert len(serve.log) == asked and again == first
+    more = generate_pairs(["x", "y", "z"], 5, out, teacher, concurrency=1)
+    assert len(more.rows) == 5 and more.rows[:3] == first.rows == read_jsonl(out)[:3]
+
+
+def test_a_stricter_check_asks_for_nothing_twice(serve, tmp_path):
+    teacher = serve(*map(numbered, range(9)))
+    generate_pairs(["x"], 3, tmp_path / "a.jsonl", teacher, concurrency=1)
+    (tmp_path / "a.raw.jsonl").rename(tmp_path / "b.raw.jsonl")
+    asked = len(serve.log)
+    done = generate_pairs(
+        ["x"], 2, tmp_path / "b.jsonl", teacher, accept=lambda t, p: "0" in p.answer and "zero"
+    )
+    assert len(done.rows) == 2 and len(serve.log) == asked
+
+
+def test_pairs_that_somebody_edited_are_not_overwritten(serve, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    teacher = serve(*map(numbered, range(9)))
+    generate_pairs(["x"], 2, out, teacher, concurrency=1)
+    edited = out.read_text().replace("Answer number", "A better answer, number")
+    out.write_text(edited)
+    with pytest.raises(ValueError, match="edited, or made otherwise"):
+        generate_pairs(["x"], 3, out, teacher)
+    assert out.read_text() == edited
+
+
+def test_a_line_torn_at_any_byte_is_made_whole(serve, tmp_path):
+    out, raw_ = tmp_path / "pairs.jsonl", tmp_path / "pairs.raw.jsonl"
+    teacher = serve(*map(numbered, range(3)))
+    generate_pairs(["x"], 3, out, teacher, concurrency=1)
+    whole, pairs = raw_.read_bytes(), out.read_bytes()
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    serve.log.clear()
+    for cut in range(start, len(whole), 7):  # the last completion is lost, and asked for again
+        raw_.write_bytes(whole[:cut])
+        out.write_bytes(pairs[: pairs.rstrip(b"\n").rfind(b"\n") + 1])
+        assert len(generate_pairs(["x"], 3, out, teacher, concurrency=1).rows) == 3
+    asked = len(serve.log)
+    raw_.write_bytes(whole)
+    for cut in range(0, len(pairs), 7):  # nothing is lost: the pairs follow from the completions
+        out.write_bytes(pairs[:cut])
+        generate_pairs(["x"], 3, out, teacher, concurrency=1)
+        assert out.read_bytes() == pairs and len(serve.log) == asked
+
+
+def test_two_generations_do_not_write_one_file(serve, tmp_path):
+    teacher = serve(numbered(1))
+    with open(tmp_path / "pairs.raw.jsonl", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TeacherError, match="Another generation is writing"):
+            generate_pairs(["x"], 1, tmp_path / "pairs.jsonl", teacher)
+
+
+@pytest.mark.parametrize("prices", [None, Prices(prompt=2.0, completion=10.0)])
+@pytest.mark.parametrize("usage", [(40, 60), None])
+def test_the_budget_is_never_exceeded(serve, tmp_path, prices, usage):
+    def answer(request):
+        body = numbered(len(serve.log))
+        counted = usage and {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+        return raw(json.dumps(body | {"usage": counted}))
+
+    budget = 2000 if prices is None else 0.02
+    done = generate_pairs(
+        ["x"],
+        500,
+        tmp_path / "pairs.jsonl",
+        serve(answer),
+        prices=prices,
+        budget=budget,
+        max_tokens=100,
+        concurrency=4,
+    )
+    assert "exceed the budget" in done.stopped
+    assert budget / 2 < done.cost <= budget
+    if usage:
+        tokens = 100 if prices is None else (40 * 2 + 60 * 10) / 1e6
+        assert done.cost == pytest.approx(len(serve.log) * tokens)
+    asked = len(serve.log)
+    generate_pairs(
+        ["x"],
+        500,
+        tmp_path / "pairs.jsonl",
+        serve(answer),
+        prices=prices,
+        budget=budget,
+        max_tokens=100,
+        concurrency=4,
+    )
+    assert len(serve.log) == asked  # what an earlier run spent counts
+
+
+def test_no_more_requests_at_once_than_allowed(serve, tmp_path):
+    lock, under_way, most = threading.Lock(), [0], [0]
+
+    def answer(request):
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        with lock:
+            under_way[0] -= 1
+        return raw(json.dumps(numbered(request.get_json()["seed"])))
+
+    generate_pairs(["x"], 24, tmp_path / "pairs.jsonl", serve(answer), concurrency=3)
+    assert most[0] == 3
+
+
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"topics": []}, {"concurrency": 0}])
+def test_arguments_out_of_range_are_refused(serve, tmp_path, wrong):
+    arguments = {"topics": ["x"], "n": 1, "out": tmp_path / "pairs.jsonl"} | wrong
+    with pytest.raises(ValueError, match="Expected topics, n >= 1 and concurrency >= 1"):
+        generate_pairs(**arguments, teacher=serve(numbered(1)))
+
+
+def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("sftlib.teacher.generation.wait", interrupted)
+    teacher = serve(lambda request: raw(json.dumps(numbered(request.get_json()["seed"]))))
+    with pytest.raises(KeyboardInterrupt):
+        generate_pairs(["x"], 9, tmp_path / "pairs.jsonl", teacher, concurrency=3)
+    assert len(read_jsonl(tmp_path / "pairs.jsonl")) == len(serve.log) > 0
+
+
+def interrupted(futures, **_):
+    time.sleep(0.3)
+    raise KeyboardInterrupt
+
+
+CHILD = """
+import sys
+from sftlib.teacher import generate_pairs
+generate_pairs(["x", "y", "z"], int(sys.argv[2]), sys.argv[1], concurrency=3)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_loses_and_doubles_nothing(serve, tmp_path):
+    asked: list[str] = []
+
+    def answer(request):
+        body = request.get_json()
+        asked.append(sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16])
+        time.sleep(0.01)
+        good = body["seed"] % 3 != 2  # every third answer is of no use
+        return raw(json.dumps(numbered(body["seed"]) if good else chat("no")))
+
+    serve(answer)
+    out, raw_ = tmp_path / "pairs.jsonl", tmp_path / "pairs.raw.jsonl"
+    chance, kept, kills = random.Random(0), [], 0
+
+    def start(n):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.Popen([sys.executable, "-c", CHILD, out, str(n)], env=environment)
+
+    while kills < 20:
+        before = len(asked)
+        child = start(100_000)
+        while len(asked) == before:
+            assert child.poll() is None
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.12))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        kills += 1
+        assert not set(asked[before:]) & set(kept)  # nothing that was there is asked for again
+        whole = raw_.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1].splitlines()
+        now = [json.loads(line)["request"] for line in whole]
+        assert now[: len(kept)] == kept  # nothing that was there is lost
+        kept = now
+    assert start(len(kept)).wait() == 0
+    rows, completions = read_jsonl(out), read_jsonl(raw_)
+    assert len(kept) > 20 and len(rows) >= len(kept)
+    assert max(Counter(row["request"] for row in completions).values()) == 1
+    assert max(Counter(row["messages"][0]["content"] for row in rows).values()) == 1
+    assert len(rows) == sum("Answer" in row["text"] for row in completions)
