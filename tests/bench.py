@@ -236,7 +236,8 @@ def seconds() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             store = [f"--output-dir={folder}", str(path)]
-            subprocess.run([*NBCONVERT, *store], check=True, capture_output=True)
+            quiet = os.environ | {"SFT_TEACHER": "recording"}
+            subprocess.run([*NBCONVERT, *store], check=True, capture_output=True, env=quiet)
             found[path.stem] = round(time.perf_counter() - start, 1)
     return found
 
