@@ -68,8 +68,8 @@ def curves(
     figure, axes = _axes(title, x_label, y_label)
     styles = ("-", "--", "-.", ":")
     for i, (name, (x, y)) in enumerate(series.items()):
-        marker = "o" if log_x else None
-        axes.plot(x, y, styles[i % 4], color=COLOURS[i % len(COLOURS)], label=name, marker=marker)
+        look = {"color": COLOURS[i % len(COLOURS)], "linestyle": styles[i % 4], "label": name}
+        axes.plot(x, y, marker="o" if log_x else None, clip_on=not log_x, **look)
         if log_x:
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{value:,}" for value in x])
@@ -117,7 +117,7 @@ def _bars(table: pandas.DataFrame, title: str, y_label: str):
             edgecolor="white",
         )
         axes.bar_label(drawn, fmt="%.0f" if whole else "%.1f", padding=2)
-    axes.set_xticks(range(len(table)), [textwrap.fill(str(name), 16) for name in table.index])
+    axes.set_xticks(range(len(table)), [textwrap.fill(str(name), 13) for name in table.index])
     if len(table.columns) > 1:
         axes.legend(
             frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)
