@@ -685,6 +685,25 @@ def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path, monkeypatch):
     assert len(read_jsonl(tmp_path / "pairs.jsonl")) == len(serve.log) > 0
 
 
+def test_a_check_that_fails_loses_no_completion(serve, tmp_path):
+    def accept(topic, pair):
+        raise KeyError("my mistake")
+
+    teacher = serve(lambda request: raw(json.dumps(numbered(request.get_json()["seed"]))))
+    with pytest.raises(KeyError, match="my mistake"):
+        generate_pairs(["x"], 9, tmp_path / "pairs.jsonl", teacher, accept=accept, concurrency=3)
+    kept = len(read_jsonl(tmp_path / "pairs.raw.jsonl"))
+    assert kept == len(serve.log) > 0
+    done = generate_pairs(["x"], kept, tmp_path / "pairs.jsonl", teacher)  # the check corrected
+    assert len(done.rows) == kept == len(serve.log)
+
+
+def test_topics_that_cannot_be_saved_are_refused_before_anything_is_paid(serve, tmp_path):
+    with pytest.raises(ValueError, match="topics that JSON can hold"):
+        generate_pairs([{1, 2}], 1, tmp_path / "pairs.jsonl", serve(numbered(1)))
+    assert serve.log == []
+
+
 def interrupted(futures, **_):
     time.sleep(0.3)
     raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """Make `data/teacher/recording.jsonl` and `data/mixture.jsonl` again, by running lesson 2 live.
 
-Needs the local teacher (`make teacher`); takes about five minutes. Then run the lesson again with
-the new recording: `make run NB=02`.
+`make recording` calls it, and takes about five minutes. Then run the lesson again with the new
+recording: `make run NB=02`.
 """
 
 import os

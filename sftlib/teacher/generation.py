@@ -107,6 +107,10 @@ def generate_pairs(
             f"Expected topics, n >= 1 and concurrency >= 1; found {len(topics)} topics, n={n}, "
             f"concurrency={concurrency}."
         )
+    try:
+        json.dumps(list(topics))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected topics that JSON can hold, found others: {error}.") from None
     teacher = teacher or Teacher()
     shape = {"schema": schema, "temperature": temperature, "max_tokens": max_tokens}
 
@@ -134,7 +138,7 @@ class _Attempt:
 
     def worst_case(self) -> tuple[int, int]:
         """Tokens that it can cost at most: none is shorter than a byte."""
-        text = json.dumps(self.request["messages"], ensure_ascii=False).encode()
+        text = json.dumps(self.request, ensure_ascii=False).encode()
         return len(text), self.request["max_tokens"]
 
 
@@ -164,7 +168,8 @@ def _work_through(
     finally:  # an interrupt too: what is under way will be paid for
         for future, attempt in asked.items():
             if not future.cancel():
-                journal.take(attempt, future)
+                with contextlib.suppress(Exception):  # another one is on its way already
+                    journal.take(attempt, future)
         pool.shutdown()
     if failure is not None:
         raise TeacherError(
