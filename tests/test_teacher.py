@@ -625,32 +625,15 @@ def test_the_budget_is_never_exceeded(serve, tmp_path, prices, usage):
         return raw(json.dumps(body | {"usage": counted}))
 
     budget = 2000 if prices is None else 0.02
-    done = generate_pairs(
-        ["x"],
-        500,
-        tmp_path / "pairs.jsonl",
-        serve(answer),
-        prices=prices,
-        budget=budget,
-        max_tokens=100,
-        concurrency=4,
-    )
+    limits = {"prices": prices, "budget": budget, "max_tokens": 100, "concurrency": 4}
+    done = generate_pairs(["x"], 500, tmp_path / "pairs.jsonl", serve(answer), **limits)
     assert "exceed the budget" in done.stopped
     assert budget / 2 < done.cost <= budget
     if usage:
         tokens = 100 if prices is None else (40 * 2 + 60 * 10) / 1e6
         assert done.cost == pytest.approx(len(serve.log) * tokens)
     asked = len(serve.log)
-    generate_pairs(
-        ["x"],
-        500,
-        tmp_path / "pairs.jsonl",
-        serve(answer),
-        prices=prices,
-        budget=budget,
-        max_tokens=100,
-        concurrency=4,
-    )
+    generate_pairs(["x"], 500, tmp_path / "pairs.jsonl", serve(answer), **limits)
     assert len(serve.log) == asked  # what an earlier run spent counts
 
 

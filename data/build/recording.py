@@ -14,14 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LESSON = ROOT / "notebooks" / "02_sft_data.ipynb"
 
+sys.path.insert(0, str(ROOT))
+from tools.notebooks import NBCONVERT  # noqa: E402
+
 
 def main() -> None:
     """Execute the lesson against the local teacher, and keep what went over the wire."""
     with tempfile.TemporaryDirectory() as folder:
         recording = Path(folder) / "recording.jsonl"
         live = {"SFT_TEACHER": "local", "SFT_RECORD": str(recording), "SFT_NO_BARS": "1"}
-        command = [*(sys.executable, "-m", "jupyter", "nbconvert", "--to=notebook", "--execute")]
-        command += ["--ExecutePreprocessor.timeout=600", f"--output-dir={folder}", str(LESSON)]
+        command = [*NBCONVERT, f"--output-dir={folder}", str(LESSON)]
         subprocess.run(command, check=True, env=os.environ | live)
         shutil.copy(recording, ROOT / "data" / "teacher" / "recording.jsonl")
     shutil.copy(ROOT / "work" / "02_sft_data" / "mixture.jsonl", ROOT / "data" / "mixture.jsonl")

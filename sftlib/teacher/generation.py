@@ -224,7 +224,8 @@ class _Journal:
         for row in read_jsonl(self.raw):
             self._judge(row)
         there = read_jsonl(self.out)
-        if any(row not in self.result.rows for row in there):
+        derived = {json.dumps(row, sort_keys=True) for row in self.result.rows}
+        if any(json.dumps(row, sort_keys=True) not in derived for row in there):
             raise ValueError(
                 f"{self.out} holds pairs that do not follow from {self.raw.name} and this check: "
                 "they were edited, or made otherwise. Move that file away, or choose another one; "
@@ -248,13 +249,15 @@ class _Journal:
         if self.next is None:
             self.result.stopped = "" if asked else "all attempts are used"
             return None
-        worst = sum(self._price(*a.worst_case()) for a in (self.next, *asked))
-        if budget is not None and self.result.cost + worst > budget:
+        if budget is not None and self.result.cost + self._worst(self.next, *asked) > budget:
             if not asked:
                 self.result.stopped = f"the next request might exceed the budget of {budget:g}"
             return None
         attempt, self.next = self.next, None
         return attempt
+
+    def _worst(self, *attempts: _Attempt) -> float:
+        return sum(self._price(*attempt.worst_case()) for attempt in attempts)
 
     def take(self, attempt: _Attempt, future: Future[Completion]) -> TeacherError | None:
         """Keep what a request brought; returns the failure after which to stop, if it is one."""
@@ -264,7 +267,7 @@ class _Journal:
         except Unreadable as error:  # no completion, but it may have been paid for
             self.unreadable += 1
             self.result.attempts += 1
-            self.result.cost += self._price(*attempt.worst_case())
+            self.result.cost += self._worst(attempt)
             self._reject(attempt.topic, "unreadable response", str(error))
             return error if self.unreadable >= UNREADABLE_IN_A_ROW else None
         except TeacherError as error:
