@@ -117,7 +117,8 @@ def _bars(table: pandas.DataFrame, title: str, y_label: str):
             edgecolor="white",
         )
         axes.bar_label(drawn, fmt="%.0f" if whole else "%.1f", padding=2)
-    axes.set_xticks(range(len(table)), [textwrap.fill(str(name), 13) for name in table.index])
+    names = [textwrap.fill(str(name), 13, break_long_words=False) for name in table.index]
+    axes.set_xticks(range(len(table)), names)
     if len(table.columns) > 1:
         axes.legend(
             frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)

@@ -35,6 +35,15 @@ def test_axes_carry_title_labels_and_units(monkeypatch):
     assert [t.get_text() for t in bars.texts] == ["50.0", "99.9"]
 
 
+def test_names_below_bars_are_wrapped_between_words(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    table = pd.DataFrame({"x": [0.5, 0.5]}, index=["heldout_wordings", "three rows copied"])
+    viz.compare(table, "Bars", "alt")
+    names = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert names == ["heldout_wordings", "three rows\ncopied"]
+
+
 def test_bars_show_the_numbers_as_they_are(monkeypatch):
     figures = []
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
