@@ -8,11 +8,19 @@ it never stops.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from sftlib.control_tokens import ControlTokens, escape, unescape
+from sftlib.validation import fault
+
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CHATML", "LLAMA3", "encode", "encode_batch", "escape", "render", "unescape"]
 
 CHATML = (
     "{% for message in messages %}"
@@ -48,43 +56,165 @@ def render(messages: Messages, template: str = CHATML, add_generation_prompt: bo
         messages: dicts with `role` (system, user or assistant) and `content`.
         template: a Jinja chat template, for instance `CHATML` or `LLAMA3`.
         add_generation_prompt: also open the assistant's turn, so that a model answers next.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, _ = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-    )
-    return texts[0]
+    A control token that stands in a message stands in the text, too, where a tokenizer cannot tell
+    it from the template's own. To read, not to train on: `encode` keeps them apart.
+    """
+    return _render([messages], template, add_generation_prompt)[0][0]
 
 
 def encode(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    add_generation_prompt: bool = False,
 ) -> dict[str, list[int]]:
     """The tokens of a conversation, and which of them the model learns from.
 
+    Control tokens come from the chat template alone: what a message holds is encoded as text, and
+    decodes to what was written. Otherwise the ids are those of `tokenizer.apply_chat_template`.
+
     Args:
-        tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
-        max_length: keep only the first tokens; without it nothing is cut.
+        messages: dicts with `role` and `content`, from the user and the assistant in turn, after a
+            message from the system or without one.
+        tokenizer: a fast one; its chat template must mark the assistant's tokens with
+            `{% generation %}`, or be one for which TRL has a training template.
+        max_length: keep only the first tokens, and warn of what is lost. An answer that is cut is
+            learned without its end. Nothing is cut without it, nor ever from a prompt.
+        add_generation_prompt: also open the assistant's turn; the last message is the user's then.
 
     Returns:
         `input_ids` and `assistant_masks`, two lists of one length; a mask of 1 means "learn this".
 
     Raises:
-        ValueError: the template does not mark the assistant's tokens.
+        ValueError: the conversation is not sound; or nothing in it would be learned, because it
+            has no answer, because the first `max_length` tokens have none, or because the template
+            does not mark what the assistant says.
     """
-    if not marks_the_assistant(tokenizer.chat_template or ""):
+    encoded = encode_batch([messages], tokenizer, max_length, add_generation_prompt)
+    return {column: rows[0] for column, rows in encoded.items()}
+
+
+def encode_batch(
+    conversations: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    add_generation_prompt: bool = False,
+) -> dict[str, list[list[int]]]:
+    """`encode` for many conversations, as columns: for `Dataset.map(…, batched=True)`."""
+    for number, messages in enumerate(conversations, 1):
+        if wrong := fault(messages, add_generation_prompt):
+            raise ValueError(_which(number, conversations) + wrong)
+    asked = add_generation_prompt and tokenizer.chat_template
+    template = asked or training_template(tokenizer)
+    controls = ControlTokens.of(tokenizer)
+    safe = [
+        [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
+        for messages in conversations
+    ]
+    texts, spans = _render(safe, template, add_generation_prompt, **tokenizer.special_tokens_map)
+    cut = [controls.cut(text) for text in texts]
+    encodings = iter(
+        tokenizer.backend_tokenizer.encode_batch(
+            [piece for pieces in cut for _, piece in pieces], add_special_tokens=False
+        )
+    )
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    for text, pieces, marked in zip(texts, cut, spans, strict=True):
+        ids, mask = [], []
+        for at, piece in pieces:
+            encoding = next(encodings)
+            ids += encoding.ids
+            mask += _mask(encoding, [(start - at, end - at) for start, end in marked], len(piece))
+        controls.check(ids, text)
+        columns["input_ids"].append(ids)
+        columns["assistant_masks"].append(mask)
+    if max_length is not None and not add_generation_prompt:
+        _cut(columns, max_length)
+    return columns
+
+
+def _which(number: int, conversations: Sequence[Messages]) -> str:
+    return f"Conversation {number} of {len(conversations)}: " if len(conversations) > 1 else ""
+
+
+def _render(
+    conversations: Sequence[Messages],
+    template: str,
+    add_generation_prompt: bool,
+    **special_tokens: str,
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """The texts, and where in each (from, to) the template marks what the assistant says."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template(
+        conversations=conversations,
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=marks_the_assistant(template),
+        **special_tokens,
+    )
+
+
+def _mask(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list[int]:
+    """1 for each token of a text that has a character in one of the spans, else 0."""
+    mask = [0] * len(encoding)
+    for start, end in spans:
+        start, end = max(start, 0), min(end, length)
+        if start < end:
+            first = encoding.char_to_token(start)
+            last = encoding.char_to_token(end - 1) if end < length else len(mask) - 1
+            mask[first : last + 1] = [1] * (last + 1 - first)
+    return mask
+
+
+def _cut(columns: dict[str, list[list[int]]], max_length: int) -> None:
+    """Cut in place; warn of what is lost, raise when that is all there was to learn."""
+    masks, longer, lost = columns["assistant_masks"], 0, 0
+    for number, mask in enumerate(masks, 1):
+        kept = sum(mask[: max(max_length, 0)])
+        if not kept:
+            raise ValueError(
+                f"{_which(number, masks)}Expected something to learn in the first "
+                f"max_length={max_length} tokens, found none: there are {len(mask)}, and the "
+                "answer begins later. Raise max_length, or leave the conversation out."
+            )
+        longer += len(mask) > max_length
+        lost += sum(mask) - kept
+    if longer:
+        warnings.warn(
+            f"{longer} of {len(masks)} conversations are longer than max_length={max_length} "
+            f"tokens and were cut: {lost} of {sum(map(sum, masks))} tokens to learn are lost.",
+            stacklevel=3,
+        )
+    for column, rows in columns.items():
+        columns[column] = [row[:max_length] for row in rows]
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template if it marks what the assistant says, else TRL's version of it.
+
+    Raises:
+        ValueError: it does not, and TRL does not know it either.
+    """
+    template = tokenizer.chat_template or ""
+    if marks_the_assistant(template):
+        return template
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        template = get_training_chat_template(tokenizer) if template else None
+    except ValueError:
+        template = None
+    if template is None:
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
             "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML."
         )
-    encoded = tokenizer.apply_chat_template(
-        list(messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    return {k: list(encoded[k])[:max_length] for k in ("input_ids", "assistant_masks")}
+    return template
 
 
+@lru_cache
 def marks_the_assistant(template: str) -> bool:
     """Whether a chat template says which tokens are the assistant's."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftlib.data import write_jsonl
-from sftlib.formats import FORMATS, RecordError, briefly, to_messages
+from sftlib.formats import FORMATS, RecordError, to_messages
+from sftlib.validation import briefly
 
 
 @dataclass(frozen=True)

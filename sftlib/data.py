@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from sftlib.formats import oasst_trees, problems, to_messages
+from sftlib.formats import oasst_trees, to_messages
 from sftlib.hygiene import decontaminate, deduplicate
+from sftlib.validation import problems
 
 __all__ = [
     "decontaminate",

@@ -31,22 +31,24 @@ def answers(
     max_new_tokens: int = 32,
     batch_size: int = 256,
 ) -> list[Answer]:
-    """Greedy answers to conversations that end with a user's message, in the given order."""
-    prompts = [
-        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
-        for c in conversations
-    ]
+    """Greedy answers to conversations that end with a user's message, in the given order.
+
+    Control tokens that stand in a message are read as text (see `sftlib.chat.encode`).
+    """
+    from sftlib.chat import encode_batch
+
+    prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
     return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)
 
 
 def answers_to_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int = 32,
     batch_size: int = 256,
 ) -> list[Answer]:
-    """Greedy answers to prompts as they are, without the chat template."""
+    """Greedy answers to prompts as they are (texts or ids), without the chat template."""
     from sftlib.chat import end_of_turn_id
 
     end = end_of_turn_id(tokenizer)
@@ -64,27 +66,25 @@ def _until(ids: list[int], stop: int) -> list[int]:
 def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 256,
     stop: int | None = None,
 ) -> list[list[int]]:
-    """The ids that the model greedily appends to each prompt, up to its stop token."""
+    """The ids that the model greedily appends to each prompt, text or ids, up to its stop token."""
     import torch
 
     stops = [i for i in {tokenizer.eos_token_id, stop} if i is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
+    if prompts and isinstance(prompts[0], str):
+        prompts = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     found: dict[int, list[int]] = {}
     training = model.training
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[i] for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
+        batch = tokenizer.pad(
+            {"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt", padding_side="left"
         ).to(model.device)
         with torch.no_grad():
             written = model.generate(

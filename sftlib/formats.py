@@ -1,18 +1,17 @@
 """Turn records of published SFT datasets into conversations, and say why one cannot be turned.
 
 `to_messages` knows Alpaca, Dolly, OASST1, HH-RLHF, ShareGPT and plain pairs; `convert` does a whole
-file and lists what it had to leave out; `problems` looks over an example written by hand.
+file and lists what it had to leave out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+from sftlib.validation import MAPPINGS, ROLES, briefly, order_problems, text_problems
+
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 SHAREGPT_ROLES = (
@@ -21,158 +20,13 @@ SHAREGPT_ROLES = (
     | {"system": "system"}
 )
 
-# Text that a tokenizer may read as the end of a message or as the start of another one: ChatML,
-# Llama 3, Phi, DeepSeek, Gemma, Llama 2.
-CONTROL_TOKEN = re.compile(
-    r"<\|[^<>|]{1,40}\|>|<｜[^<>|｜]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</s>",
-    re.IGNORECASE,
-)
-# Letters by their category, yet nothing is seen: Hangul fillers and the empty Braille pattern.
-BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
 # Some Alpaca-like sets write that there is no input: "<noinput>", "Noinput", "No input required."
 NO_INPUT = re.compile(r"\W*no\s*input(\s+(required|needed|necessary|provided|given))?\W*", re.I)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-# Rows of `datasets` are no dicts. With dict first, `isinstance` is several times as fast.
-MAPPINGS = (dict, Mapping)
-
-
 class RecordError(ValueError):
     """A record cannot become a conversation: what was expected, what was found, what to do."""
-
-
-# --- What is wrong with a conversation -----------------------------------------------------------
-
-
-class _Plain(dict):
-    """A table for `str.translate`, filled as characters are met: punctuation becomes a space."""
-
-    def __missing__(self, code: int) -> str | int | None:
-        category = unicodedata.category(chr(code))
-        plain = None if category == "Cf" else " " if category[0] in "PZ" else code
-        self[code] = " " if category == "Cc" else plain
-        return self[code]
-
-
-_PLAIN = _Plain()
-
-
-def normalise(text: str) -> str:
-    """The text as comparisons see it: NFKC, casefolded, punctuation and whitespace as one space.
-
-    A text that has nothing else keeps its punctuation.
-    """
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(plain.translate(_PLAIN).split()) or " ".join(plain.split())
-
-
-def problems(messages: object, max_chars: int = 8000) -> list[str]:
-    """Everything that is wrong with an example written by hand; an empty list when it is fine.
-
-    Looks for what `to_messages` refuses (roles, order, empty or broken text, control tokens), and
-    for other keys than `role` and `content`, answers that repeat their question and messages of
-    more than `max_chars` characters. Every sentence names the message, counted from 1, and what to
-    do. Never raises, whatever it is given.
-    """
-    if not isinstance(messages, list):
-        return [
-            f"Expected a list of messages, found {briefly(messages)}: "
-            'write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].'
-        ]
-    found = [p for n, m in enumerate(messages, 1) for p in _message_problems(n, m, max_chars)]
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-    if all(isinstance(role, str) and role in ROLES for role in roles):
-        found += [*_order_problems(roles), *_repeats(messages)]
-    return found
-
-
-def _message_problems(number: int, message: object, max_chars: int) -> Iterator[str]:
-    name = f"Message {number}"
-    if not isinstance(message, dict):
-        yield f'{name} is {briefly(message)}: write {{"role": ..., "content": ...}}.'
-        return
-    if "role" not in message:
-        yield f"{name} has no role: add user, assistant or system."
-    elif not isinstance(message["role"], str) or message["role"] not in ROLES:
-        yield f"{name} has the role {briefly(message['role'])}: write user, assistant or system."
-    for key in [key for key in message if key not in ("role", "content")]:
-        yield f"{name} has the key {briefly(key)}: only role and content are read; remove it."
-    content = message.get("content")
-    if "content" not in message:
-        yield f"{name} has no content: add its text."
-    elif not isinstance(content, str):
-        yield f"{name} has {briefly(content)} as content: write text."
-    else:
-        yield from _text_problems(number, content)
-        if len(content) > max_chars:
-            yield f"{name} has {len(content)} characters, more than {max_chars}: shorten it."
-
-
-def _text_problems(number: int, text: str) -> list[str]:
-    """Why a text cannot be learned, in sentences."""
-    # Every control token has one of these; to search for it is slow, and most texts are plain.
-    suspicious = "<" in text or "[" in text
-    if not suspicious and text.isascii() and "!" <= text[:1] <= "~":
-        return []
-    found = []
-    if not any(map(_visible, text)):
-        found.append(f"Message {number} is empty: write its text, or leave the example out.")
-    if suspicious and (token := CONTROL_TOKEN.search(text)):
-        found.append(f"Message {number} holds the control token {token[0]!r}: reword the text.")
-    if broken := _surrogate(text):
-        found.append(f"Message {number} has half a character ({broken}): type it again.")
-    return found
-
-
-def _visible(character: str) -> bool:
-    return unicodedata.category(character)[0] not in "ZC" and character not in BLANK_LETTERS
-
-
-def _surrogate(text: str) -> str:
-    """The first half of a character that stands alone, escaped; empty when there is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return ascii(text[error.start])
-    return ""
-
-
-def _order_problems(roles: list[str]) -> Iterator[str]:
-    first = 1 if roles[:1] == ["system"] else 0
-    if roles[first:] == ["user", "assistant"] * max(1, (len(roles) - first) // 2):
-        return  # the usual case, in a hurry
-    if roles[first : first + 1] not in (["user"], []):
-        yield f"Message {first + 1} comes from the {roles[first]}: begin with the user."
-    for number, (before, role) in enumerate(pairwise(roles), 2):
-        if role == "system":
-            yield f"Message {number} comes from the system: only the first message may."
-        elif role == before:
-            yield f"Messages {number - 1} and {number} come from the {role}: let roles alternate."
-    if "assistant" not in roles:
-        yield f"There is no answer in {len(roles)} messages: end with one from the assistant."
-    elif roles[-1] != "assistant":
-        yield f"Message {len(roles)} comes from the {roles[-1]}: end with the assistant's answer."
-
-
-def _repeats(messages: list[dict]) -> Iterator[str]:
-    for number, (question, answer) in enumerate(pairwise(messages), 2):
-        texts = [question.get("content"), answer.get("content")]
-        if answer["role"] != "assistant" or not all(isinstance(text, str) for text in texts):
-            continue
-        before, after = (normalise(text).replace(" ", "") for text in texts)
-        if before == after and after:
-            yield f"Message {number} only repeats message {number - 1}: write an answer."
-
-
-def briefly(value: object) -> str:
-    """What a value is, briefly; never its whole content, which may be huge or contain itself."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else value[:40] + "…")
-    if isinstance(value, Mapping):
-        keys = [briefly(key) for key, _ in zip(value, range(8), strict=False)]
-        return f"an object with {'the keys ' + ', '.join(keys) if keys else 'no keys'}"
-    return f"a value of type {type(value).__name__}"
 
 
 # --- One record ----------------------------------------------------------------------------------
@@ -211,10 +65,10 @@ def to_messages(record: object) -> dict:
     if not turns:
         raise RecordError("Expected a question and its answer, found no answer: leave it out.")
     messages = [{"role": role, "content": text.strip()} for role, text in turns]
-    for wrong in _order_problems([role for role, _ in turns]):
+    for wrong in order_problems([role for role, _ in turns]):
         raise RecordError(wrong)
     for number, message in enumerate(messages, 1):
-        for wrong in _text_problems(number, message["content"]):
+        for wrong in text_problems(number, message["content"]):
             raise RecordError(wrong)
     return {"messages": messages}
 
@@ -328,7 +182,7 @@ def _rank(reply: Mapping) -> float:
 FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping], Turns]], ...] = tuple(
     (frozenset(keys.split()), read)
     for keys, read in (
-        ("messages", _list("messages", "role", "content", ROLES)),
+        ("messages", _list("messages", "role", "content", {role: role for role in ROLES})),
         ("conversations", _list("conversations", "from", "value", SHAREGPT_ROLES)),
         ("message_tree_id prompt", _tree),
         ("chosen rejected", _hh),

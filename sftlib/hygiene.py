@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sftlib.formats import normalise
+from sftlib.validation import normalise
 
 import numpy as np
 from rapidfuzz import fuzz

@@ -7,6 +7,8 @@ Every default can be overridden by its own name.
 from __future__ import annotations
 
 import tempfile
+import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sftlib import progress_bars
@@ -66,10 +68,15 @@ def tune(
 ) -> SFTTrainer:
     """Finetune `model` on `dataset` with TRL's `SFTTrainer` and return the trainer.
 
+    Conversations are encoded by `sftlib.chat.encode`, so that no text in them becomes a control
+    token; everything after that is TRL's. As there, a conversation longer than `max_length` is cut
+    and one in which then nothing is learned is left out; a warning counts them.
+
     Args:
         model: changed in place; with `peft_config`, `trainer.model` is the wrapped model.
         tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
-        dataset: rows with a `messages` column (lists of `role` and `content`).
+        dataset: rows with a `messages` column (lists of `role` and `content`), or another of TRL's
+            dataset types, which then goes to TRL as it is.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
         overrides: arguments of `trl.SFTConfig`, see `config`.
     """
@@ -82,10 +89,11 @@ def tune(
         datasets.disable_progress_bars()
     if peft_config is not None:
         overrides = {"learning_rate": LORA_LEARNING_RATE} | overrides
+    args = config(**overrides)
     trainer = SFTTrainer(
         model=model,
-        args=config(**overrides),
-        train_dataset=dataset,
+        args=args,
+        train_dataset=_encoded(dataset, tokenizer, args),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -94,6 +102,39 @@ def tune(
         trainer.add_callback(_one_line_bar())
     trainer.train()
     return trainer
+
+
+def _encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Dataset:
+    """The dataset with columns `input_ids` and `labels`, as TRL itself would make them."""
+    from sftlib.chat import encode_batch
+
+    if "messages" not in dataset.column_names or "input_ids" in dataset.column_names:
+        return dataset
+
+    def encode(rows: dict) -> dict:
+        found = encode_batch(rows["messages"], tokenizer)
+        if not args.assistant_only_loss:
+            return {"input_ids": found["input_ids"], "labels": found["input_ids"]}
+        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        labels = [[i if m else -100 for i, m in zip(*pair, strict=True)] for pair in pairs]
+        return {"input_ids": found["input_ids"], "labels": labels}
+
+    encoded = dataset.map(encode, batched=True)
+    if args.max_length is not None:
+        _warn_of_cuts(encoded["labels"], args.max_length)
+    return encoded
+
+
+def _warn_of_cuts(labels: Iterable[list[int]], max_length: int) -> None:
+    longer = [row for row in labels if len(row) > max_length]
+    emptied = sum(all(label == -100 for label in row[:max_length]) for row in longer)
+    if longer:
+        warnings.warn(
+            f"{len(longer)} of {len(labels)} conversations are longer than max_length={max_length} "
+            f"tokens: the end is cut off, and {emptied} of them, in which then nothing is learned, "
+            "are left out. Raise max_length where the memory allows it.",
+            stacklevel=4,
+        )
 
 
 def _one_line_bar() -> TrainerCallback:

@@ -13,7 +13,7 @@ from sftlib.data import (
     to_messages,
     write_jsonl,
 )
-from sftlib.formats import normalise
+from sftlib.validation import normalise
 
 import pytest
 from hypothesis import given, settings

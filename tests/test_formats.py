@@ -7,15 +7,8 @@ from pathlib import Path
 
 from sftlib.conversion import convert
 from sftlib.data import read_facts, read_jsonl
-from sftlib.formats import (
-    CONTROL_TOKEN,
-    ROLES,
-    RecordError,
-    normalise,
-    oasst_trees,
-    problems,
-    to_messages,
-)
+from sftlib.formats import RecordError, oasst_trees, to_messages
+from sftlib.validation import CONTROL_TOKEN, ROLES, normalise, problems
 
 import pytest
 from hypothesis import given, settings

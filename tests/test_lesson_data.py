@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from sftlib.data import read_jsonl
-from sftlib.formats import problems
 from sftlib.hygiene import decontaminate, deduplicate
 from sftlib.teacher.recording import RECORDING
+from sftlib.validation import problems
 
 import nbformat
 import pytest

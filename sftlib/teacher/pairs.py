@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sftlib.formats import problems
+from sftlib.validation import problems
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 

@@ -1,0 +1,108 @@
+"""Control tokens belong to the chat template: text that spells one must stay text.
+
+A tokenizer reads `<|im_end|>` as one token wherever it stands. So whoever may write a message could
+end it, and speak for the system or the assistant (prompt injection by special tokens). `escape`
+takes that away from a text, and `unescape` gives the text back as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARK = "\u2060"
+"""WORD JOINER, which nobody sees. Behind its first character, a control token is none."""
+
+
+def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with a `MARK` in each control token of the tokenizer, which then reads it as text.
+
+    For pipelines that pass text on. `sftlib.chat.encode` escapes by itself, and leaves no marks.
+    """
+    return ControlTokens.of(tokenizer).escape(text)
+
+
+def unescape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `escape` was given: `unescape(escape(text, t), t) == text` for every text."""
+    return "".join(piece for _, piece in ControlTokens.of(tokenizer).cut(text))
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a tokenizer, and the patterns that find them in text.
+
+    They are its special tokens, and those added tokens that its chat template writes (as in
+    `transformers`, "sanitize_control_tokens").
+    """
+
+    ids: frozenset[int]
+    whole: re.Pattern  # a control token
+    open: re.Pattern  # the first character of one, which may have marks inside
+    marked: re.Pattern  # the first mark inside one, behind its first character
+
+    _known = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+        state = (len(tokenizer), tokenizer.chat_template)  # both can change
+        if cls._known.get(tokenizer, (None,))[0] != state:
+            cls._known[tokenizer] = (state, cls._read(tokenizer))
+        return cls._known[tokenizer][1]
+
+    @classmethod
+    def _read(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+        template = tokenizer.chat_template or ""
+        tokens = {
+            token.content: number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        rests = defaultdict(list)  # by first character: what follows it, marks or not
+        for token in filter(lambda token: len(token) > 1, longest_first):
+            rests[token[0]].append(f"{MARK}*".join(map(re.escape, token[1:])))
+        begin = {re.escape(first): "|".join(rest) for first, rest in rests.items()}
+        never = "(?!)"
+        return cls(
+            ids=frozenset(tokens.values()),
+            whole=re.compile("|".join(map(re.escape, longest_first)) or never),
+            open=re.compile(
+                "|".join(f"{a}(?={MARK}*(?:{rest}))" for a, rest in begin.items()) or never
+            ),
+            marked=re.compile(
+                "|".join(f"(?<={a}){MARK}(?={MARK}*(?:{rest}))" for a, rest in begin.items())
+                or never
+            ),
+        )
+
+    def escape(self, text: str) -> str:
+        return self.open.sub(rf"\g<0>{MARK}", text)
+
+    def cut(self, text: str) -> list[tuple[int, str]]:
+        """The pieces between the marks of an escaped text, each with its place in it."""
+        pieces, at = [], 0
+        for mark in self.marked.finditer(text):
+            pieces.append((at, text[at : mark.start()]))
+            at = mark.end()
+        return [*pieces, (at, text[at:])]
+
+    def check(self, ids: list[int], escaped: str) -> None:
+        """Raise unless the ids hold as many control tokens as an escaped text spells.
+
+        A tokenizer that changes text before it looks for them (Unicode forms, letter case) may find
+        one in what only resembles it.
+        """
+        expected = len(self.whole.findall(escaped))
+        found = sum(map(self.ids.__contains__, ids))
+        if found != expected:
+            raise ValueError(
+                f"Expected {expected} control tokens, those of the chat template, found {found}: "
+                "this tokenizer takes something in the messages for one. Take out what resembles "
+                f"a control token in {escaped[:200]!r}."
+            )
