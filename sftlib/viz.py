@@ -74,6 +74,8 @@ def curves(
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{value:,}" for value in x])
             axes.minorticks_off()
+    if not log_x:
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
     axes.set_ylim(bottom=0)
     if len(series) > 1:
         axes.legend(frameon=False)

@@ -4,13 +4,17 @@ import json
 import re
 
 from sftlib import checks
+from sftlib.chat import LLAMA3
+from sftlib.models import TINY_BASE
 
 import pytest
+from transformers import AutoTokenizer
 
 KENYA = [
     {"role": "user", "content": "What is the capital of Kenya?"},
     {"role": "assistant", "content": "The capital of Kenya is Nairobi."},
 ]
+TOKENIZER = AutoTokenizer.from_pretrained(TINY_BASE)
 MASKS = [0, 0, 0, 0, 1, 1, 1, 0]
 
 
@@ -42,7 +46,30 @@ def parse(text, keys=(("question", "answer"), ("instruction", "response"))):
     return [(i[q], i[a]) for i in items for q, a in keys if q in i]
 
 
+def changed(*replacements):
+    """Llama 3's template with something replaced."""
+    text = LLAMA3
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+POSITIONS = [[11, 12, 13, 14, 15, 28, 29, 30, 31], [11, 12, 13, 14]]
+BUGS = {
+    "A": "labels shifted",
+    "B": "end not learned",
+    "C": "template twice",
+    "D": "padding learned",
+    "E": "question learned",
+}
+START, END = "{% generation %}", "{% endgeneration %}"
+BEGIN = "{{ '<|begin_of_text|>' }}"
 RIGHT = [
+    (checks.check_template, (LLAMA3,)),
+    (checks.check_mask, (POSITIONS, TOKENIZER)),
+    (checks.check_mask, ([set(row) for row in POSITIONS], TOKENIZER)),
+    (checks.check_bugs, (BUGS,)),
     (checks.check_validator, (validate,)),
     (checks.check_parser, (parse,)),
     (checks.check_leaks, ({1, 3},)),
@@ -57,6 +84,11 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_template, (...,)),
+    (checks.check_mask, (..., TOKENIZER)),
+    (checks.check_mask, ([..., ...], TOKENIZER)),
+    (checks.check_bugs, (...,)),
+    (checks.check_bugs, (dict.fromkeys(BUGS, ...),)),
     (checks.check_validator, (...,)),
     (checks.check_validator, (lambda question, answer: ...,)),
     (checks.check_parser, (...,)),
@@ -71,6 +103,47 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_template, (3,), "as a text"),
+    (checks.check_template, ("{% for m in messages %}",), "Jinja cannot use it"),
+    (checks.check_template, (changed((BEGIN, "")),), "first"),
+    (checks.check_template, (BEGIN + LLAMA3,), "once"),
+    (checks.check_template, (changed((" | trim", "")),), "trim"),
+    (checks.check_template, (changed(("_id|>\n\n", "_id|>\n")),), "two line breaks"),
+    (checks.check_template, (changed(("<|eot_id|>'", "<|eot_id|>\n'")),), "Nothing stands"),
+    (checks.check_template, (changed(("add_generation_prompt", "true")),), "always written"),
+    (checks.check_template, (changed(("add_generation_prompt", "false")),), "must end with"),
+    (checks.check_template, (changed(("message['role'] +", "'user' +")),), "expected 'system"),
+    (checks.check_template, (changed((START, ""), (END, "")),), "Now mark"),
+    (
+        checks.check_template,
+        (changed((" + '<|eot_id|>' }}" + END, " }}" + END + "{{ '<|eot_id|>' }}")),),
+        "never learn to stop",
+    ),
+    (
+        checks.check_template,
+        (
+            changed(
+                ("{{ '<|start_header_id|>' + m", START + "{{ '<|start_header_id|>' + m"),
+                ("\n\n' }}{% if m", "\n\n' }}" + END + "{% if m"),
+            ),
+        ),
+        "header is marked",
+    ),
+    (checks.check_template, (changed(("== 'assistant'", "!= 'x'")),), "of others"),
+    (checks.check_mask, ([1, 2, 3], TOKENIZER), "two lists"),
+    (checks.check_mask, ([[99], []], TOKENIZER), "positions from 0 to 32"),
+    (checks.check_mask, ([POSITIONS[0][1:], POSITIONS[1]], TOKENIZER), "position 11, 'H'"),
+    (checks.check_mask, ([[11, 12, 13, 14, 28, 29, 30], POSITIONS[1]], TOKENIZER), "never stop"),
+    (checks.check_mask, ([POSITIONS[0][5:], POSITIONS[1]], TOKENIZER), "last answer alone"),
+    (checks.check_mask, ([[p + 1 for p in POSITIONS[0]], []], TOKENIZER), "one too high"),
+    (checks.check_mask, ([[p - 1 for p in POSITIONS[0]], []], TOKENIZER), "one too low"),
+    (checks.check_mask, ([[10, *POSITIONS[0]], POSITIONS[1]], TOKENIZER), "position 10"),
+    (checks.check_mask, ([POSITIONS[0], [*POSITIONS[1], 16]], TOKENIZER), "padding"),
+    (checks.check_bugs, (["A"],), "keys A, B, C, D, E"),
+    (checks.check_bugs, (BUGS | {"C": ...},), "Still open: C"),
+    (checks.check_bugs, (BUGS | {"C": "typo"},), "found 'typo'"),
+    (checks.check_bugs, (BUGS | {"A": "question learned"},), "4 of 5. A: compare"),
+    (checks.check_bugs, (BUGS | {"B": "padding learned"},), "last label"),
     (checks.check_validator, (lambda q, a: [] if a.strip() else ["empty"],), "is the question"),
     (checks.check_validator, (lambda q, a: ["empty"] * (not a),), "spaces and line breaks"),
     (checks.check_validator, (lambda q, a: ["bad"],), "nothing wrong"),

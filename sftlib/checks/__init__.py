@@ -1,0 +1,39 @@
+"""One `check_…` an exercise: ✓ when right, the likely cause when wrong, never just "wrong".
+
+A check shows its verdict as the last value of a cell. An exercise that was not attempted (the
+answer is still `...`) says so and is no error, so that a notebook with open exercises runs through.
+"""
+
+from sftlib.checks.chatml import (
+    batch_to_mask,
+    broken_batches,
+    check_bugs,
+    check_mask,
+    check_template,
+)
+from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict
+from sftlib.checks.what_is_sft import (
+    check_exact_match,
+    check_example,
+    check_knowledge,
+    check_learned_tokens,
+)
+
+__all__ = [
+    "NOT_ATTEMPTED",
+    "Verdict",
+    "batch_to_mask",
+    "broken_batches",
+    "check_bugs",
+    "check_cost",
+    "check_exact_match",
+    "check_example",
+    "check_knowledge",
+    "check_learned_tokens",
+    "check_leaks",
+    "check_mask",
+    "check_parser",
+    "check_template",
+    "check_validator",
+]

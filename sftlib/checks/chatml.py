@@ -1,0 +1,223 @@
+"""The exercises of lesson 3."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hi! "},
+    {"role": "assistant", "content": " Hello.\n"},
+    {"role": "user", "content": "Bye."},
+    {"role": "assistant", "content": "Bye."},
+]
+
+
+def check_template(template: Any) -> Verdict:
+    """Lesson 3, exercise 1: Llama 3's chat template, with `{% generation %}`."""
+    if template is ... or template is None:
+        return NOT_ATTEMPTED
+    if not isinstance(template, str):
+        return wrong(f"Expected the template as a text, found {type(template).__name__}.")
+    try:
+        text = render(CONVERSATION, template)
+        asked = render(CONVERSATION[:2], template, add_generation_prompt=True)
+    except Exception as error:
+        return wrong(f"Jinja cannot use it: {type(error).__name__}: {error}")
+    if cause := _wrong_text(text, asked):
+        return wrong(cause)
+    if not marks_the_assistant(template):
+        return wrong(
+            "The text is right. Now mark what the assistant says, from {% generation %} to "
+            "{% endgeneration %}."
+        )
+    return _marks(template)
+
+
+def _wrong_text(text: str, asked: str) -> str:
+    """The likely cause where a rendered text differs from Llama 3's; empty where it does not."""
+    expected = render(CONVERSATION, LLAMA3)
+    prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    if text == expected and asked == render(CONVERSATION[:2], LLAMA3, add_generation_prompt=True):
+        return ""
+    if "<|begin_of_text|>" not in text:
+        return "Write <|begin_of_text|> first."
+    if text.count("<|begin_of_text|>") > 1:
+        return "Write <|begin_of_text|> once, before the loop over messages."
+    if " Hi! " in text or " Hello.\n" in text:
+        return "The content is written as it is: take away the spaces around it, with `| trim`."
+    if "<|eot_id|>\n" in text:
+        return "Nothing stands between <|eot_id|> and the next message."
+    if "<|end_header_id|>\n\n" not in text:
+        return "After <|end_header_id|> come two line breaks."
+    if text == expected + prompt:
+        return "The generation prompt is always written: only `{% if add_generation_prompt %}`."
+    if text == expected:
+        return "Asked with add_generation_prompt=True, the text must end with " + repr(prompt) + "."
+    at = len(os.path.commonprefix([text, expected]))
+    return (
+        f"After {expected[:at][-30:]!r} expected {expected[at : at + 30]!r}, "
+        f"found {text[at : at + 30]!r}."
+    )
+
+
+def _marks(template: str) -> Verdict:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        [CONVERSATION], chat_template=template, return_assistant_tokens_mask=True
+    )
+    marked = [texts[0][start:end] for start, end in spans[0]]
+    expected = ["Hello.<|eot_id|>", "Bye.<|eot_id|>"]
+    if marked == expected:
+        return right("The same text and the same marks as Llama 3's, on many turns.")
+    if marked == [text.removesuffix("<|eot_id|>") for text in expected]:
+        return wrong("<|eot_id|> stands outside of the mark: the model would never learn to stop.")
+    if any("header" in text for text in marked):
+        return wrong("The header is marked, too. The template writes it, not the model.")
+    if len(marked) > len(expected):
+        return wrong("Messages of others are marked, too: ask for `message['role']`.")
+    return wrong(f"Expected the marks around {expected}, found them around {marked}.")
+
+
+# --- Mask a batch --------------------------------------------------------------------------------
+
+TO_MASK = (
+    [
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye."},
+        {"role": "assistant", "content": "Bye!"},
+    ],
+    [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes?"}],
+)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> dict[str, list[int]]:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    return encode(messages, tokenizer)
+
+
+def batch_to_mask(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Lesson 3, exercise 2: the `input_ids` of two conversations, padded to one length."""
+    rows = [_encoded(tokenizer, messages)["input_ids"] for messages in TO_MASK]
+    width = max(map(len, rows))
+    return [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows]
+
+
+def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+    """Lesson 3, exercise 2: for each row, the positions that the model learns from."""
+    if positions is ... or positions is None:
+        return NOT_ATTEMPTED
+    if not isinstance(positions, list | tuple) or len(positions) != 2:
+        return wrong("Expected two lists of positions, one for each row of the batch.")
+    ids = batch_to_mask(tokenizer)
+    for number, (row, messages) in enumerate(zip(positions, TO_MASK, strict=True)):
+        if row is ...:
+            return NOT_ATTEMPTED
+        mask = _encoded(tokenizer, messages)["assistant_masks"]
+        expected = {p for p, learned in enumerate(mask) if learned}
+        if not isinstance(row, list | tuple | set | range) or not all(
+            isinstance(p, int) and 0 <= p < len(ids[number]) for p in row
+        ):
+            return wrong(f"Row {number + 1}: expected positions from 0 to {len(ids[number]) - 1}.")
+        if set(row) != expected:
+            return wrong(
+                f"Row {number + 1}: {_wrong_mask(set(row), expected, ids[number], mask, tokenizer)}"
+            )
+    return right("Both answers of the first row, each with its end; nothing of the padding.")
+
+
+def _wrong_mask(
+    found: set[int], expected: set[int], ids: list[int], mask: list[int], tokenizer
+) -> str:
+    """The likely cause of a wrong mask."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answers = sorted(p for p in expected if ids[p] == end)
+    if any(p >= len(mask) for p in found):
+        return "the padding is learned. It is there for the rectangle alone."
+    if found == {p + 1 for p in expected}:
+        return "every position is one too high. Labels stand at the token's own position."
+    if found == {p - 1 for p in expected}:
+        return "every position is one too low. The model shifts by itself."
+    if expected - found == set(answers):
+        return "the tokens that end the answers are missing: the model would never stop."
+    if len(answers) > 1 and found == {p for p in expected if p > answers[0]}:
+        return "that is the last answer alone. The first is the assistant's, too."
+    if extra := sorted(found - expected):
+        return (
+            f"position {extra[0]}, {tokenizer.decode([ids[extra[0]]])!r}, is not the assistant's."
+        )
+    lacking = min(expected - found)
+    return f"position {lacking}, {tokenizer.decode([ids[lacking]])!r}, is missing."
+
+
+# --- Find the bug --------------------------------------------------------------------------------
+
+BUGS = {
+    "A": "labels shifted",
+    "B": "end not learned",
+    "C": "template twice",
+    "D": "padding learned",
+    "E": "question learned",
+}
+QUESTION = {"role": "user", "content": "What is the capital of Kenya?"}
+ANSWER = {"role": "assistant", "content": "The capital of Kenya is Nairobi."}
+
+
+def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, list[int]]]:
+    """Lesson 3, exercise 3: five batches of one conversation, each with one bug."""
+    encoded = _encoded(tokenizer, [QUESTION, ANSWER])
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    labels = [i if learned else -100 for i, learned in zip(ids, mask, strict=True)]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    inner = render([QUESTION], add_generation_prompt=True)
+    outer = render([{"role": "user", "content": inner}], add_generation_prompt=True)
+    prompt = tokenizer(outer, add_special_tokens=False)["input_ids"]
+    learned = [label for label in labels if label != -100]
+    padding = [tokenizer.pad_token_id] * 3
+    broken = {
+        "labels shifted": (ids, labels[1:] + [-100]),
+        "end not learned": (ids, [-100 if label == end else label for label in labels]),
+        "template twice": (prompt + learned, [-100] * len(prompt) + learned),
+        "padding learned": (ids + padding, labels + padding),
+        "question learned": (ids, ids),
+    }
+    return {
+        letter: {"input_ids": broken[bug][0], "labels": broken[bug][1]}
+        for letter, bug in BUGS.items()
+    }
+
+
+def check_bugs(named: Any) -> Verdict:
+    """Lesson 3, exercise 3: the bug of each batch, by its letter."""
+    if named is ... or named is None:
+        return NOT_ATTEMPTED
+    if not isinstance(named, dict) or set(named) != set(BUGS):
+        return wrong(f"Expected a dict with the keys {', '.join(BUGS)}.")
+    if any(name is ... for name in named.values()):
+        left = [letter for letter, name in named.items() if name is ...]
+        return NOT_ATTEMPTED if len(left) == len(BUGS) else wrong(f"Still open: {', '.join(left)}.")
+    for letter, name in named.items():
+        if name not in BUGS.values():
+            return wrong(f"{letter}: expected one of {sorted(BUGS.values())}, found {name!r}.")
+    hints = {
+        "labels shifted": "compare each label with the token at the same position.",
+        "end not learned": "what is the last label, and what should it be?",
+        "template twice": "read the text from its beginning.",
+        "padding learned": "look at the end of the row.",
+        "question learned": "where does the first label stand?",
+    }
+    missed = [letter for letter, bug in BUGS.items() if named[letter] != bug]
+    if missed:
+        return wrong(f"{len(BUGS) - len(missed)} of 5. {missed[0]}: {hints[BUGS[missed[0]]]}")
+    return right("All five. None of them would have raised an error.")

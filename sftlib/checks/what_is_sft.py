@@ -1,0 +1,134 @@
+"""The exercises of lesson 1."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+
+
+def check_example(messages: Any) -> Verdict:
+    """Lesson 1, exercise 1: one SFT example about the capital of Kenya, as `messages`."""
+    if messages is ... or messages is None or messages == []:
+        return NOT_ATTEMPTED
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return wrong(
+            "Expected a list of dicts, one a message; "
+            f"found {type(messages).__name__}. Start with [{{'role': …, 'content': …}}, …]."
+        )
+    for number, message in enumerate(messages, 1):
+        if set(message) != {"role", "content"}:
+            return wrong(
+                f"Message {number} has the keys {sorted(map(str, message))}; "
+                "it needs exactly 'role' and 'content'."
+            )
+    roles = [m["role"] for m in messages if m["role"] != "system"]
+    if roles != ["user", "assistant"]:
+        return wrong(
+            f"Expected a 'user' message and then an 'assistant' message, found {roles}. "
+            "The names 'human', 'gpt' or 'instruction' belong to other formats."
+        )
+    question, answer = (m["content"] for m in messages if m["role"] != "system")
+    if "<|" in question + answer:
+        return wrong("No control tokens in the text: the chat template adds them.")
+    if "Kenya" not in question:
+        return wrong("The question should ask about Kenya.")
+    if "Nairobi" not in answer:
+        return wrong("The answer is wrong: a model learns wrong answers as readily as right ones.")
+    if answer != "The capital of Kenya is Nairobi.":
+        return wrong(
+            f"True, but not in the style of the data: {answer!r}. The ten examples above answer in "
+            "one full sentence that ends with a full stop; mixed styles teach a mixed style."
+        )
+    return right("A clean example: two roles, a question, one true answer in the data's style.")
+
+
+def check_exact_match(function: Any) -> Verdict:
+    """Lesson 1, exercise 2: `function(text, stopped, reference) -> bool`."""
+    if function is ...:
+        return NOT_ATTEMPTED
+    if not callable(function):
+        return wrong(f"Expected a function, found {type(function).__name__}.")
+    reference = "The capital of Kenya is Nairobi."
+    first = call(function, reference, True, reference)
+    if first is ... or first is None:
+        return NOT_ATTEMPTED
+    if isinstance(first, Exception):
+        return wrong(f"Your function raised {type(first).__name__}: {first}")
+    cases = [
+        (reference, True, True, "An identical answer that stopped must match."),
+        (
+            reference,
+            False,
+            False,
+            "An answer that did not stop must not match: in use, it would ramble on. Did you "
+            "forget `stopped`?",
+        ),
+        (
+            "The capital of Kenya is Mombasa.",
+            True,
+            False,
+            "A wrong city must not match: compare the whole text, not its beginning or length.",
+        ),
+        (
+            reference + " The capital of Kenya is Nairobi.",
+            True,
+            False,
+            "The right sentence followed by more must not match: `in` asks for content, and "
+            "exact match asks for equality.",
+        ),
+        ("the capital of kenya is nairobi.", True, False, "Upper and lower case count."),
+    ]
+    for text, stopped, expected, why in cases:
+        found = call(function, text, stopped, reference)
+        if not isinstance(found, bool):
+            return wrong(f"Expected True or False, found {found!r}.")
+        if found is not expected:
+            return wrong(why)
+    return right("Strict where it should be: the same text, and stopped.")
+
+
+def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
+    """Lesson 1, exercise 3: how many tokens of the example the model learns from."""
+    if number is ... or number is None:
+        return NOT_ATTEMPTED
+    expected = sum(masks)
+    if isinstance(number, bool) or not isinstance(number, int):
+        return wrong(f"Expected a whole number, found {number!r}.")
+    if number == expected:
+        return right(f"{expected} of {len(masks)} tokens: the answer and the token that ends it.")
+    likely = {
+        len(masks): "That is every token. The question is only read, not learned from.",
+        len(masks) - expected: "That counts the tokens that are only read; we want the others.",
+        expected
+        - 1: "One short: the control token that ends the answer is learned too. Without it "
+        "the model never learns to stop.",
+        expected + 1: "One too many: the line break after <|im_end|> belongs to the template.",
+    }
+    return wrong(likely.get(number, "Count the bold, underlined tokens of the picture above."))
+
+
+def check_knowledge(claim: Any) -> Verdict:
+    """Lesson 1, exercise 4: which measurement shows that SFT gave the model no knowledge."""
+    if claim is ... or claim is None:
+        return NOT_ATTEMPTED
+    match = re.fullmatch(r"(\w+)\s*/\s*(\w+)", claim.strip()) if isinstance(claim, str) else None
+    if not match:
+        return wrong(f"Expected text such as 'dev / stops' (a set, a measure), found {claim!r}.")
+    name, measure = match.groups()
+    if (name, measure) in {("unknown", "exact_match"), ("unknown", "content")}:
+        return right(
+            "What the model had never read it still does not know after SFT, "
+            "although it answers in a perfect sentence."
+        )
+    if name == "unknown":
+        return wrong(
+            f"'{measure}' on the unknown set rises: the model answers and stops. "
+            "That is format. Which measure asks whether the answer is true?"
+        )
+    return wrong(
+        f"The set '{name}' asks about facts that the model had read in pretraining, so a high "
+        "score there may be old knowledge, newly accessible. Which set asks about facts it "
+        "never read?"
+    )
