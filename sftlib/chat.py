@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -114,18 +114,30 @@ def encode_batch(
     ]
     texts, spans = _render(safe, template, add_generation_prompt, **tokenizer.special_tokens_map)
     cut = [controls.cut(text) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # it remembers what the last call asked for
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    # A piece from the middle of a text follows a line break, which is taken away again: some
+    # tokenizers (SentencePiece's) put a space before the beginning of a text.
+    break_ids = backend.encode("\n", add_special_tokens=False).ids
     encodings = iter(
-        tokenizer.backend_tokenizer.encode_batch(
-            [piece for pieces in cut for _, piece in pieces], add_special_tokens=False
+        backend.encode_batch(
+            ["\n" * bool(at) + piece for pieces in cut for at, piece in pieces],
+            add_special_tokens=False,
         )
     )
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     for text, pieces, marked in zip(texts, cut, spans, strict=True):
         ids, mask = [], []
         for at, piece in pieces:
-            encoding = next(encodings)
-            ids += encoding.ids
-            mask += _mask(encoding, [(start - at, end - at) for start, end in marked], len(piece))
+            encoding, lead = next(encodings), int(at > 0)
+            if lead and encoding.ids[: len(break_ids)] != break_ids:
+                encoding, lead = backend.encode(piece, add_special_tokens=False), 0
+            here = [(start - at + lead, end - at + lead) for start, end in marked]
+            skipped = len(break_ids) * lead
+            ids += encoding.ids[skipped:]
+            mask += _mask(encoding, here, lead + len(piece))[skipped:]
         controls.check(ids, text)
         columns["input_ids"].append(ids)
         columns["assistant_masks"].append(mask)
@@ -147,25 +159,34 @@ def _render(
     """The texts, and where in each (from, to) the template marks what the assistant says."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    return render_jinja_template(
+    texts, spans = render_jinja_template(
         conversations=conversations,
         chat_template=template,
         add_generation_prompt=add_generation_prompt,
         return_assistant_tokens_mask=marks_the_assistant(template),
         **special_tokens,
     )
+    return texts, spans or [[] for _ in texts]
 
 
 def _mask(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list[int]:
     """1 for each token of a text that has a character in one of the spans, else 0."""
     mask = [0] * len(encoding)
     for start, end in spans:
-        start, end = max(start, 0), min(end, length)
-        if start < end:
-            first = encoding.char_to_token(start)
-            last = encoding.char_to_token(end - 1) if end < length else len(mask) - 1
-            mask[first : last + 1] = [1] * (last + 1 - first)
+        places = range(max(start, 0), min(end, length))
+        first, last = (_first_token(encoding, some) for some in (places, reversed(places)))
+        if first is None:
+            continue
+        # The bytes of one character may be several tokens.
+        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1
+        mask[first : last + 1] = [1] * (last + 1 - first)
     return mask
+
+
+def _first_token(encoding: Encoding, places: Iterable[int]) -> int | None:
+    """The first token that there is: a tokenizer may drop a character (accents, for instance)."""
+    return next((n for n in map(encoding.char_to_token, places) if n is not None), None)
 
 
 def _cut(columns: dict[str, list[list[int]]], max_length: int) -> None:

@@ -24,6 +24,9 @@ def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with a `MARK` in each control token of the tokenizer, which then reads it as text.
 
     For pipelines that pass text on. `sftlib.chat.encode` escapes by itself, and leaves no marks.
+
+    Raises:
+        ValueError: the text holds a control token of one character, which leaves no room for one.
     """
     return ControlTokens.of(tokenizer).escape(text)
 
@@ -45,23 +48,24 @@ class ControlTokens:
     whole: re.Pattern  # a control token
     open: re.Pattern  # the first character of one, which may have marks inside
     marked: re.Pattern  # the first mark inside one, behind its first character
+    short: re.Pattern  # one of a single character, in which no mark can be
 
     _known = WeakKeyDictionary()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-        state = (len(tokenizer), tokenizer.chat_template)  # both can change
+        added = [(t.content, n, t.special) for n, t in tokenizer.added_tokens_decoder.items()]
+        state = (added, tokenizer.chat_template or "")  # both can change
         if cls._known.get(tokenizer, (None,))[0] != state:
-            cls._known[tokenizer] = (state, cls._read(tokenizer))
+            cls._known[tokenizer] = (state, cls._read(*state))
         return cls._known[tokenizer][1]
 
     @classmethod
-    def _read(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-        template = tokenizer.chat_template or ""
+    def _read(cls, added: list[tuple[str, int, bool]], template: str) -> ControlTokens:
         tokens = {
-            token.content: number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special or (token.content in template and not token.content.isspace())
+            content: number
+            for content, number, special in added
+            if special or (content in template and len(content) > 1 and not content.isspace())
         }
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         rests = defaultdict(list)  # by first character: what follows it, marks or not
@@ -79,9 +83,15 @@ class ControlTokens:
                 "|".join(f"(?<={a}){MARK}(?={MARK}*(?:{rest}))" for a, rest in begin.items())
                 or never
             ),
+            short=re.compile("|".join(re.escape(t) for t in longest_first if len(t) == 1) or never),
         )
 
     def escape(self, text: str) -> str:
+        if found := self.short.search(text):
+            raise ValueError(
+                f"Expected text without {found[0]!r}, found it at {found.start()}: this tokenizer "
+                "reads it as a control token wherever it stands. Take it out of the text."
+            )
         return self.open.sub(rf"\g<0>{MARK}", text)
 
     def cut(self, text: str) -> list[tuple[int, str]]:

@@ -6,6 +6,8 @@
 3. The seconds that each lesson takes, every cell, top to bottom.
 4. Data: records a second that `convert` reads in each published format, and the seconds that
    `deduplicate` takes for more and more rows, with a plot in `build/`.
+5. Encoding: the seconds of `encode_batch` against those of the tokenizer alone on the same texts,
+   for more and more conversations; and how many of 100,000 hostile texts become control tokens.
 
 With `--store` the figures go to `data/benchmarks.json`, from which README.md is generated.
 """
@@ -24,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("SFT_NO_BARS", "1")
-from sftlib.chat import encode
+from sftlib.chat import CHATML, LLAMA3, encode, encode_batch, render
 from sftlib.conversion import convert
-from sftlib.data import deduplicate, read_facts, read_jsonl
+from sftlib.data import MIXTURE, deduplicate, read_facts, read_jsonl
 from sftlib.evaluate import report
 from sftlib.models import load
 from sftlib.training import FULL_LEARNING_RATE, tune
@@ -40,6 +42,7 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests import injection  # noqa: E402
 from tools.notebooks import NBCONVERT  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,7 @@ LESSON = {"per_device_train_batch_size": 16}
 TURNS = 3
 RECORDS = 10_000
 ROWS = (1250, 2500, 5000, 10_000)
+ATTACKS = 100_000
 PLOT = ROOT / "build" / "deduplicate.png"
 
 
@@ -362,6 +366,48 @@ def data() -> dict:
         return {"convert": conversion(Path(folder)), "deduplicate": deduplication()}
 
 
+# --- 5. Encoding ---------------------------------------------------------------------------------
+
+
+def encoding() -> dict:
+    """What it costs that no text becomes a control token, and whether that holds."""
+    tokenizer = load()[1]
+    rows = [row["messages"] for row in read_jsonl(MIXTURE)]
+    rows = (rows * (max(ROWS) // len(rows) + 1))[: max(ROWS)]
+    texts = [render(messages) for messages in rows]
+    ways: dict[str, Callable[[], object]] = {
+        "encode_batch": lambda: encode_batch(rows, tokenizer),
+        "tokenizer, one by one": lambda: [tokenizer(t, add_special_tokens=False) for t in texts],
+        "tokenizer, a batch": lambda: tokenizer(texts, add_special_tokens=False),
+    }
+    ways |= {str(n): lambda n=n: encode_batch(rows[:n], tokenizer) for n in ROWS}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(TURNS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            spent[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in spent.items()}
+    growing = {n: median.pop(n) for n in map(str, ROWS)}
+    start = time.perf_counter()
+    found = [
+        len(injection.breaches(ATTACKS // 2, tokenizer, template, seed))
+        for seed, template in enumerate((CHATML, LLAMA3), 1)
+    ]
+    return {
+        "conversations": len(rows),
+        "ways": {
+            name: {"seconds": value, "encode_batch_takes": median["encode_batch"] / value}
+            for name, value in median.items()
+        },
+        "seconds": growing,
+        "exponent": float(np.polyfit(np.log(ROWS), np.log([*growing.values()]), 1)[0]),
+        "attacks": ATTACKS,
+        "attack_seconds": time.perf_counter() - start,
+        "findings": sum(found),
+    }
+
+
 # --- Print and store -----------------------------------------------------------------------------
 
 
@@ -403,10 +449,29 @@ def show(figures: dict) -> None:
             print(f"{rows:>6} rows: {value:.2f} s")
         print(f"seconds grow with rows to the power {entry['exponent']:.2f}; plot: {PLOT}")
 
+    if "encoding" in figures:
+        entry = figures["encoding"]
+        print(f"\n{entry['conversations']} conversations    seconds   encode_batch takes")
+        for name, way in entry["ways"].items():
+            print(f"{name:24} {way['seconds']:8.2f} {way['encode_batch_takes']:19.2f}×")
+        for rows, value in entry["seconds"].items():
+            print(f"{rows:>6} conversations: {value:.2f} s")
+        print(f"seconds grow with conversations to the power {entry['exponent']:.2f}")
+        print(
+            f"{entry['attacks']} hostile texts in {entry['attack_seconds']:.0f} s: "
+            f"{entry['findings']} conversations not as written"
+        )
+
 
 def main() -> None:
     """Measure everything, or what is named."""
-    measures = {"quality": quality, "speed": speed, "seconds": seconds, "data": data}
+    measures = {
+        "quality": quality,
+        "speed": speed,
+        "seconds": seconds,
+        "data": data,
+        "encoding": encoding,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="*", help=f"any of {', '.join(measures)}; empty: all")
     parser.add_argument("--store", action="store_true", help=f"update {STORE.name}")

@@ -15,7 +15,7 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         ("sftlib/chat.py", "data/tiny-base/chat_template.jinja"),
         MASK,
         MASK.replace("==", "!="),
-        "test_the_trainer_learns_exactly_the_assistants_tokens",
+        "test_training.py::test_the_trainer_learns_exactly_the_assistants_tokens",
     ),
     "the labels are shifted by one": (
         ("sftlib/training.py",),
@@ -26,19 +26,27 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         "        return batch | {'labels': batch['labels'].roll(1, 1)}\n"
         "    trainer.data_collator = shifted\n"
         "    trainer.train()\n",
-        "test_the_loss_is_that_of_the_next_token",
+        "test_training.py::test_the_loss_is_that_of_the_next_token",
     ),
     "the wrong template is used at inference": (
         ("sftlib/evaluate.py",),
-        "tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)",
-        "'### Instruction:\\n' + c[-1]['content'] + '\\n\\n### Response:\\n'",
-        "test_sft_turns_the_base_into_a_model_that_answers_and_stops",
+        "return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)",
+        "prompts = ['### Instruction:\\n' + c[-1]['content'] + '\\n\\n### Response:\\n' "
+        "for c in conversations]\n"
+        "    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)",
+        "test_training.py::test_sft_turns_the_base_into_a_model_that_answers_and_stops",
+    ),
+    "what a message holds is not escaped": (
+        ("sftlib/chat.py",),
+        'controls.escape(m["content"])',
+        'm["content"]',
+        "test_control_tokens.py::test_no_text_becomes_a_control_token",
     ),
 }
 
 
-def run_tests(copy: Path, name: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "-k", name]
+def run_tests(copy: Path, test: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     environment.pop("PYTEST_CURRENT_TEST", None)
     return subprocess.run(
@@ -65,11 +73,11 @@ def test_a_breakage_makes_a_test_fail(copy, breakage):
         (copy / file).write_text(source.replace(text, replacement))
     done = run_tests(copy, test)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"FAILED tests/test_training.py::{test}" in done.stdout
+    assert f"FAILED tests/{test}" in done.stdout
     assert "AssertionError" in done.stdout or "assert " in done.stdout
 
 
 @pytest.mark.slow
 def test_the_unbroken_copy_passes(copy):
-    done = run_tests(copy, "test_the_loss_is_that_of_the_next_token")
+    done = run_tests(copy, "test_training.py::test_the_loss_is_that_of_the_next_token")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """What `tune` really trains on, and that it turns the base model into one that answers."""
 
+import warnings
 from types import SimpleNamespace
 
 from sftlib.chat import encode
@@ -60,6 +61,48 @@ def test_the_trainer_learns_exactly_the_assistants_tokens():
         assert ids[labels != -100].equal(learned), "a label is the id at its own position"
         fed[tuple(ids[keep == 1].tolist())] = tokenizer.decode(learned)
     assert fed == {ids: answer + "<|im_end|>" for ids, answer in by_hand.items()}
+
+
+def test_what_is_learned_is_what_trl_would_learn():
+    """For text without control tokens `tune` prepares a dataset as TRL does."""
+    model, tokenizer = load()
+    harmless = dataset(ROWS[:40]).add_column("kept", list(range(40)))
+    trl = SFTTrainer(
+        model=model, args=config(), train_dataset=harmless, processing_class=tokenizer
+    ).train_dataset
+    ours = tune(model, tokenizer, harmless, max_steps=1).train_dataset
+    assert len(ours) == len(trl) == 40
+    for column in ("input_ids", "labels", "kept"):
+        assert list(ours[column]) == list(trl[column])
+    whole = {"max_steps": 1, "assistant_only_loss": False}
+    everything = tune(model, tokenizer, harmless, **whole).train_dataset
+    assert list(everything["labels"]) == list(everything["input_ids"]) == list(trl["input_ids"])
+
+
+def test_what_max_length_cuts_or_leaves_out_is_counted():
+    model, tokenizer = load()
+    short = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima."}]
+    cut = [short[0], {"role": "assistant", "content": "Lima. " * 20}]
+    gone = [{"role": "user", "content": "Peru? " * 20}, short[1]]
+    rows = Dataset.from_list([{"messages": messages} for messages in (short, cut, gone, short)])
+    said = "2 of 4 conversations .* max_length=32 tokens: .* 1 of them, .* are left out. Raise max"
+    with pytest.warns(UserWarning, match=said):
+        trainer = tune(model, tokenizer, rows, max_steps=1, max_length=32)
+    kept = [encode(messages, tokenizer)["input_ids"] for messages in (short, cut, short)]
+    assert [len(ids) > 32 for ids in kept] == [False, True, False]
+    assert list(trainer.train_dataset["input_ids"]) == [ids[:32] for ids in kept]
+
+
+@pytest.mark.parametrize("max_length", [80, None])
+def test_there_is_no_warning_when_nothing_is_cut(max_length):
+    model, tokenizer = load()
+    longest = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima. " * 17}]
+    assert len(encode(longest, tokenizer)["input_ids"]) == 80
+    rows = Dataset.from_list([{"messages": longest}] * 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*max_length")
+        trainer = tune(model, tokenizer, rows, max_steps=1, max_length=max_length)
+    assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [80, 80]
 
 
 def test_the_loss_is_that_of_the_next_token():
