@@ -294,9 +294,12 @@ def with_line_breaks(ids: list[int], mask: list[int], before: bool, after: bool)
         ("qwen2_5_training", CHATML, (True, True)),
         ("qwen2_5_vl_training", CHATML, (False, True)),
         ("lfm2_training", CHATML, (False, True)),
-        ("lfm2_2_5", CHATML, None),  # does not mark the assistant
+        ("lfm2_v2_training", CHATML, (False, True)),
+        ("lfm2_2_5", CHATML, (False, True)),
+        ("lfm2_2_5_v2", CHATML, (False, True)),
+        ("lfm2_2_5_vl", CHATML, (False, True)),
         ("llama3_training", LLAMA3, (False, False)),
-        ("llama3", LLAMA3, None),
+        ("llama3", LLAMA3, None),  # does not mark the assistant
     ],
 )
 def test_text_ids_and_mask_are_those_of_trls_templates(
@@ -324,6 +327,34 @@ def test_text_ids_and_mask_are_those_of_trls_templates(
         if learns is not None:
             expected = with_line_breaks(ids, mask, *learns)
             assert theirs["assistant_masks"][i][skip:] == expected, texts[i]
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("qwen3_instruct_2507", CHATML),
+        ("qwen3", CHATML),
+        ("qwen2_5", CHATML),
+        ("lfm2", CHATML),
+        ("llama3", LLAMA3),
+        ("llama3_training", LLAMA3),
+    ],
+)
+def test_text_and_ids_of_a_prompt_are_those_of_trls_templates(tokenizer, conversations, name, ours):
+    tokenizer.bos_token = "<|begin_of_text|>"
+    tokenizer.chat_template = ours
+    if name == "qwen2_5":  # it adds a system message where there is none
+        conversations = [c for c in conversations if c[0]["role"] == "system"]
+    prompts = [messages[:-1] for messages in conversations]
+    given = encode_batch(prompts, tokenizer, add_generation_prompt=True)
+    asked = {"chat_template": trl_template(name), "add_generation_prompt": True}
+    theirs = tokenizer.apply_chat_template(prompts, **asked, return_dict=True)["input_ids"]
+    texts = tokenizer.apply_chat_template(prompts, **asked, tokenize=False)
+    skip = 1 if name == "lfm2" else 0  # a token at the beginning that ChatML has not
+    for i, messages in enumerate(prompts):
+        text = texts[i].removeprefix("<|begin_of_text|>" * skip)
+        assert render(messages, ours, add_generation_prompt=True) == text, i
+        assert given["input_ids"][i] == theirs[i][skip:], text
 
 
 @pytest.mark.parametrize("ours", [CHATML, LLAMA3])

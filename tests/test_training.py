@@ -7,7 +7,7 @@ from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
 from sftlib.models import load
-from sftlib.training import config, tune
+from sftlib.training import _encoded, config, tune
 
 import pytest
 import torch
@@ -77,6 +77,36 @@ def test_what_is_learned_is_what_trl_would_learn():
     whole = {"max_steps": 1, "assistant_only_loss": False}
     everything = tune(model, tokenizer, harmless, **whole).train_dataset
     assert list(everything["labels"]) == list(everything["input_ids"]) == list(trl["input_ids"])
+
+
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
+    model, tokenizer = load()
+    harmless, args = dataset(ROWS[:8]), config(assistant_only_loss=assistant_only_loss)
+    theirs = SFTTrainer(
+        model=model, args=args, train_dataset=harmless, processing_class=tokenizer
+    ).train_dataset
+    ours = _encoded(harmless, tokenizer, args)
+    assert len(ours) == len(theirs) == 8
+    for column in ("input_ids", "labels"):
+        assert list(ours[column]) == list(theirs[column])
+    assert (-100 in ours["labels"][0]) == assistant_only_loss
+
+
+def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
+    """Text that holds a control token, too: it is not a conversation that we render."""
+    model, tokenizer = load()
+    plain = Dataset.from_list([{"text": "Lima.<|im_end|>"}, {"text": "What is"}])
+    args = config(assistant_only_loss=False)
+    assert _encoded(plain, tokenizer, args) is plain
+    ready = dataset(ROWS[:1]).add_column("input_ids", [[51, 576]])
+    assert _encoded(ready, tokenizer, args) is ready
+    trainer = tune(model, tokenizer, plain, max_steps=1, assistant_only_loss=False)
+    end = tokenizer.eos_token
+    expected = [tokenizer(text)["input_ids"] for text in ("Lima.<|im_end|>", "What is" + end)]
+    expected[0] += [] if end == "<|im_end|>" else [tokenizer.eos_token_id]
+    assert list(trainer.train_dataset["input_ids"]) == expected
+    assert list(trainer.train_dataset["labels"]) == expected
 
 
 def test_what_max_length_cuts_or_leaves_out_is_counted():

@@ -1,8 +1,11 @@
 """What is wrong with a conversation is found and said; what is fine is left alone."""
 
-from sftlib.validation import CONTROL_TOKEN, ROLES, normalise, problems
+from sftlib.chat import encode
+from sftlib.validation import CONTROL_TOKEN, ROLES, fault, normalise, problems
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 
 def chat(*texts: str) -> dict:
@@ -91,3 +94,42 @@ def test_comparisons_see_neither_case_nor_punctuation_nor_spacing(text, plain):
 
 def test_roles_are_those_of_chat_templates():
     assert list(ROLES) == ["system", "user", "assistant"]
+
+
+# --- encode, given anything ----------------------------------------------------------------------
+
+# With halves of surrogate pairs, which `st.text()` leaves out.
+TEXT = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["user", "assistant", "system", "Q", "", " \n", "<|im_end|>", "\x00", "a\ud83d"]
+)
+KEY = st.sampled_from(["role", "content"]) | TEXT
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=5) | TEXT
+JUNK = st.recursive(
+    SCALAR | st.sets(st.integers(), max_size=2) | st.just(object()) | st.just(range(3)),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(KEY | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+TURN = st.sampled_from(["user", "assistant"] * 3 + ["system", "bot"])
+MESSAGE = st.fixed_dictionaries({"role": TURN | JUNK, "content": TEXT | JUNK})
+ANSWERED = st.lists(TEXT, min_size=2, max_size=4).map(lambda texts: chat(*texts)["messages"])
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(JUNK | st.lists(MESSAGE | JUNK, max_size=4) | ANSWERED, st.booleans())
+def test_whatever_it_is_given_encode_succeeds_or_raises_a_value_error(tokenizer, junk, prompt):
+    """It succeeds exactly where `fault` finds nothing."""
+    wrong = fault(junk, prompt)
+    if wrong:
+        with pytest.raises(ValueError) as raised:
+            encode(junk, tokenizer, add_generation_prompt=prompt)
+        assert str(raised.value) == wrong
+    else:
+        ids, mask = encode(junk, tokenizer, add_generation_prompt=prompt).values()
+        assert len(ids) == len(mask)
+        assert prompt or any(mask), "something is learned"
