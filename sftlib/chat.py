@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from sftlib.control_tokens import ControlTokens, escape, unescape
+from sftlib.control_tokens import ControlTokens, escape, template_of, unescape
 from sftlib.validation import fault
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def encode_batch(
     for number, messages in enumerate(conversations, 1):
         if wrong := fault(messages, add_generation_prompt):
             raise ValueError(_which(number, conversations) + wrong)
-    asked = add_generation_prompt and tokenizer.chat_template
+    asked = add_generation_prompt and template_of(tokenizer)
     template = asked or training_template(tokenizer)
     controls = ControlTokens.of(tokenizer)
     safe = [
@@ -186,7 +186,10 @@ def _mask(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list
 
 def _first_token(encoding: Encoding, places: Iterable[int]) -> int | None:
     """The first token that there is: a tokenizer may drop a character (accents, for instance)."""
-    return next((n for n in map(encoding.char_to_token, places) if n is not None), None)
+    for place in places:
+        if (token := encoding.char_to_token(place)) is not None:
+            return token
+    return None
 
 
 def _cut(columns: dict[str, list[list[int]]], max_length: int) -> None:
@@ -218,7 +221,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: it does not, and TRL does not know it either.
     """
-    template = tokenizer.chat_template or ""
+    template = template_of(tokenizer)
     if marks_the_assistant(template):
         return template
     from trl.chat_template_utils import get_training_chat_template
@@ -244,7 +247,7 @@ def marks_the_assistant(template: str) -> bool:
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the assistant ends its turn: the last one its template learns."""
     known = set(tokenizer.get_vocab())
-    template = tokenizer.chat_template or ""
+    template = template_of(tokenizer)
     for token in ("<|im_end|>", "<|eot_id|>"):
         if token in known and token in template:
             return tokenizer.convert_tokens_to_ids(token)

@@ -20,6 +20,12 @@ MARK = "\u2060"
 """WORD JOINER, which nobody sees. Behind its first character, a control token is none."""
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template: the default one where it has several, or an empty text."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else template.get("default", "")
+
+
 def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with a `MARK` in each control token of the tokenizer, which then reads it as text.
 
@@ -48,14 +54,14 @@ class ControlTokens:
     whole: re.Pattern  # a control token
     open: re.Pattern  # the first character of one, which may have marks inside
     marked: re.Pattern  # the first mark inside one, behind its first character
-    short: re.Pattern  # one of a single character, in which no mark can be
+    short: re.Pattern | None  # one of a single character, in which no mark can be
 
     _known = WeakKeyDictionary()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
         added = [(t.content, n, t.special) for n, t in tokenizer.added_tokens_decoder.items()]
-        state = (added, tokenizer.chat_template or "")  # both can change
+        state = (added, template_of(tokenizer))  # both can change
         if cls._known.get(tokenizer, (None,))[0] != state:
             cls._known[tokenizer] = (state, cls._read(*state))
         return cls._known[tokenizer][1]
@@ -72,6 +78,7 @@ class ControlTokens:
         for token in filter(lambda token: len(token) > 1, longest_first):
             rests[token[0]].append(f"{MARK}*".join(map(re.escape, token[1:])))
         begin = {re.escape(first): "|".join(rest) for first, rest in rests.items()}
+        single = [token for token in longest_first if len(token) == 1]
         never = "(?!)"
         return cls(
             ids=frozenset(tokens.values()),
@@ -83,11 +90,11 @@ class ControlTokens:
                 "|".join(f"(?<={a}){MARK}(?={MARK}*(?:{rest}))" for a, rest in begin.items())
                 or never
             ),
-            short=re.compile("|".join(re.escape(t) for t in longest_first if len(t) == 1) or never),
+            short=re.compile("|".join(map(re.escape, single))) if single else None,
         )
 
     def escape(self, text: str) -> str:
-        if found := self.short.search(text):
+        if self.short and (found := self.short.search(text)):
             raise ValueError(
                 f"Expected text without {found[0]!r}, found it at {found.start()}: this tokenizer "
                 "reads it as a control token wherever it stands. Take it out of the text."
@@ -96,6 +103,8 @@ class ControlTokens:
 
     def cut(self, text: str) -> list[tuple[int, str]]:
         """The pieces between the marks of an escaped text, each with its place in it."""
+        if MARK not in text:
+            return [(0, text)]  # nearly always, and much faster
         pieces, at = [], 0
         for mark in self.marked.finditer(text):
             pieces.append((at, text[at : mark.start()]))

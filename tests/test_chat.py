@@ -413,3 +413,12 @@ def test_a_prompt_needs_no_marks(tokenizer, name):
     )["input_ids"]
     found = encode(MESSAGES[:2], tokenizer, add_generation_prompt=True)
     assert found == {"input_ids": theirs, "assistant_masks": [0] * len(theirs)}
+
+
+def test_of_several_templates_the_default_one_is_taken(tokenizer):
+    expected = encode(MESSAGES, tokenizer)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": LLAMA3}
+    assert encode(MESSAGES, tokenizer) == expected
+    prompt = encode(MESSAGES[:2], tokenizer, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(prompt) == render(MESSAGES[:2], add_generation_prompt=True)
+    assert tokenizer.decode([end_of_turn_id(tokenizer)]) == "<|im_end|>"

@@ -102,9 +102,7 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
     ready = dataset(ROWS[:1]).add_column("input_ids", [[51, 576]])
     assert _encoded(ready, tokenizer, args) is ready
     trainer = tune(model, tokenizer, plain, max_steps=1, assistant_only_loss=False)
-    end = tokenizer.eos_token
-    expected = [tokenizer(text)["input_ids"] for text in ("Lima.<|im_end|>", "What is" + end)]
-    expected[0] += [] if end == "<|im_end|>" else [tokenizer.eos_token_id]
+    expected = [tokenizer(row["text"] + tokenizer.eos_token)["input_ids"] for row in plain]
     assert list(trainer.train_dataset["input_ids"]) == expected
     assert list(trainer.train_dataset["labels"]) == expected
 
