@@ -108,7 +108,8 @@ def _encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConf
     """The dataset with columns `input_ids` and `labels`, as TRL itself would make them."""
     from sftlib.chat import encode_batch
 
-    if "messages" not in dataset.column_names or "input_ids" in dataset.column_names:
+    columns = set(dataset.column_names)
+    if "messages" not in columns or columns & {"input_ids", "tools", "chat_template_kwargs"}:
         return dataset
 
     def encode(rows: dict) -> dict:
@@ -120,7 +121,7 @@ def _encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConf
         return {"input_ids": found["input_ids"], "labels": labels}
 
     encoded = dataset.map(encode, batched=True)
-    if args.max_length is not None:
+    if args.max_length is not None and args.truncation_mode == "keep_start" and not args.packing:
         _warn_of_cuts(encoded["labels"], args.max_length)
     return encoded
 
