@@ -60,7 +60,7 @@ def render(messages: Messages, template: str = CHATML, add_generation_prompt: bo
     A control token that stands in a message stands in the text, too, where a tokenizer cannot tell
     it from the template's own. To read, not to train on: `encode` keeps them apart.
     """
-    return _render([messages], template, add_generation_prompt)[0][0]
+    return render_marked([messages], template, add_generation_prompt)[0][0]
 
 
 def encode(
@@ -112,7 +112,9 @@ def encode_batch(
         [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
         for messages in conversations
     ]
-    texts, spans = _render(safe, template, add_generation_prompt, **tokenizer.special_tokens_map)
+    texts, spans = render_marked(
+        safe, template, add_generation_prompt, **tokenizer.special_tokens_map
+    )
     cut = [controls.cut(text) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # it remembers what the last call asked for
@@ -150,10 +152,10 @@ def _which(number: int, conversations: Sequence[Messages]) -> str:
     return f"Conversation {number} of {len(conversations)}: " if len(conversations) > 1 else ""
 
 
-def _render(
+def render_marked(
     conversations: Sequence[Messages],
     template: str,
-    add_generation_prompt: bool,
+    add_generation_prompt: bool = False,
     **special_tokens: str,
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """The texts, and where in each (from, to) the template marks what the assistant says."""

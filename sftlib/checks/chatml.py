@@ -6,7 +6,7 @@ import copy
 import os
 from typing import TYPE_CHECKING, Any
 
-from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
+from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render, render_marked
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ def _wrong_text(text: str, asked: str) -> str:
 
 
 def _marks(template: str) -> Verdict:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        [CONVERSATION], chat_template=template, return_assistant_tokens_mask=True
-    )
+    texts, spans = render_marked([CONVERSATION], template)
     marked = [texts[0][start:end] for start, end in spans[0]]
     expected = ["Hello.<|eot_id|>", "Bye.<|eot_id|>"]
     if marked == expected:
