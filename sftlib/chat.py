@@ -48,6 +48,8 @@ LLAMA3 = (
 
 Messages = Sequence[dict[str, str]]
 
+AT_ONCE = 500  # conversations in memory with their offsets; with more, each takes longer
+
 
 def render(messages: Messages, template: str = CHATML, add_generation_prompt: bool = False) -> str:
     """The text of a conversation in a chat format.
@@ -107,6 +109,23 @@ def encode_batch(
             raise ValueError(_which(number, conversations) + wrong)
     asked = add_generation_prompt and template_of(tokenizer)
     template = asked or training_template(tokenizer)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    for start in range(0, len(conversations), AT_ONCE):
+        some = conversations[start : start + AT_ONCE]
+        _encode_into(columns, some, tokenizer, template, add_generation_prompt)
+    if max_length is not None and not add_generation_prompt:
+        _cut(columns, max_length)
+    return columns
+
+
+def _encode_into(
+    columns: dict[str, list[list[int]]],
+    conversations: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    add_generation_prompt: bool,
+) -> None:
+    """Append the rows of sound conversations to the columns."""
     controls = ControlTokens.of(tokenizer)
     safe = [
         [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
@@ -129,7 +148,6 @@ def encode_batch(
             add_special_tokens=False,
         )
     )
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     for text, pieces, marked in zip(texts, cut, spans, strict=True):
         ids, mask = [], []
         for at, piece in pieces:
@@ -143,9 +161,6 @@ def encode_batch(
         controls.check(ids, text)
         columns["input_ids"].append(ids)
         columns["assistant_masks"].append(mask)
-    if max_length is not None and not add_generation_prompt:
-        _cut(columns, max_length)
-    return columns
 
 
 def _which(number: int, conversations: Sequence[Messages]) -> str:
