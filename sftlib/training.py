@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sftlib import progress_bars
+from sftlib.adapters import check_lora
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,8 +80,12 @@ def tune(
             dataset types, which then goes to TRL as it is.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
         overrides: arguments of `trl.SFTConfig`, see `config`.
+
+    Raises:
+        ValueError: a `LoraConfig` does not fit the model (see `sftlib.adapters.check_lora`).
     """
     import datasets
+    from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -88,15 +93,18 @@ def tune(
     if len(dataset) < 10_000:  # ready at once: four bars of a tenth of a second are noise
         datasets.disable_progress_bars()
     if peft_config is not None:
+        if isinstance(peft_config, LoraConfig):
+            check_lora(model, peft_config)
         overrides = {"learning_rate": LORA_LEARNING_RATE} | overrides
     args = config(**overrides)
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=_encoded(dataset, tokenizer, args),
+        train_dataset=encoded(dataset, tokenizer, args),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    _show_trl_the_head(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if progress_bars():
         trainer.add_callback(_one_line_bar())
@@ -104,7 +112,7 @@ def tune(
     return trainer
 
 
-def _encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Dataset:
+def encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Dataset:
     """The dataset with columns `input_ids` and `labels`, as TRL itself would make them."""
     from sftlib.chat import encode_batch
 
@@ -173,3 +181,14 @@ def _score_learned_positions_alone() -> None:
 
     if hasattr(trl.trainer.utils, "_use_triton"):
         trl.trainer.utils._use_triton = lambda device: True
+
+
+def _show_trl_the_head(model: PreTrainedModel) -> None:
+    """Let TRL read the output head where PEFT trains some of its rows.
+
+    PEFT 0.21's wrapper around it (`trainable_token_indices`) passes on its weight, but not its
+    bias, for which TRL 1.16 asks, too.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None

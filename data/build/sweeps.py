@@ -1,0 +1,46 @@
+"""Train the tiny base model again and again: the stored runs of lesson 4 (`make sweeps`).
+
+Takes half an hour; goes on where it was interrupted. To begin anew, delete the file.
+"""
+
+from itertools import product
+from pathlib import Path
+
+from sftlib.runs import Run, sweep
+
+RUNS = Path(__file__).parents[1] / "runs" / "lora_vs_full.jsonl"
+SEEDS = (0, 1, 2)
+FULL, LORA = 5e-4, 5e-3  # the best learning rates by `dev`
+
+
+def grid(learning_rates: tuple[float, ...], **settings) -> list[Run]:
+    """A run for each learning rate and seed."""
+    return [Run(rate, seed=seed, **settings) for rate, seed in product(learning_rates, SEEDS)]
+
+
+def runs() -> list[Run]:
+    """What lesson 4 reads, study by study."""
+    found = grid((LORA,)) + grid((FULL,), r=8)  # each with the other's
+    found += grid((1e-4, 2e-4, 3e-4, FULL, 7e-4, 1e-3, 2e-3))
+    found += grid((1e-3, 2e-3, 3e-3, LORA, 7e-3, 1e-2, 2e-2), r=8)
+    for r in (1, 2, 4, 16, 32, 64):
+        found += grid((2e-3, LORA, 1e-2), r=r)
+    for alpha in (4, 64, 128):
+        found += grid((1e-3, LORA), r=8, alpha=alpha)
+    for targets in ("attention", "mlp"):
+        found += grid((2e-3, LORA, 1e-2), r=8, targets=targets)
+    for targets in ("attention", "mlp", "all-linear"):
+        found += grid((FULL, 1e-3), targets=targets)
+    for variant in ("dora", "rslora", "control tokens"):
+        found += grid((2e-3, LORA), r=8, variant=variant)
+    for examples in (16, 32, 64, 128, 240, 960):  # 30 steps each
+        found += grid((FULL,), examples=examples, epochs=480 / examples)
+        found += grid((LORA,), r=8, examples=examples, epochs=480 / examples)
+    found += grid((5e-5, 1e-4, 2e-4, 3e-4), epochs=4)
+    found += grid((3e-4, 5e-4, 1e-3, 2e-3), r=8, epochs=4)
+    found += grid((FULL,), replay=48) + grid((LORA,), r=8, replay=48)
+    return found
+
+
+if __name__ == "__main__":
+    sweep(runs(), RUNS)

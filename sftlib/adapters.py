@@ -1,0 +1,203 @@
+"""LoRA adapters on disk: saved with what they belong to, and loaded only where they do.
+
+PEFT loads an adapter into any model in which the names and shapes fit, whether or not it was
+trained for it, and leaves out in silence what has no place there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftlib.control_tokens import template_of
+from sftlib.memory import is_target, linear_shapes, lora_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "adapter_origin.json"
+
+
+def check_lora(model: PreTrainedModel, peft_config: LoraConfig) -> None:
+    """Raise where a `LoraConfig` does not fit a model; see `sftlib.memory.lora_targets`.
+
+    PEFT refuses a config that fits nothing, but takes ranks that no matrix has, and names without a
+    match beside others that have one.
+    """
+    if peft_config.target_modules:  # without, PEFT chooses by architecture
+        lora_targets(model, peft_config.r, peft_config.target_modules)
+
+
+def control_token_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """The control tokens of the chat template, for `LoraConfig(trainable_token_indices=…)`.
+
+    A base model has often never read them, and LoRA on its linear layers leaves their embeddings as
+    they are. They are rows of the input embeddings, and of the output head where that has its own.
+    """
+    template = template_of(tokenizer)
+    tokens = [t for t in tokenizer.all_special_tokens if t in template]
+    ids = sorted(tokenizer.convert_tokens_to_ids(tokens))
+    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    layers = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        layers.append(model.get_output_embeddings())
+    return {names[layer]: ids for layer in layers}
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike) -> Path:
+    """Write the active adapter as PEFT does, and beside it what `load_adapter` verifies.
+
+    All or nothing: the folder appears, or is replaced, when everything is written.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    try:
+        model.save_pretrained(new, selected_adapters=[model.active_adapter])
+        if model.active_adapter != "default":  # PEFT puts others into a folder of their name
+            inner = new / model.active_adapter
+            for file in inner.iterdir():
+                file.replace(new / file.name)
+            inner.rmdir()
+        origin = {
+            "base": fingerprint(model),
+            "sha256": hashlib.sha256((new / WEIGHTS).read_bytes()).hexdigest(),
+        }
+        (new / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        old = folder.with_name(new.name + ".old")
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: str | os.PathLike, name: str = "default"
+) -> PeftModel:
+    """Put a saved LoRA adapter on its base model, or beside the adapters that are on it already.
+
+    Args:
+        model: the base model, or what an earlier call returned.
+        folder: as written by `save_adapter` or by PEFT's `save_pretrained`.
+        name: by which `model.set_adapter` finds it.
+
+    Raises:
+        FileNotFoundError: there is no adapter in the folder.
+        ValueError: its files are damaged; or it was trained for another base model: its matrices
+            have no place here, others have no matrices, or (known from `save_adapter`) the base
+            has other weights.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    config, shapes = _read(folder)
+    _fits(model, config, shapes, folder)
+    origin = json.loads((folder / ORIGIN).read_text()) if (folder / ORIGIN).exists() else {}
+    here = fingerprint(model)
+    if origin.get("base") and here and origin["base"] != here:
+        raise ValueError(
+            f"Expected the base model that the adapter {folder} was trained on (fingerprint "
+            f"{origin['base'][:12]}), found one of the same shape with other weights "
+            f"({here[:12]}). Load {config.get('base_model_name_or_path')!r}; where it was "
+            "finetuned since, or an adapter merged into it, load it as it was before."
+        )
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name=name)
+        model.set_adapter(name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, list[int]]]:
+    """The config of an adapter, and the shapes of its tensors; raise where they are damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+            raise FileNotFoundError(
+                f"Expected an adapter in {folder}, found {', '.join(there[:12]) or 'nothing'}: "
+                f"{file} is missing. Give the folder that save_adapter or save_pretrained wrote."
+            )
+    size = (folder / WEIGHTS).stat().st_size
+    again = "Copy the adapter again from where it was saved, or train it again."
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, "pt") as tensors:
+            shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {folder / CONFIG}, found {error}. {again}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected whole tensors in {folder / WEIGHTS}, found a file of {size:,} bytes that is "
+            f"damaged or cut off ({error}). {again}"
+        ) from error
+    if (folder / ORIGIN).exists():
+        expected = json.loads((folder / ORIGIN).read_text()).get("sha256")
+        if expected != hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest():
+            raise ValueError(
+                f"Expected {folder / WEIGHTS} as it was saved, found {size:,} bytes with another "
+                f"checksum: something has changed it. {again}"
+            )
+    return config, shapes
+
+
+def _fits(model: PreTrainedModel, config: dict, shapes: dict[str, list[int]], folder: Path) -> None:
+    """Raise unless each matrix of the adapter has its place in the model, and the reverse."""
+    here = linear_shapes(model)
+    found = {}  # name of a layer → (inputs, outputs)
+    for key, shape in shapes.items():
+        if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key):
+            name, part = match.groups()
+            inputs, outputs = found.get(name, (None, None))
+            found[name] = (shape[1], outputs) if part == "A" else (inputs, shape[0])
+    other = f"The adapter {folder} is for another base model: "
+    advice = f" Load {config.get('base_model_name_or_path')!r}, on which it was trained."
+    for name, shape in found.items():
+        if here.get(name) != shape:
+            place = "none" if name not in here else "one of {} × {}".format(*here[name])
+            raise ValueError(
+                f"{other}expected a layer {name} of {shape[0]} × {shape[1]}, found {place}.{advice}"
+            )
+    if config.get("layers_to_transform") or config.get("exclude_modules"):
+        return
+    targets = {n for n in here if is_target(n, config.get("target_modules") or [])}
+    if without := sorted(targets - set(found)):
+        raise ValueError(
+            f"{other}it has matrices for {len(found)} layers, and this model has {len(without)} "
+            f"more with such names, {without[0]} for one.{advice}"
+        )
+
+
+def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """A hash of a base model, whatever adapters are on it; empty where weights are quantised.
+
+    Of names, shapes and the first 256 values of each parameter, rounded to bfloat16: the same
+    whether the model was loaded in float32 or in bfloat16.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    base = getattr(model, "get_base_model", lambda: model)()
+    for name, parameter in sorted(base.named_parameters()):
+        if re.search(r"\.(lora_\w+|modules_to_save|token_adapter)\.", name):
+            continue
+        if not parameter.is_floating_point():
+            return ""
+        plain = re.sub(r"\.(base_layer|original_module)\b", "", name)
+        digest.update(f"{plain} {list(parameter.shape)}".encode())
+        sample = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
