@@ -7,7 +7,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
 NOTEBOOKS := tools/notebooks.py
 export PORT
 
-.PHONY: help setup lab teacher test quick lint format run bench tiny-base recording clean
+.PHONY: help setup lab teacher test quick lint format run bench tiny-base sweeps recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps 
 
 tiny-base: setup ## build data/ and the tiny base model again
 	@$(VENV) python data/build/build.py
+
+sweeps: setup ## train the stored runs of lesson 4 again (half an hour)
+	@$(VENV) python data/build/sweeps.py
 
 recording: teacher ## record the local teacher for lesson 2 again
 	@$(VENV) python data/build/recording.py

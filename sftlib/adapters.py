@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "adapter_origin.json"
+AGAIN = "Copy the adapter again from where it was saved, or train it again."
 
 
 def check_lora(model: PreTrainedModel, peft_config: LoraConfig) -> None:
@@ -31,8 +32,12 @@ def check_lora(model: PreTrainedModel, peft_config: LoraConfig) -> None:
     PEFT refuses a config that fits nothing, but takes ranks that no matrix has, and names without a
     match beside others that have one.
     """
-    if peft_config.target_modules:  # without, PEFT chooses by architecture
-        lora_targets(model, peft_config.r, peft_config.target_modules)
+    targets = peft_config.target_modules or []  # without, PEFT chooses by architecture
+    if not isinstance(targets, str):  # those that are no linear layers are for PEFT and TRL
+        others = dict(model.named_modules()).keys() - linear_shapes(model)
+        targets = [t for t in targets if not any(is_target(name, [t]) for name in others)]
+    if targets:
+        lora_targets(model, peft_config.r, targets)
 
 
 def control_token_rows(
@@ -76,7 +81,12 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> Path:
         old = folder.with_name(new.name + ".old")
         if folder.exists():
             folder.replace(old)
-        new.replace(folder)
+        try:
+            new.replace(folder)
+        except BaseException:
+            if old.exists():
+                old.replace(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -91,26 +101,31 @@ def load_adapter(
     Args:
         model: the base model, or what an earlier call returned.
         folder: as written by `save_adapter` or by PEFT's `save_pretrained`.
-        name: by which `model.set_adapter` finds it.
+        name: by which `model.set_adapter` finds it; another one for each adapter of a model.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
         ValueError: its files are damaged; or it was trained for another base model: its matrices
             have no place here, others have no matrices, or (known from `save_adapter`) the base
-            has other weights.
+            has other weights; or the model has an adapter of this name.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     config, shapes = _read(folder)
+    if name in (taken := getattr(model, "peft_config", {})):  # PEFT would keep its rank and alpha
+        raise ValueError(
+            f"Expected a name for the adapter {folder} that is free, found {name!r}, and the model "
+            f"has {', '.join(taken)}. Give another name, or load the base model again."
+        )
     _fits(model, config, shapes, folder)
-    origin = json.loads((folder / ORIGIN).read_text()) if (folder / ORIGIN).exists() else {}
+    origin = _json(folder / ORIGIN) if (folder / ORIGIN).exists() else {}
     here = fingerprint(model)
     if origin.get("base") and here and origin["base"] != here:
         raise ValueError(
             f"Expected the base model that the adapter {folder} was trained on (fingerprint "
             f"{origin['base'][:12]}), found one of the same shape with other weights "
-            f"({here[:12]}). Load {config.get('base_model_name_or_path')!r}; where it was "
+            f"({here[:12]}). Load {_base(config)}; where it was "
             "finetuned since, or an adapter merged into it, load it as it was before."
         )
     if isinstance(model, PeftModel):
@@ -132,31 +147,44 @@ def _read(folder: Path) -> tuple[dict, dict[str, list[int]]]:
                 f"{file} is missing. Give the folder that save_adapter or save_pretrained wrote."
             )
     size = (folder / WEIGHTS).stat().st_size
-    again = "Copy the adapter again from where it was saved, or train it again."
+    config = _json(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, "pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {folder / CONFIG}, found {error}. {again}") from error
     except SafetensorError as error:
         raise ValueError(
             f"Expected whole tensors in {folder / WEIGHTS}, found a file of {size:,} bytes that is "
-            f"damaged or cut off ({error}). {again}"
+            f"damaged or cut off ({error}). {AGAIN}"
         ) from error
     if (folder / ORIGIN).exists():
-        expected = json.loads((folder / ORIGIN).read_text()).get("sha256")
+        expected = _json(folder / ORIGIN).get("sha256")
         if expected != hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest():
             raise ValueError(
                 f"Expected {folder / WEIGHTS} as it was saved, found {size:,} bytes with another "
-                f"checksum: something has changed it. {again}"
+                f"checksum: something has changed it. {AGAIN}"
             )
     return config, shapes
 
 
+def _json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"{found!r:.80}")
+    except ValueError as error:
+        raise ValueError(f"Expected a JSON object in {file}, found {error}. {AGAIN}") from error
+    return found
+
+
+def _base(config: dict) -> str:
+    """The base that the config names; of a folder its last part, which is the same elsewhere."""
+    name = config.get("base_model_name_or_path") or "its base model"
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def _fits(model: PreTrainedModel, config: dict, shapes: dict[str, list[int]], folder: Path) -> None:
     """Raise unless each matrix of the adapter has its place in the model, and the reverse."""
-    here = linear_shapes(model)
+    here = linear_shapes(model, head=True)
     found = {}  # name of a layer → (inputs, outputs)
     for key, shape in shapes.items():
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key):
@@ -164,7 +192,7 @@ def _fits(model: PreTrainedModel, config: dict, shapes: dict[str, list[int]], fo
             inputs, outputs = found.get(name, (None, None))
             found[name] = (shape[1], outputs) if part == "A" else (inputs, shape[0])
     other = f"The adapter {folder} is for another base model: "
-    advice = f" Load {config.get('base_model_name_or_path')!r}, on which it was trained."
+    advice = f" Load {_base(config)}, on which it was trained."
     for name, shape in found.items():
         if here.get(name) != shape:
             place = "none" if name not in here else "one of {} × {}".format(*here[name])
@@ -173,7 +201,7 @@ def _fits(model: PreTrainedModel, config: dict, shapes: dict[str, list[int]], fo
             )
     if config.get("layers_to_transform") or config.get("exclude_modules"):
         return
-    targets = {n for n in here if is_target(n, config.get("target_modules") or [])}
+    targets = {n for n in linear_shapes(model) if is_target(n, config.get("target_modules") or [])}
     if without := sorted(targets - set(found)):
         raise ValueError(
             f"{other}it has matrices for {len(found)} layers, and this model has {len(without)} "
@@ -192,11 +220,11 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
     digest = hashlib.sha256()
     base = getattr(model, "get_base_model", lambda: model)()
     for name, parameter in sorted(base.named_parameters()):
-        if re.search(r"\.(lora_\w+|modules_to_save|token_adapter)\.", name):
+        if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.", name):
             continue
         if not parameter.is_floating_point():
             return ""
-        plain = re.sub(r"\.(base_layer|original_module)\b", "", name)
+        plain = re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name)
         digest.update(f"{plain} {list(parameter.shape)}".encode())
         sample = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.uint8).numpy().tobytes())

@@ -46,8 +46,8 @@ def parameters(model: torch.nn.Module) -> Parameters:
     )
 
 
-def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """The linear layers of a model, its output head aside: name → (inputs, outputs).
+def linear_shapes(model: PreTrainedModel, head: bool = False) -> dict[str, tuple[int, int]]:
+    """The linear layers of a model, with or without its output head: name → (inputs, outputs).
 
     A model on torch's `meta` device, without weights, will do; so will one with adapters.
     """
@@ -55,11 +55,12 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     from transformers.pytorch_utils import Conv1D
 
     model = getattr(model, "get_base_model", lambda: model)()
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
+    heads = set(output.modules()) if output and not head else ()  # with what adapters put around it
     shapes = {}
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer")
-        if module is head or ".lora_" in path:
+        if module in heads or ".lora_" in path:
             continue
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.in_features, module.out_features)
@@ -92,7 +93,7 @@ def lora_targets(
             f"Expected target_modules that name linear layers, found {target_modules!r}, of which "
             f'{idle or "all"} fits none. Choose among {", ".join(names)}, or write "all-linear".'
         )
-    if not isinstance(r, int) or r < 1:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"Expected a rank of 1 or more, found r={r!r}: 8 or 16 is usual.")
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
     if r > min(shape):

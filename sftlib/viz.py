@@ -51,7 +51,7 @@ def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], ...]],
     title: str,
     alt: str,
     x_label: str = "optimizer step",
@@ -61,20 +61,27 @@ def curves(
     """Lines over steps, for instance training losses.
 
     Args:
-        series: name → (x values, y values), drawn in different colours and line styles.
+        series: name → (x values, y values), drawn in different colours and line styles; with two
+            more, lowest and highest y values, the range between them is shaded.
         alt: what the figure shows, in a sentence or two.
-        log_x: space the x values by their ratio, and mark and name each of them.
+        log_x: space the x values by their ratio, and mark and name them (of many, those that begin
+            with 1, 2 or 5).
     """
     figure, axes = _axes(title, x_label, y_label)
     styles = ("-", "--", "-.", ":")
-    for i, (name, (x, y)) in enumerate(series.items()):
+    for i, (name, (x, y, *limits)) in enumerate(series.items()):
         look = {"color": COLOURS[i % len(COLOURS)], "linestyle": styles[i % 4], "label": name}
         axes.plot(x, y, marker="o" if log_x else None, clip_on=not log_x, **look)
-        if log_x:
-            axes.set_xscale("log")
-            axes.set_xticks(x, [f"{value:,}" for value in x])
-            axes.minorticks_off()
-    if not log_x:
+        if limits:
+            axes.fill_between(x, *limits, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
+    if log_x:
+        marked = sorted({value for x, *_ in series.values() for value in x})
+        if len(marked) > 8:
+            marked = [value for value in marked if f"{value:e}"[0] in "125"]
+        axes.set_xscale("log")
+        axes.set_xticks(marked, [f"{value:,}" for value in marked])
+        axes.minorticks_off()
+    else:
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
     axes.set_ylim(bottom=0)
     if len(series) > 1:

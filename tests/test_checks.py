@@ -7,6 +7,7 @@ from sftlib import checks
 from sftlib.chat import LLAMA3
 from sftlib.models import TINY_BASE
 
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
@@ -63,9 +64,33 @@ BUGS = {
     "D": "padding learned",
     "E": "question learned",
 }
+
+
+def adapted(x, w, a, b, alpha):
+    return x @ w.T + alpha / len(a) * (x @ a.T @ b.T)
+
+
+def scaled(factor):
+    return lambda x, w, a, b, alpha: x @ w.T + factor(alpha, len(a)) * (x @ a.T @ b.T)
+
+
+MEMORY = {"full": 208, "LoRA": 26.96, "QLoRA": 7.67}
+RUNS = pd.DataFrame(
+    {
+        "learning_rate": [1e-4, 1e-4, 1e-3, 1e-3, 1e-2, 1e-2],
+        "dev": [0.5, 0.6, 0.9, 1.0, 0.9, 0.9],
+        "heldout": [0.5, 0.5, 0.9, 0.92, 0.98, 0.98],
+    }
+)
+FAIR = {"full": (1e-3, 0.91), "LoRA": (1e-3, 0.91)}
 START, END = "{% generation %}", "{% endgeneration %}"
 BEGIN = "{{ '<|begin_of_text|>' }}"
 RIGHT = [
+    (checks.check_adapted_layer, (adapted,)),
+    (checks.check_trainable, (3_407_872,)),
+    (checks.check_memory, (MEMORY,)),
+    (checks.check_memory, ({"full": 208, "LoRA": 27, "QLoRA": 7.5},)),
+    (checks.check_fair_comparison, (FAIR, RUNS, RUNS)),
     (checks.check_template, (LLAMA3,)),
     (checks.check_mask, (POSITIONS, TOKENIZER)),
     (checks.check_mask, ([set(row) for row in POSITIONS], TOKENIZER)),
@@ -84,6 +109,13 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_adapted_layer, (...,)),
+    (checks.check_adapted_layer, (lambda x, w, a, b, alpha: ...,)),
+    (checks.check_trainable, (...,)),
+    (checks.check_memory, (...,)),
+    (checks.check_memory, (dict.fromkeys(MEMORY, ...),)),
+    (checks.check_fair_comparison, (..., RUNS, RUNS)),
+    (checks.check_fair_comparison, (dict.fromkeys(FAIR, (..., ...)), RUNS, RUNS)),
     (checks.check_template, (...,)),
     (checks.check_mask, (..., TOKENIZER)),
     (checks.check_mask, ([..., ...], TOKENIZER)),
@@ -103,6 +135,39 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: 0),), "frozen layer alone"),
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: 1),), "α is missing"),
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: alpha),), "Divide α by the rank"),
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: alpha / r**0.5),), "rsLoRA"),
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: 1 / alpha),), "other numbers"),
+    (
+        checks.check_adapted_layer,
+        (lambda x, w, a, b, alpha: adapted(x, w, a, b, alpha) - x @ w.T,),
+        "adapter alone",
+    ),
+    (checks.check_adapted_layer, (lambda x, w, a, b, alpha: x @ w,), "Mind the transposes"),
+    (checks.check_adapted_layer, (lambda x, w, a, b, alpha: x,), "shape (5, 3)"),
+    (checks.check_trainable, (106_496,), "one layer"),
+    (checks.check_trainable, (4_194_304,), "fewer outputs"),
+    (checks.check_trainable, (12,), "found 12"),
+    (checks.check_trainable, ("3M",), "Expected a number"),
+    (checks.check_memory, (208,), "keys full, LoRA, QLoRA"),
+    (checks.check_memory, (MEMORY | {"full": 52},), "full: that is 4 bytes"),
+    (checks.check_memory, (MEMORY | {"LoRA": 208},), "LoRA: the frozen weights"),
+    (checks.check_memory, (MEMORY | {"QLoRA": 26},), "half a byte"),
+    (checks.check_memory, (MEMORY | {"QLoRA": 1},), "too little"),
+    (checks.check_memory, (MEMORY | {"LoRA": 27e9},), "not gigabytes"),
+    (checks.check_memory, (MEMORY | {"LoRA": ...},), "expected a number"),
+    (checks.check_fair_comparison, (FAIR | {"full": (5, 0.9)}, RUNS, RUNS), "no run"),
+    (checks.check_fair_comparison, (FAIR | {"full": (1e-4, 0.5)}, RUNS, RUNS), "more than 0.550"),
+    (
+        checks.check_fair_comparison,
+        (FAIR | {"LoRA": (1e-2, 0.98)}, RUNS, RUNS),
+        "LoRA: that is",
+    ),
+    (checks.check_fair_comparison, (FAIR | {"full": (1e-3, 0.95)}, RUNS, RUNS), "dev's"),
+    (checks.check_fair_comparison, (FAIR | {"full": (1e-3, 0.8)}, RUNS, RUNS), "mean of the seeds"),
+    (checks.check_fair_comparison, (FAIR | {"full": 1e-3}, RUNS, RUNS), "(learning rate"),
     (checks.check_template, (3,), "as a text"),
     (checks.check_template, ("{% for m in messages %}",), "Jinja cannot use it"),
     (checks.check_template, (changed((BEGIN, "")),), "first"),

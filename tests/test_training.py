@@ -7,7 +7,7 @@ from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
 from sftlib.models import load
-from sftlib.training import _encoded, config, tune
+from sftlib.training import config, encoded, tune
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
     theirs = SFTTrainer(
         model=model, args=args, train_dataset=harmless, processing_class=tokenizer
     ).train_dataset
-    ours = _encoded(harmless, tokenizer, args)
+    ours = encoded(harmless, tokenizer, args)
     assert len(ours) == len(theirs) == 8
     for column in ("input_ids", "labels"):
         assert list(ours[column]) == list(theirs[column])
@@ -98,9 +98,9 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
     model, tokenizer = load()
     plain = Dataset.from_list([{"text": "Lima.<|im_end|>"}, {"text": "What is"}])
     args = config(assistant_only_loss=False)
-    assert _encoded(plain, tokenizer, args) is plain
+    assert encoded(plain, tokenizer, args) is plain
     ready = dataset(ROWS[:1]).add_column("input_ids", [[51, 576]])
-    assert _encoded(ready, tokenizer, args) is ready
+    assert encoded(ready, tokenizer, args) is ready
     trainer = tune(model, tokenizer, plain, max_steps=1, assistant_only_loss=False)
     expected = [tokenizer(row["text"] + tokenizer.eos_token)["input_ids"] for row in plain]
     assert list(trainer.train_dataset["input_ids"]) == expected

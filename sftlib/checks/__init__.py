@@ -11,6 +11,12 @@ from sftlib.checks.chatml import (
     check_mask,
     check_template,
 )
+from sftlib.checks.lora_vs_full import (
+    check_adapted_layer,
+    check_fair_comparison,
+    check_memory,
+    check_trainable,
+)
 from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict
 from sftlib.checks.what_is_sft import (
@@ -25,15 +31,19 @@ __all__ = [
     "Verdict",
     "batch_to_mask",
     "broken_batches",
+    "check_adapted_layer",
     "check_bugs",
     "check_cost",
     "check_exact_match",
     "check_example",
+    "check_fair_comparison",
     "check_knowledge",
     "check_learned_tokens",
     "check_leaks",
     "check_mask",
+    "check_memory",
     "check_parser",
     "check_template",
+    "check_trainable",
     "check_validator",
 ]

@@ -1,0 +1,303 @@
+"""What the formulas count is what PEFT, PyTorch and the papers say; what measures is exact."""
+
+import threading
+import time
+
+from sftlib.memory import (
+    Bytes,
+    activation_bytes,
+    adam_bytes,
+    linear_shapes,
+    lora_parameters,
+    lora_targets,
+    parameters,
+    peak_bytes,
+    peak_rss,
+    saved_bytes,
+    tracked_bytes,
+)
+from sftlib.models import TINY_BASE
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+GPT3 = {f"h.{i}.attn.{name}": (12288, 12288) for i in range(96) for name in ("q", "k", "v", "o")}
+SHAPES = [
+    {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 300}
+    | {"num_attention_heads": 4, "num_key_value_heads": 4},
+    {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 500}
+    | {"num_attention_heads": 6, "num_key_value_heads": 2},
+]
+BATCH, LENGTH = 4, 64
+
+
+def on_meta(config, **lora):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        return get_peft_model(model, LoraConfig(**lora)) if lora else model
+
+
+def llama(shape, dtype="float32", r=0, checkpointing=False):
+    """A small Llama that is trained, with LoRA on all linear layers where there is a rank."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(getattr(torch, dtype)).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads()
+    return get_peft_model(model, LoraConfig(r=r, target_modules="all-linear")) if r else model
+
+
+def ids(shape):
+    torch.manual_seed(0)
+    return torch.randint(shape["vocab_size"], (BATCH, LENGTH))
+
+
+def test_gpt2_small_has_the_known_counts():
+    names = ["c_attn", "c_proj"]
+    model = on_meta(GPT2Config())
+    assert parameters(model).total == parameters(model).trainable == 124_439_808
+    assert lora_parameters(model, 16, names) == 1_622_016
+    lora = parameters(on_meta(GPT2Config(), r=16, target_modules=names, fan_in_fan_out=True))
+    assert (lora.trainable, lora.total) == (1_622_016, 126_061_824)
+    assert f"{lora.share:.4%}" == "1.2867%"
+
+
+def test_gpt3_counts_as_in_the_lora_paper():
+    assert lora_parameters(GPT3, 1, ["q", "v"]) == 4_718_592
+    assert lora_parameters(GPT3, 8, ["q", "v"]) == 37_748_736
+
+
+def test_llama3_8b_has_the_known_counts():
+    sizes = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    )
+    model = on_meta(config)
+    assert parameters(model).total == 8_030_261_248
+    assert lora_parameters(model, 16, "all-linear") == 41_943_040
+    wrapped = on_meta(config, r=16, target_modules="all-linear")
+    assert parameters(wrapped).trainable == 41_943_040
+
+
+@pytest.mark.parametrize("r", [1, 8, 64])
+@pytest.mark.parametrize(
+    "target_modules",
+    ["all-linear", ["q_proj", "v_proj"], ["down_proj"], ["layers.1.self_attn.q_proj", "up_proj"]]
+    + [r".*\.(q|k)_proj", r"model\.layers\.[01]\.mlp\..*_proj"],
+)
+def test_lora_parameters_are_those_that_peft_trains(target_modules, r):
+    config = AutoConfig.from_pretrained(TINY_BASE)
+    wrapped = on_meta(config, r=r, target_modules=target_modules)
+    count = lora_parameters(on_meta(config), r, target_modules)
+    assert count == parameters(wrapped).trainable > 0
+    assert lora_parameters(wrapped, r, target_modules) == count
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_and_trained_rows_do_not_change_the_linear_layers(tied):
+    config = LlamaConfig(**SHAPES[1], tie_word_embeddings=tied)
+    model = on_meta(config)
+    plain = linear_shapes(model)
+    assert len(plain) == 7 * 3 and not any("lm_head" in name for name in plain)
+    assert plain["model.layers.2.self_attn.k_proj"] == (96, 32)
+    rows = {"embed_tokens": [1]} if tied else {"embed_tokens": [1], "lm_head": [1]}
+    lora = {"r": 2, "target_modules": "all-linear"}
+    assert linear_shapes(on_meta(config, **lora)) == plain
+    assert linear_shapes(on_meta(config, **lora, trainable_token_indices=rows)) == plain
+
+
+def test_the_shapes_of_gpt2_are_inputs_times_outputs():
+    model = on_meta(GPT2Config(n_layer=1, n_embd=64, n_head=2))
+    assert isinstance(model, GPT2LMHeadModel)
+    assert linear_shapes(model)["transformer.h.0.attn.c_attn"] == (64, 192)
+    assert linear_shapes(model)["transformer.h.0.mlp.c_proj"] == (256, 64)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "idle"),
+    [
+        (["query", "value"], "'query'"),
+        (["q", "querry", "v"], "[['querry']] fits none"),
+        ([], "[], of which all"),
+        (r".*\.attn", r".*\\.attn"),  # a pattern is for the whole name
+        ("q", "'q'"),
+    ],
+)
+def test_names_that_fit_nothing_are_named_beside_those_that_there_are(target_modules, idle):
+    with pytest.raises(ValueError) as error:
+        lora_targets(GPT3, 8, target_modules)
+    message = str(error.value)
+    assert idle in message and "k, o, q, v" in message and "all-linear" in message
+
+
+def test_a_name_is_a_whole_part_of_a_name():
+    shapes = {"h.0.q": (4, 4), "h.0.uq": (4, 4), "h.1.q": (4, 4)}
+    assert set(lora_targets(shapes, 1, ["q"])) == {"h.0.q", "h.1.q"}
+    assert set(lora_targets(shapes, 1, ["0.q"])) == {"h.0.q"}
+
+
+@pytest.mark.parametrize("r", [0, -4, 8.0, "8", None, True])
+def test_a_rank_is_a_whole_number_above_zero(r):
+    with pytest.raises(ValueError, match=f"found r={r!r}:"):
+        lora_targets(GPT3, r, "all-linear")
+
+
+def test_a_rank_is_not_above_that_of_the_smallest_matrix():
+    shapes = {"a.q": (64, 64), "a.k": (64, 16), "a.v": (64, 32)}
+    assert lora_targets(shapes, 16, "all-linear") == shapes
+    with pytest.raises(ValueError, match=r"at most 16, found r=17: the matrix of a\.k is 64 × 16"):
+        lora_targets(shapes, 17, "all-linear")
+    assert lora_targets(shapes, 32, ["q", "v"]) == {"a.q": (64, 64), "a.v": (64, 32)}
+
+
+def test_adam_bytes_are_those_of_its_sources():
+    assert adam_bytes(1000) == Bytes(4000, 4000, 8000)
+    assert adam_bytes(1000, precision="bfloat16") == Bytes(2000, 2000, 4000)
+    assert adam_bytes(1000, precision="mixed") == Bytes(2000, 2000, 12_000)
+    assert adam_bytes(1000, precision="mixed").total == 16_000
+    assert adam_bytes(10, 1000) == Bytes(4040, 40, 80)
+    assert adam_bytes(10, 1000, "mixed", "bfloat16") == Bytes(2020, 20, 120)
+    # 4 bits each, a byte for each 64 and 4 for each 256 of those: 8192 + 256 + 4
+    assert adam_bytes(0, 16_384, frozen_dtype="nf4") == Bytes(8452, 0, 0)
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"frozen_dtype": "fp8"}])
+def test_an_unknown_precision_or_dtype_is_told_with_the_known_ones(options):
+    with pytest.raises(ValueError, match="Expected one of float32, bfloat16, .*found 'fp8'"):
+        adam_bytes(1, 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "r"), [("float32", 0), ("float32", 8), ("bfloat16", 8)], ids=["full", "LoRA", "bf16"]
+)
+def test_after_a_step_there_is_what_adam_bytes_says(dtype, r):
+    model = AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=getattr(torch, dtype))
+    if r:
+        model = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    tokens = torch.arange(16)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    count = parameters(model)
+    expected = adam_bytes(count.trainable, count.total - count.trainable, frozen_dtype=dtype)
+    found = tracked_bytes(model, optimizer)
+    assert found.weights == pytest.approx(expected.weights, rel=1e-3)
+    assert found.gradients == pytest.approx(expected.gradients, rel=1e-3)
+    assert found.optimizer == pytest.approx(expected.optimizer, rel=1e-3)
+    assert found.total == pytest.approx(expected.total, rel=1e-3)
+
+
+def test_saved_bytes_are_exact_and_leave_the_weights_aside():
+    layer = torch.nn.Linear(3, 5, bias=False)
+    given = torch.ones(2, 3, requires_grad=True)
+    with saved_bytes(layer) as saved:
+        layer(given).square().sum()
+    assert saved.total == 4 * (2 * 3 + 2 * 5)  # the input, and what is squared; not the weight
+
+
+@pytest.mark.parametrize("r", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["MHA", "GQA"])
+def test_activation_bytes_are_what_autograd_saves(shape, dtype, r):
+    model, tokens = llama(shape, dtype, r), ids(shape)
+    with saved_bytes(model) as saved:
+        model(input_ids=tokens, labels=tokens)
+    expected = activation_bytes(model.config, BATCH, LENGTH, dtype, r)
+    assert saved.total == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("r", [0, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_keeps_no_more_than_is_said_and_far_less_than_without(dtype, r):
+    shape = SHAPES[1] | {"num_hidden_layers": 8}
+    alive = {}
+    for checkpointing in (False, True):
+        model, tokens = llama(shape, dtype, r, checkpointing), ids(shape)
+        with peak_bytes([*model.parameters(), *model.buffers(), tokens]) as measured:
+            before = measured.now
+            loss = model(input_ids=tokens, labels=tokens).loss
+            alive[checkpointing] = measured.now - before
+        assert loss.requires_grad
+    bound = activation_bytes(model.config, BATCH, LENGTH, dtype, r, checkpointing=True)
+    without = activation_bytes(model.config, BATCH, LENGTH, dtype, r)
+    assert without == pytest.approx(alive[False], rel=0.01)
+    assert alive[True] <= bound < without / 2
+
+
+def test_peak_bytes_follow_tensors_as_they_come_and_go():
+    with peak_bytes() as peak:
+        first = torch.zeros(1000)
+        assert (peak.now, peak.peak) == (4000, 4000)
+        del first
+        assert (peak.now, peak.peak) == (0, 4000)
+        second = torch.zeros(500, dtype=torch.float64)
+        third = second + 1
+        assert (peak.now, peak.peak) == (8000, 8000)
+        del second
+        fourth = torch.zeros(250)
+    assert (peak.now, peak.peak) == (5000, 8000)
+    del third, fourth
+    assert (peak.now, peak.peak) == (0, 8000)
+
+
+def test_peak_bytes_count_what_was_there_before_and_views_once():
+    before = torch.zeros(250)
+    with peak_bytes([before, before[:10]]) as peak:
+        views = [before.view(10, 25), before[5:], before.view(10, 25).T]
+        assert (peak.now, peak.peak) == (1000, 1000)
+        made = torch.zeros(100)
+        part = made[:1]
+        del made
+        assert peak.now == 1400, "a view keeps all of its tensor"
+        del part
+        before.add_(1)
+        assert (peak.now, peak.peak) == (1000, 1400)
+    del views
+
+
+def test_peak_bytes_are_the_same_in_each_run():
+    def step():
+        model, tokens = llama(SHAPES[0]), ids(SHAPES[0])
+        optimizer = torch.optim.AdamW(model.parameters())
+        with peak_bytes(model.parameters()) as peak:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        return peak.peak, tracked_bytes(model, optimizer).total
+
+    first, tracked = step()
+    assert step()[0] == first > tracked
+
+
+def test_peak_rss_sees_what_is_given_back_before_the_end():
+    with peak_rss() as rss:
+        held = b"x" * 200_000_000
+        deadline = time.monotonic() + 10
+        while rss.grown < 150e6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        del held
+    assert 150e6 <= rss.grown < 400e6
+
+
+def test_peak_rss_looks_a_last_time_at_the_end():
+    with peak_rss(every=60) as rss:
+        held = b"x" * 200_000_000
+    assert rss.grown >= 150e6 and held
+
+
+def test_peak_rss_ends_its_thread_after_an_exception_too():
+    before = set(threading.enumerate())
+    with peak_rss():
+        assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(RuntimeError, match="inside"), peak_rss():
+        raise RuntimeError("inside")
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,78 @@
+"""Sweeps: runs are told apart by their settings, saved one by one, and never done twice."""
+
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from sftlib import runs
+from sftlib.data import read_jsonl
+from sftlib.models import load
+from sftlib.runs import Run, sweep, train_and_measure
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "data" / "runs" / "lora_vs_full.jsonl"
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """The runs that were really done."""
+    found = []
+
+    def measure(run):
+        if run.seed == 9:
+            raise RuntimeError("the machine went down")
+        found.append(run)
+        return {"heldout": run.learning_rate / 3}
+
+    monkeypatch.setattr(runs, "train_and_measure", measure)
+    return found
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(done, tmp_path):
+    path = tmp_path / "new" / "runs.jsonl"
+    first, broken, last = Run(0.1), Run(0.1, seed=9), Run(0.2, r=8)
+    with pytest.raises(RuntimeError):
+        sweep([first, broken, last], path)
+    assert [row["seed"] for row in read_jsonl(path)] == [0]
+    rows = sweep([last, first, last], path)
+    assert done == [first, last]  # each once
+    assert [row["r"] for row in rows] == [8, 0]  # in the order asked for
+    assert rows[0] == asdict(last) | {"heldout": 0.06667}
+    assert read_jsonl(path) == rows[::-1]
+
+
+def test_the_stored_runs_are_those_of_the_script():
+    sys.path.insert(0, str(ROOT / "data" / "build"))
+    import sweeps
+
+    rows = read_jsonl(STORED)
+    stored = [Run(**{field.name: row[field.name] for field in fields(Run)}) for row in rows]
+    assert stored == list(dict.fromkeys(sweeps.runs()))
+    assert len(rows) == 240
+
+
+def test_a_run_becomes_its_peft_config(tiny):
+    assert Run(1e-3).lora(*tiny) is None
+    config = Run(1e-3, r=4, targets="attention", variant="dora").lora(*tiny)
+    assert (config.r, config.lora_alpha, config.use_dora) == (4, 8, True)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert Run(1e-3, r=4, alpha=2).lora(*tiny).lora_alpha == 2
+    config = Run(1e-3, r=4, variant="control tokens").lora(*tiny)
+    assert config.trainable_token_indices == {"embed_tokens": [2, 3]}
+    assert config.target_modules == "all-linear"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [Run(5e-4, targets="mlp", examples=32), Run(5e-3, r=2, examples=32, replay=16)]
+)
+def test_a_short_run_is_measured(run):
+    found = train_and_measure(run)
+    assert found["steps"] == (3 if run.replay else 2)  # 16 in a step
+    linear = sum(p.numel() for n, p in load()[0].named_parameters() if "mlp" in n)
+    assert found["trainable"] == (28_416 if run.r else linear)
+    assert all(0 <= found[name] <= 1 for name in ("dev", "heldout", "stops", "cloze", "direction"))
+    assert found["perplexity"] > 1 and found["change"] > 0
+    assert (found["direction"] > 0.9) == (run.r == 2)  # two directions at most, in each matrix
