@@ -85,13 +85,18 @@ def lora_targets(
     given = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if given else linear_shapes(model_or_shapes)
     targets = {n: shape for n, shape in shapes.items() if is_target(n, target_modules)}
-    wanted = [target_modules] if isinstance(target_modules, str) else [[t] for t in target_modules]
-    idle = [want for want in wanted if not any(is_target(name, want) for name in shapes)]
+    pattern = isinstance(target_modules, str)
+    idle = [
+        repr(target)
+        for target in ([target_modules] if pattern else target_modules)
+        if not any(is_target(name, target if pattern else [target]) for name in shapes)
+    ]
     if idle or not targets:
         names = sorted({name.rsplit(".", 1)[-1] for name in shapes})
         raise ValueError(
-            f"Expected target_modules that name linear layers, found {target_modules!r}, of which "
-            f'{idle or "all"} fits none. Choose among {", ".join(names)}, or write "all-linear".'
+            f"Expected target_modules that name linear layers, found {target_modules!r}: "
+            f"{', '.join(idle) or 'an empty list'} fits none. Choose among {', '.join(names)}, "
+            'or write "all-linear".'
         )
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"Expected a rank of 1 or more, found r={r!r}: 8 or 16 is usual.")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sftlib import progress_bars
 from sftlib.adapters import control_token_rows
@@ -76,14 +76,21 @@ class Run:
 REPLAY = 100  # of the held-out texts, those that may be mixed in; the others measure forgetting
 
 
-def train_and_measure(run: Run) -> dict[str, float]:
+def train_and_measure(
+    run: Run, prompts: int | None = None, texts: Sequence[str] | None = None
+) -> dict[str, float]:
     """Train the model that the dial names, and measure what it learned and what it forgot.
+
+    Args:
+        run: the settings; a learning rate of 0 measures the base.
+        prompts: ask only so many of each test set; large models are slow on a CPU.
+        texts: on which forgetting is measured; without them, on the course's held-out prose.
 
     Returns:
         `trainable` parameters; optimizer `steps`; `loss`, the mean of the last five steps; shares
         from 0 to 1: `dev`, `heldout` and `heldout_wordings`
         (exact match), `stops`, and `cloze` (facts completed in plain text, a skill that is not
-        trained); `perplexity` on held-out pretraining text; and how much the linear layers changed,
+        trained); `perplexity` on the texts; and how much the linear layers changed,
         of their own size: `change` (Frobenius norm) and `direction` (the largest singular value of
         the change, of the change's Frobenius norm: 1 is one direction alone).
     """
@@ -97,7 +104,7 @@ def train_and_measure(run: Run) -> dict[str, float]:
     from transformers import set_seed
 
     facts = {name: read_facts(name) for name in ("sft", "dev", "heldout", "heldout_wordings")}
-    texts = [row["text"] for row in read_facts("prose")]
+    prose = [row["text"] for row in read_facts("prose")]
     set_seed(run.seed)
     model, tokenizer = load()
     before = {n: model.get_submodule(n).weight.detach().clone() for n in linear_shapes(model)}
@@ -110,7 +117,7 @@ def train_and_measure(run: Run) -> dict[str, float]:
         ["input_ids", "labels"]
     )
     if run.replay:
-        ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts[: run.replay]]
+        ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in prose[: run.replay]]
         replay = Dataset.from_dict({"input_ids": ids, "labels": ids})
         dataset = concatenate_datasets([dataset, replay])
     trainer = tune(
@@ -128,7 +135,7 @@ def train_and_measure(run: Run) -> dict[str, float]:
     trained = parameters(trainer.model).trainable
     if run.r:
         model = trainer.model.merge_and_unload()
-    sets = {name: facts[name] for name in ("dev", "heldout", "heldout_wordings")}
+    sets = {name: facts[name][:prompts] for name in ("dev", "heldout", "heldout_wordings")}
     table = report(model, tokenizer, sets)
     return {
         "trainable": trained,
@@ -136,8 +143,8 @@ def train_and_measure(run: Run) -> dict[str, float]:
         "loss": sum(losses) / len(losses),
         **table.exact_match.to_dict(),
         "stops": table.stops["heldout"],
-        "cloze": cloze(model, tokenizer, facts["heldout"], facts["sft"]),
-        "perplexity": perplexity(model, tokenizer, texts[REPLAY:]),
+        "cloze": cloze(model, tokenizer, sets["heldout"], facts["sft"]),
+        "perplexity": perplexity(model, tokenizer, texts or prose[REPLAY:], batch_size=16),
         **_changes(model, before),
     }
 
@@ -151,11 +158,13 @@ def _changes(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> dict
         size += old.square().sum().item()
         change += values.square().sum().item()
         first += values[0].square().item()
-    return {"change": (change / size) ** 0.5, "direction": (first / change) ** 0.5}
+    return {"change": (change / size) ** 0.5, "direction": (first / (change or 1)) ** 0.5}
 
 
-def sweep(runs: Iterable[Run], path: str | os.PathLike) -> list[dict]:
+def sweep(runs: Iterable[Run], path: str | os.PathLike, **options: Any) -> list[dict]:
     """Do the runs that the file does not hold yet, and return the rows of all of them in order.
+
+    `options` go to `train_and_measure`.
 
     Each row is saved as soon as it is there, so an interrupted sweep goes on where it stopped.
     """
@@ -168,7 +177,7 @@ def sweep(runs: Iterable[Run], path: str | os.PathLike) -> list[dict]:
     known = {_settings(row): row for row in (read_jsonl(path) if path.exists() else [])}
     todo = [run for run in runs if run not in known]
     for run in tqdm(todo, unit="run", disable=not progress_bars()):
-        measured = train_and_measure(run)
+        measured = train_and_measure(run, **options)
         known[run] = asdict(run) | {name: round(x, 5) for name, x in measured.items()}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known[run]) + "\n")

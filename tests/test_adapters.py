@@ -329,7 +329,7 @@ def test_tune_trains_the_rows_of_the_control_tokens_and_no_others(tokenizer, tmp
     ("lora", "message"),
     [
         (LoraConfig(r=17, target_modules=["q_proj", "k_proj"]), "at most 16, found r=17"),
-        (LoraConfig(r=4, target_modules=["q_proj", "querry"]), r"\[\['querry'\]\] fits none"),
+        (LoraConfig(r=4, target_modules=["q_proj", "querry"]), r"'querry' fits none"),
         (LoraConfig(r=4, target_modules=r".*\.querry"), "querry.* fits none"),
     ],
 )

@@ -36,6 +36,12 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         "    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)",
         "test_training.py::test_sft_turns_the_base_into_a_model_that_answers_and_stops",
     ),
+    "of LoRA only B is counted": (
+        ("sftlib/memory.py",),
+        "r * (inputs + outputs) for",
+        "r * outputs for",
+        "test_memory.py::test_gpt3_counts_as_in_the_lora_paper",
+    ),
     "what a message holds is not escaped": (
         ("sftlib/chat.py",),
         'controls.escape(m["content"])',

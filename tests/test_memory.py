@@ -126,8 +126,8 @@ def test_the_shapes_of_gpt2_are_inputs_times_outputs():
     ("target_modules", "idle"),
     [
         (["query", "value"], "'query'"),
-        (["q", "querry", "v"], "[['querry']] fits none"),
-        ([], "[], of which all"),
+        (["q", "querry", "v"], "]: 'querry' fits none"),
+        ([], "[]: an empty list fits none"),
         (r".*\.attn", r".*\\.attn"),  # a pattern is for the whole name
         ("q", "'q'"),
     ],

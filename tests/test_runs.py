@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from sftlib import runs
+from sftlib import runs as runs_module
 from sftlib.data import read_jsonl
 from sftlib.models import load
 from sftlib.runs import Run, sweep, train_and_measure
@@ -12,7 +12,6 @@ from sftlib.runs import Run, sweep, train_and_measure
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STORED = ROOT / "data" / "runs" / "lora_vs_full.jsonl"
 
 
 @pytest.fixture
@@ -20,13 +19,13 @@ def done(monkeypatch):
     """The runs that were really done."""
     found = []
 
-    def measure(run):
+    def measure(run, prompts=None):
         if run.seed == 9:
             raise RuntimeError("the machine went down")
         found.append(run)
-        return {"heldout": run.learning_rate / 3}
+        return {"heldout": run.learning_rate / (prompts or 3)}
 
-    monkeypatch.setattr(runs, "train_and_measure", measure)
+    monkeypatch.setattr(runs_module, "train_and_measure", measure)
     return found
 
 
@@ -41,16 +40,18 @@ def test_a_sweep_goes_on_where_it_was_interrupted(done, tmp_path):
     assert [row["r"] for row in rows] == [8, 0]  # in the order asked for
     assert rows[0] == asdict(last) | {"heldout": 0.06667}
     assert read_jsonl(path) == rows[::-1]
+    assert sweep([Run(0.6)], path, prompts=2)[0]["heldout"] == 0.3
 
 
 def test_the_stored_runs_are_those_of_the_script():
     sys.path.insert(0, str(ROOT / "data" / "build"))
     import sweeps
 
-    rows = read_jsonl(STORED)
-    stored = [Run(**{field.name: row[field.name] for field in fields(Run)}) for row in rows]
-    assert stored == list(dict.fromkeys(sweeps.runs()))
-    assert len(rows) == 240
+    for path, runs in ((sweeps.RUNS, sweeps.runs()), (sweeps.LARGER_RUNS, sweeps.LARGER)):
+        settings = [field.name for field in fields(Run)]
+        stored = [Run(**{name: row[name] for name in settings}) for row in read_jsonl(path)]
+        assert stored == list(dict.fromkeys(runs))
+    assert len(read_jsonl(sweeps.RUNS)) == 240
 
 
 def test_a_run_becomes_its_peft_config(tiny):
@@ -75,4 +76,5 @@ def test_a_short_run_is_measured(run):
     assert found["trainable"] == (28_416 if run.r else linear)
     assert all(0 <= found[name] <= 1 for name in ("dev", "heldout", "stops", "cloze", "direction"))
     assert found["perplexity"] > 1 and found["change"] > 0
-    assert (found["direction"] > 0.9) == (run.r == 2)  # two directions at most, in each matrix
+    # Of two directions at most, the first has at least half of the squared length.
+    assert (found["direction"] >= 0.7) == (run.r == 2)

@@ -1,16 +1,23 @@
 """Train the tiny base model again and again: the stored runs of lesson 4 (`make sweeps`).
 
-Takes half an hour; goes on where it was interrupted. To begin anew, delete the file.
+Takes half an hour; goes on where it was interrupted. To begin anew, delete the files. With
+`--larger`, five runs of SmolLM2-135M instead (`make teacher` installs it), which take as long.
 """
 
+import os
+import pydoc_data.topics
+import sys
 from itertools import product
 from pathlib import Path
 
 from sftlib.runs import Run, sweep
 
 RUNS = Path(__file__).parents[1] / "runs" / "lora_vs_full.jsonl"
+LARGER_RUNS = RUNS.with_name("lora_vs_full_135m.jsonl")
 SEEDS = (0, 1, 2)
 FULL, LORA = 5e-4, 5e-3  # the best learning rates by `dev`
+
+LARGER = [Run(0, examples=16), Run(1e-4), Run(1e-3, r=8), Run(3e-4), Run(3e-3, r=8)]
 
 
 def grid(learning_rates: tuple[float, ...], **settings) -> list[Run]:
@@ -43,4 +50,11 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    sweep(runs(), RUNS)
+    if "--larger" in sys.argv:
+        os.environ["SFT_MODEL"] = "smollm2-135m"
+        # Ordinary prose that comes with each Python: its own reference.
+        reference = [text[:600] for _, text in sorted(pydoc_data.topics.topics.items())]
+        texts = [text for text in reference if len(text) == 600][:48]
+        sweep(LARGER, LARGER_RUNS, prompts=40, texts=texts)
+    else:
+        sweep(runs(), RUNS)
