@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftlib.control_tokens import template_of
+from sftlib.control_tokens import ControlTokens, template_of
 from sftlib.memory import is_target, linear_shapes, lora_targets
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def control_token_rows(
     A base model has often never read them, and LoRA on its linear layers leaves their embeddings as
     they are. They are rows of the input embeddings, and of the output head where that has its own.
     """
-    template = template_of(tokenizer)
-    tokens = [t for t in tokenizer.all_special_tokens if t in template]
-    ids = sorted(tokenizer.convert_tokens_to_ids(tokens))
+    tokens = set(ControlTokens.of(tokenizer).whole.findall(template_of(tokenizer)))
+    ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens)))
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     layers = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:
@@ -112,19 +111,17 @@ def load_adapter(
     from peft import PeftModel
 
     folder = Path(folder)
-    config, shapes = _read(folder)
+    config, shapes, origin = _read(folder)
     if name in (taken := getattr(model, "peft_config", {})):  # PEFT would keep its rank and alpha
         raise ValueError(
             f"Expected a name for the adapter {folder} that is free, found {name!r}, and the model "
             f"has {', '.join(taken)}. Give another name, or load the base model again."
         )
     _fits(model, config, shapes, folder)
-    origin = _json(folder / ORIGIN) if (folder / ORIGIN).exists() else {}
-    here = fingerprint(model)
-    if origin.get("base") and here and origin["base"] != here:
+    if (expected := origin.get("base")) and (here := fingerprint(model)) not in ("", expected):
         raise ValueError(
             f"Expected the base model that the adapter {folder} was trained on (fingerprint "
-            f"{origin['base'][:12]}), found one of the same shape with other weights "
+            f"{expected[:12]}), found one of the same shape with other weights "
             f"({here[:12]}). Load {_base(config)}; where it was "
             "finetuned since, or an adapter merged into it, load it as it was before."
         )
@@ -135,8 +132,8 @@ def load_adapter(
     return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, list[int]]]:
-    """The config of an adapter, and the shapes of its tensors; raise where they are damaged."""
+def _read(folder: Path) -> tuple[dict, dict[str, list[int]], dict]:
+    """An adapter's config, its tensors' shapes, its origin (or nothing); raise where damaged."""
     from safetensors import SafetensorError, safe_open
 
     for file in (CONFIG, WEIGHTS):
@@ -156,14 +153,15 @@ def _read(folder: Path) -> tuple[dict, dict[str, list[int]]]:
             f"Expected whole tensors in {folder / WEIGHTS}, found a file of {size:,} bytes that is "
             f"damaged or cut off ({error}). {AGAIN}"
         ) from error
+    origin = {}
     if (folder / ORIGIN).exists():
-        expected = _json(folder / ORIGIN).get("sha256")
-        if expected != hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest():
+        origin = _json(folder / ORIGIN)
+        if origin.get("sha256") != hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest():
             raise ValueError(
                 f"Expected {folder / WEIGHTS} as it was saved, found {size:,} bytes with another "
                 f"checksum: something has changed it. {AGAIN}"
             )
-    return config, shapes
+    return config, shapes, origin
 
 
 def _json(file: Path) -> dict:

@@ -157,11 +157,15 @@ def adam_bytes(
         ValueError: the precision or the dtype is not one of these.
     """
     each = {"float32": (4, 4, 8), "bfloat16": (2, 2, 4), "mixed": (2, 2, 12)}
-    for value, known in ((precision, each), (frozen_dtype, BITS)):
-        if value not in known:
-            raise ValueError(f"Expected one of {', '.join(known)}, found {value!r}: name one.")
+    _one_of(precision, each)
+    _one_of(frozen_dtype, BITS)
     weights, gradients, optimizer = (trainable * n for n in each[precision])
     return Bytes(weights + round(frozen * BITS[frozen_dtype] / 8), gradients, optimizer)
+
+
+def _one_of(value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"Expected one of {', '.join(known)}, found {value!r}: name one.")
 
 
 def activation_bytes(
@@ -185,7 +189,11 @@ def activation_bytes(
         r: rank of LoRA adapters on all linear layers; 0 is full finetuning.
         checkpointing: keep the input of each layer alone, and compute the rest again for a layer at
             a time (Chen et al. 2016, arXiv 1604.06174).
+
+    Raises:
+        ValueError: the dtype is not one of these.
     """
+    _one_of(dtype, ("float32", "bfloat16"))
     each = round(BITS[dtype] / 8)
     h, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or h // heads

@@ -1,6 +1,6 @@
 """Many finetuning runs on the shipped facts, each measured in the same way: for sweeps.
 
-`make sweeps` makes the stored runs of `data/runs/` with it; a lesson runs a slice again.
+`make sweeps` makes the stored runs of `data/runs/` with it, and lessons read them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sftlib import progress_bars
 from sftlib.adapters import control_token_rows
 
 if TYPE_CHECKING:
+    import pandas
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,11 +89,11 @@ def train_and_measure(
 
     Returns:
         `trainable` parameters; optimizer `steps`; `loss`, the mean of the last five steps; shares
-        from 0 to 1: `dev`, `heldout` and `heldout_wordings`
-        (exact match), `stops`, and `cloze` (facts completed in plain text, a skill that is not
-        trained); `perplexity` on the texts; and how much the linear layers changed,
-        of their own size: `change` (Frobenius norm) and `direction` (the largest singular value of
-        the change, of the change's Frobenius norm: 1 is one direction alone).
+        from 0 to 1: `dev`, `heldout` and `heldout_wordings` (exact match), `stops`, and `cloze`
+        (facts completed in plain text, a skill that is not trained); `perplexity` on the texts; and
+        how much the linear layers changed, of their own size: `change` (Frobenius norm) and
+        `direction` (the largest singular value of the change, of the change's Frobenius norm: 1 is
+        one direction alone).
     """
     from sftlib.data import read_facts
     from sftlib.evaluate import cloze, perplexity, report
@@ -182,6 +183,13 @@ def sweep(runs: Iterable[Run], path: str | os.PathLike, **options: Any) -> list[
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known[run]) + "\n")
     return [known[run] for run in runs]
+
+
+def select(table: pandas.DataFrame, **settings: Any) -> pandas.DataFrame:
+    """The stored runs with these settings; what is not named is the default or, for rate, any."""
+    wanted = asdict(Run(0)) | settings
+    names = [n for n in wanted if n in settings or n not in ("learning_rate", "seed")]
+    return table[(table[names] == [wanted[n] for n in names]).all(axis=1)]
 
 
 def _settings(row: Mapping) -> Run:

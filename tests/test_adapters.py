@@ -20,7 +20,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AddedToken, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 FILES = {"README.md", CONFIG, WEIGHTS, ORIGIN}
 IDS = torch.arange(12).reshape(2, 6)
@@ -301,6 +301,15 @@ def test_the_control_tokens_are_rows_of_each_matrix_of_its_own(tokenizer):
     assert control_token_rows(untied, tokenizer) == {"embed_tokens": ids, "lm_head": ids}
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=2))
     assert control_token_rows(gpt2, tokenizer) == {"wte": ids}
+
+
+def test_control_tokens_that_have_no_name_are_rows_too(tokenizer):
+    """As Llama 3's `<|eot_id|>`: special when it is read, and not in `all_special_tokens`."""
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)], special_tokens=True)
+    tokenizer.chat_template = "{{ '<|turn|>' + messages[0]['content'] + '<|im_end|>' }}"
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|turn|>"])
+    assert control_token_rows(base(), tokenizer) == {"embed_tokens": ids}
 
 
 @pytest.mark.parametrize("tied", [True, False])

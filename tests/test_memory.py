@@ -177,6 +177,12 @@ def test_an_unknown_precision_or_dtype_is_told_with_the_known_ones(options):
         adam_bytes(1, 1, **options)
 
 
+@pytest.mark.parametrize("dtype", ["nf4", "fp8"])
+def test_activations_are_counted_in_the_dtypes_that_compute(dtype):
+    with pytest.raises(ValueError, match=f"Expected one of float32, bfloat16, found '{dtype}'"):
+        activation_bytes(LlamaConfig(**SHAPES[0]), 1, 1, dtype)
+
+
 @pytest.mark.parametrize(
     ("dtype", "r"), [("float32", 0), ("float32", 8), ("bfloat16", 8)], ids=["full", "LoRA", "bf16"]
 )

@@ -7,8 +7,9 @@ from pathlib import Path
 from sftlib import runs as runs_module
 from sftlib.data import read_jsonl
 from sftlib.models import load
-from sftlib.runs import Run, sweep, train_and_measure
+from sftlib.runs import Run, select, sweep, train_and_measure
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,15 @@ def test_the_stored_runs_are_those_of_the_script():
         stored = [Run(**{name: row[name] for name in settings}) for row in read_jsonl(path)]
         assert stored == list(dict.fromkeys(runs))
     assert len(read_jsonl(sweeps.RUNS)) == 240
+
+
+def test_runs_are_selected_by_what_is_named():
+    every = [Run(1e-3), Run(1e-3, seed=1), Run(2e-3), Run(1e-3, r=8), Run(1e-3, targets="mlp")]
+    table = pd.DataFrame(map(asdict, every))
+    assert [*select(table).index] == [0, 1, 2]
+    assert [*select(table, seed=0).index] == [0, 2]
+    assert [*select(table, learning_rate=1e-3).index] == [0, 1]
+    assert [*select(table, r=8).index] == [3] and [*select(table, targets="mlp").index] == [4]
 
 
 def test_a_run_becomes_its_peft_config(tiny):

@@ -11,12 +11,12 @@ from itertools import product
 from pathlib import Path
 
 from sftlib.runs import Run, sweep
+from sftlib.training import FULL_LEARNING_RATE as FULL
+from sftlib.training import LORA_LEARNING_RATE as LORA
 
 RUNS = Path(__file__).parents[1] / "runs" / "lora_vs_full.jsonl"
 LARGER_RUNS = RUNS.with_name("lora_vs_full_135m.jsonl")
 SEEDS = (0, 1, 2)
-FULL, LORA = 5e-4, 5e-3  # the best learning rates by `dev`
-
 LARGER = [Run(0, examples=16), Run(1e-4), Run(1e-3, r=8), Run(3e-4), Run(3e-3, r=8)]
 
 
