@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from deepspeed import DeepSpeedEngine
     from transformers import PretrainedConfig, PreTrainedModel
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
@@ -168,6 +169,48 @@ def _one_of(value: str, known: Iterable[str]) -> None:
         raise ValueError(f"Expected one of {', '.join(known)}, found {value!r}: name one.")
 
 
+def zero_bytes(
+    parameters: int, world_size: int, stage: int, dtype: str = "bfloat16", frozen: int = 0
+) -> Bytes:
+    """Bytes that one rank keeps when Adam's training is partitioned with ZeRO.
+
+    Stage 1 partitions the optimizer's states over the ranks, stage 2 the gradients, too, and stage
+    3 the weights, too: figure 1 and section 5 of Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054.
+    Buffers for communication and activations come on top.
+
+    Args:
+        parameters: number of parameters that are trained.
+        world_size: number of ranks.
+        stage: 0 to 3; with 0 each rank keeps everything.
+        dtype: `bfloat16` or `float16` for mixed precision (2 + 2 + 12 bytes a parameter), or
+            `float32` (4 + 4 + 8, and from stage 1 on 4 more: DeepSpeed 0.19 keeps the optimizer's
+            own copy of the weights whatever their dtype).
+        frozen: number of parameters that are not trained, stored in `dtype`.
+
+    Raises:
+        ValueError: the stage, the dtype or a number is not one of these.
+    """
+    _one_of(dtype, ("float32", "bfloat16", "float16"))
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"Expected a ZeRO stage from 0 to 3, found {stage!r}: name one.")
+    if world_size < 1 or parameters < 0 or frozen < 0:
+        raise ValueError(
+            "Expected at least one rank and no negative number of parameters, found "
+            f"{world_size=}, {parameters=}, {frozen=}."
+        )
+    each = round(BITS[dtype] / 8)
+    optimizer = 8 if dtype == "float32" and stage == 0 else 12
+
+    def share(bytes_: int, from_stage: int) -> int:
+        return -(-bytes_ // world_size) if stage >= from_stage else bytes_
+
+    return Bytes(
+        share(each * (parameters + frozen), 3),
+        share(each * parameters, 2),
+        share(optimizer * parameters, 1),
+    )
+
+
 def activation_bytes(
     config: PretrainedConfig,
     batch_size: int,
@@ -224,6 +267,38 @@ def tracked_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> B
         if isinstance(value, torch.Tensor)
     ]
     return Bytes(_bytes(found), _bytes(p.grad for p in found if p.grad is not None), _bytes(state))
+
+
+def tracked_zero_bytes(engine: DeepSpeedEngine) -> Bytes:
+    """What `zero_bytes` predicts, summed over the tensors that this rank's engine holds now.
+
+    Reads where DeepSpeed 0.19 keeps them; call it after `engine.backward` for the gradients.
+    """
+    found = list(engine.module.parameters())
+    outer, inner = engine.optimizer, engine.optimizer
+    while hasattr(inner, "optimizer"):  # ZeRO wraps the optimizer that was asked for
+        inner = inner.optimizer
+
+    def kept(*names: str) -> list[torch.Tensor]:
+        return [t for name in names for t in _tensors(getattr(outer, name, None))]
+
+    weights = found + [p.ds_tensor for p in found if getattr(p, "ds_tensor", None) is not None]
+    gradients = [p.grad for p in found if p.grad is not None]
+    gradients += kept("averaged_gradients", "grad_partitions_flat_buffer")  # stages 1, 2; 3
+    # the optimizer's own copy of the weights: stages 1 and 2; 3; 0 with bfloat16
+    master = kept("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups")
+    return Bytes(_bytes(weights), _bytes(gradients), _bytes(master + _tensors(dict(inner.state))))
+
+
+def _tensors(kept: object) -> list[torch.Tensor]:
+    """All tensors in lists and dicts within each other."""
+    import torch
+
+    if isinstance(kept, torch.Tensor):
+        return [kept]
+    if isinstance(kept, Mapping):
+        kept = list(kept.values())
+    return [t for one in kept for t in _tensors(one)] if isinstance(kept, list | tuple) else []
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
