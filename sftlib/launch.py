@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlib import progress_bars
-from sftlib.data import read_jsonl
+from sftlib.data import read_jsonl, write_jsonl
 
 GRACE = 10.0  # seconds in which ranks may end by themselves after one has failed
 LOST = "lost the connection to a rank that had ended"
@@ -94,7 +94,8 @@ def launch(
         env: environment variables for the ranks, besides those of this process.
         logs: folder for what ranks print, `<script>.logs` if not given. What an earlier launch
             left there is replaced.
-        stored: rows of an earlier run (JSON lines), returned where DeepSpeed cannot run.
+        stored: rows of an earlier run (JSON lines), returned where DeepSpeed cannot run; with
+            `SFT_DEEPSPEED=record` in the environment, this run's rows are written there.
         check: raise where a rank fails; else say so and return.
 
     Raises:
@@ -123,6 +124,8 @@ def launch(
             result.failures = running.wait(timeout)
         result.rows = [row for rank in range(ranks) for row in _rows(folder, rank)]
     result.seconds = time.monotonic() - started
+    if stored is not None and os.environ.get("SFT_DEEPSPEED") == "record":
+        write_jsonl(stored, result.rows)
     if result.failures and check:
         raise LaunchError(result)
     for line in result.failures:
@@ -172,12 +175,14 @@ class _Ranks:
     def __exit__(self, *_: object) -> None:
         self._signal(signal.SIGTERM)
         end = time.monotonic() + 3
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
-        self._signal(signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        try:
+            for process in self.processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, end - time.monotonic()))
+        finally:  # also if interrupted a second time
+            self._signal(signal.SIGKILL)
+            for process in self.processes:
+                process.wait()
 
     def _signal(self, number: int) -> None:
         for process in self.processes:
@@ -204,12 +209,13 @@ class _Ranks:
         return lines
 
     def _show(self, tick) -> None:
-        with _log(self.folder, 0, "out") as file:
+        with (self.folder / "rank0.out").open("rb") as file:
             file.seek(self.shown)
-            text = file.read()
-        whole = text[: text.rfind("\n") + 1] if 0 not in self.codes else text
-        self.shown += len(whole.encode())
-        tick([line for line in whole.splitlines() if _row(line) is None])
+            found = file.read()
+        whole = found[: found.rfind(b"\n") + 1] if 0 not in self.codes else found
+        self.shown += len(whole)
+        lines = io.TextIOWrapper(io.BytesIO(whole), encoding="utf-8", errors="replace")
+        tick([line.rstrip("\n") for line in lines if _row(line) is None])
 
     def _why(self, rank: int, code: int) -> str:
         note = self.folder / f"rank{rank}.error"
@@ -246,8 +252,10 @@ class _Ranks:
         if not frames:
             return "did not say where it is; it has perhaps only begun"
         path, line, name = frames[0]
-        own = [(p, n) for p, n, _ in frames if Path(p) == Path(self.command[3])]
-        from_script = f", called from {Path(own[0][0]).name}, line {own[0][1]}" if own else ""
+        script = self.command[3]
+        written = script.encode("ascii", "backslashreplace").decode()  # as faulthandler does
+        own = [number for name, number, _ in frames if name == written]
+        from_script = f", called from {Path(script).name}, line {own[0]}" if own else ""
         return f"is in {name} ({Path(path).name}, line {line}){from_script}"
 
 
@@ -263,6 +271,7 @@ def _surroundings(ranks: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is ours: connect to it
         "TORCHELASTIC_RESTART_COUNT": 0,
         "OMP_NUM_THREADS": 1,
+        "PYTHONUNBUFFERED": 1,  # what a rank prints is shown at once
         "SFT_NO_BARS": 1,
         "TORCHDYNAMO_DISABLE": 1,  # DeepSpeed decorates with torch.compile: an import of seconds
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -279,19 +288,21 @@ def _surroundings(ranks: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """An empty folder for logs, which no other launch uses meanwhile."""
+    """A folder without the logs of an earlier launch, which no other launch uses meanwhile."""
     import psutil
 
     mark = folder / "launcher.pid"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         other = int(mark.read_text())
         if other != os.getpid() and psutil.pid_exists(other):
             raise RuntimeError(
                 f"Process {other} is running a launch with the logs {folder}. "
                 "Wait for it, or name another folder: launch(…, logs=…)."
             )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("out", "err", "stack", "error"):
+        for old in folder.glob(f"rank[0-9]*.{kind}"):
+            old.unlink()
     mark.write_text(str(os.getpid()))
     try:
         yield

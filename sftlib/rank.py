@@ -10,6 +10,7 @@ import atexit
 import faulthandler
 import importlib.util
 import json
+import logging
 import os
 import runpy
 import signal
@@ -47,10 +48,13 @@ def _place(error: BaseException, script: str) -> str:
 
 def main() -> None:
     script, *args = sys.argv[1:]
-    notes = Path(os.environ["SFT_RANK_NOTES"])  # what it writes: NOTES.stack and NOTES.error
+    # What it writes: NOTES.stack and NOTES.error, also if the script changes the folder.
+    notes = Path(os.environ["SFT_RANK_NOTES"]).absolute()
     faulthandler.register(signal.SIGUSR1, notes.with_suffix(".stack").open("w"))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     without_builds()
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        handler.setStream(sys.stderr)  # its reports are kept, and not taken for results
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
@@ -60,6 +64,7 @@ def main() -> None:
         notes.with_suffix(".error").write_text(json.dumps(what))
         traceback.print_exc()
         _end(1)
+    threading._shutdown()  # wait for its threads
     _end(0)
 
 

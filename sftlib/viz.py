@@ -110,29 +110,48 @@ def bars(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture
     return Picture(figure, alt)
 
 
+def stacked(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture:
+    """Bars in layers: a bar for each row of `table`, a layer for each column, the sum on top.
+
+    Args:
+        table: numbers, with the rows' and columns' names.
+        alt: what the figure shows, in a sentence or two.
+    """
+    figure, axes = _axes(title, "", y_label, (max(7, 1.1 * len(table)), 3.8))
+    below = 0 * table.sum(axis=1)
+    for i, name in enumerate(table.columns):
+        drawn = axes.bar(range(len(table)), table[name], 0.7, bottom=below, **_look(i, name))
+        below = below + table[name]
+    axes.bar_label(drawn, [f"{total:.1f}" for total in below], padding=2)
+    _name_bars(axes, table)
+    axes.set_ylim(0, 1.12 * below.max())
+    return Picture(figure, alt)
+
+
 def _bars(table: pandas.DataFrame, title: str, y_label: str):
     figure, axes = _axes(title, "", y_label, (max(7, 1.1 * table.size), 3.8))
     width = 0.8 / len(table.columns)
     whole = bool((table == table.round()).all(axis=None))
     for i, name in enumerate(table.columns):
         at = [group + (i - (len(table.columns) - 1) / 2) * width for group in range(len(table))]
-        drawn = axes.bar(
-            at,
-            table[name],
-            width * 0.92,
-            label=name,
-            color=COLOURS[i % len(COLOURS)],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="white",
-        )
+        drawn = axes.bar(at, table[name], width * 0.92, **_look(i, name))
         axes.bar_label(drawn, fmt="%.0f" if whole else "%.1f", padding=2)
+    _name_bars(axes, table)
+    return figure, axes
+
+
+def _look(i: int, name: object) -> dict:
+    colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]
+    return {"label": name, "color": colour, "hatch": hatch, "edgecolor": "white"}
+
+
+def _name_bars(axes, table: pandas.DataFrame) -> None:
     names = [textwrap.fill(str(name), 13, break_long_words=False) for name in table.index]
     axes.set_xticks(range(len(table)), names)
     if len(table.columns) > 1:
-        axes.legend(
-            frameon=False, ncols=len(table.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1)
-        )
-    return figure, axes
+        lines = 1 + max(name.count("\n") for name in names)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.04 - 0.06 * lines)}
+        axes.legend(frameon=False, ncols=len(table.columns), **place)
 
 
 def histogram(

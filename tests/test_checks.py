@@ -5,6 +5,7 @@ import re
 
 from sftlib import checks
 from sftlib.chat import LLAMA3
+from sftlib.checks.deepspeed import BROKEN
 from sftlib.models import TINY_BASE
 
 import pandas as pd
@@ -85,7 +86,36 @@ RUNS = pd.DataFrame(
 FAIR = {"full": (1e-3, 0.91), "LoRA": (1e-3, 0.91)}
 START, END = "{% generation %}", "{% endgeneration %}"
 BEGIN = "{{ '<|begin_of_text|>' }}"
+ZERO = {1: 61.75, 2: 37.375, 3: 13.0}
+STAGES = {"small": 0, "accumulating": 1, "wide": 2, "large": 3}
+
+
+def repaired(name: str = "A", **changed) -> dict:
+    """Lesson 5's configurations, right; one of them with other keys (None removes a key)."""
+    batch = {"train_micro_batch_size_per_gpu": 4}
+    configs = {
+        "A": {**batch, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        "B": {
+            **batch,
+            "train_batch_size": 64,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": 2},
+        },
+        "C": {**batch, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    }
+    found = configs[name] | changed
+    configs[name] = {key: value for key, value in found.items() if value is not None}
+    return configs
+
+
 RIGHT = [
+    (checks.check_zero_memory, (ZERO,)),
+    (checks.check_zero_memory, ({1: 62, 2: 37, 3: 13},)),
+    (checks.check_configs, (repaired(),)),
+    (checks.check_configs, (repaired("B", gradient_accumulation_steps=None),)),
+    (checks.check_configs, (repaired("B", train_batch_size=None),)),
+    (checks.check_configs, (repaired("A", fp16={"enabled": False}),)),
+    (checks.check_stages, (STAGES,)),
     (checks.check_adapted_layer, (adapted,)),
     (checks.check_trainable, (3_407_872,)),
     (checks.check_memory, (MEMORY,)),
@@ -109,6 +139,12 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_zero_memory, (...,)),
+    (checks.check_zero_memory, (dict.fromkeys(ZERO, ...),)),
+    (checks.check_configs, (...,)),
+    (checks.check_configs, (BROKEN,)),
+    (checks.check_stages, (...,)),
+    (checks.check_stages, (dict.fromkeys(STAGES, ...),)),
     (checks.check_adapted_layer, (...,)),
     (checks.check_adapted_layer, (lambda x, w, a, b, alpha: ...,)),
     (checks.check_trainable, (...,)),
@@ -135,6 +171,39 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_zero_memory, (208,), "keys 1, 2 and 3"),
+    (checks.check_zero_memory, (ZERO | {1: 208},), "Stage 1: that is stage 0"),
+    (checks.check_zero_memory, (ZERO | {1: 37.4},), "Stage 1: that is stage 2"),
+    (checks.check_zero_memory, (ZERO | {1: 35.75},), "gradients are missing"),
+    (checks.check_zero_memory, (ZERO | {1: 58.5},), "12 bytes a parameter: two"),
+    (checks.check_zero_memory, (ZERO | {2: 34.1},), "12 bytes a parameter"),
+    (checks.check_zero_memory, (ZERO | {3: 9.75},), "optimizer alone"),
+    (checks.check_zero_memory, (ZERO | {3: 13e9},), "not gigabytes"),
+    (checks.check_zero_memory, (ZERO | {3: 20},), "found 20 GB"),
+    (checks.check_zero_memory, (ZERO | {2: ...},), "expected a number"),
+    (checks.check_configs, ([],), "keys A, B and C"),
+    (checks.check_configs, (repaired() | {"A": BROKEN["A"]},), "A: DeepSpeed ignores"),
+    (checks.check_configs, (repaired("A", zero_optimization={"stage": 1}),), "stage 1, not 2"),
+    (checks.check_configs, (repaired("A", zero_optimization=None),), "stage 0, not 2"),
+    (checks.check_configs, (repaired("A", zero_optimization=2),), "expected a dict"),
+    (checks.check_configs, (repaired("A", zero_optimization={"stages": 2}),), "misspelt"),
+    (checks.check_configs, (repaired("A", bf16=None),), "bfloat16 was wanted"),
+    (checks.check_configs, (repaired("A", fp16={"enabled": True}),), "it alone"),
+    (checks.check_configs, (repaired() | {"B": BROKEN["B"]},), "are not 64"),
+    (checks.check_configs, (repaired("B", train_batch_size=128),), "third number"),
+    (
+        checks.check_configs,
+        (repaired("B", train_batch_size=None, gradient_accumulation_steps=None),),
+        "at least two",
+    ),
+    (checks.check_configs, (repaired() | {"C": BROKEN["C"]},), "stage 3 alone"),
+    (checks.check_configs, (repaired("C", zero_optimization={"stage": 3}),), "keep offload_param"),
+    (checks.check_stages, (3,), "keys small"),
+    (checks.check_stages, (STAGES | {"small": 4},), "from 0 to 3"),
+    (checks.check_stages, (STAGES | {"small": 1},), "small: stage 1 fits, but sends more"),
+    (checks.check_stages, (STAGES | {"accumulating": 2},), "sends gradients each time"),
+    (checks.check_stages, (STAGES | {"wide": 1},), "keeps 72 GB"),
+    (checks.check_stages, (STAGES | {"large": 2},), "keeps 75 GB"),
     (checks.check_adapted_layer, (scaled(lambda alpha, r: 0),), "frozen layer alone"),
     (checks.check_adapted_layer, (scaled(lambda alpha, r: 1),), "α is missing"),
     (checks.check_adapted_layer, (scaled(lambda alpha, r: alpha),), "Divide α by the rank"),

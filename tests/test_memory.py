@@ -16,6 +16,7 @@ from sftlib.memory import (
     peak_rss,
     saved_bytes,
     tracked_bytes,
+    zero_bytes,
 )
 from sftlib.models import TINY_BASE
 
@@ -175,6 +176,60 @@ def test_adam_bytes_are_those_of_its_sources():
 def test_an_unknown_precision_or_dtype_is_told_with_the_known_ones(options):
     with pytest.raises(ValueError, match="Expected one of float32, bfloat16, .*found 'fp8'"):
         adam_bytes(1, 1, **options)
+
+
+# Table 1 of the ZeRO paper (arXiv 1910.02054): GB a device, for 4, 16, 64, 256, 1024 devices.
+PAPER = {
+    (7.5e9, 1): (52.5, 35.6, 31.4, 30.4, 30.1),
+    (7.5e9, 2): (41.3, 21.6, 16.6, 15.4, 15.1),
+    (7.5e9, 3): (30, 7.5, 1.88, 0.47, 0.12),
+    (128e9, 1): (896, 608, 536, 518, 513),
+    (128e9, 2): (704, 368, 284, 263, 257),
+    (128e9, 3): (512, 128, 32, 8, 2),
+    (1e12, 1): (7000, 4750, 4187, 4046, 4011),
+    (1e12, 2): (5500, 2875, 2218, 2054, 2013),
+    (1e12, 3): (4000, 1000, 250, 62.5, 15.6),
+}
+
+
+@pytest.mark.parametrize(("size", "stage"), PAPER)
+def test_zero_bytes_are_those_of_the_papers_table(size, stage):
+    for ranks, expected in zip((4, 16, 64, 256, 1024), PAPER[size, stage], strict=True):
+        found = zero_bytes(int(size), ranks, stage, "float16").total / 1e9
+        assert found == pytest.approx(expected, rel=2e-3, abs=0.005)  # as they round
+    assert zero_bytes(int(size), 1, stage) == adam_bytes(int(size), precision="mixed")
+    assert zero_bytes(int(size), 64, 0) == adam_bytes(int(size), precision="mixed")
+
+
+def test_zero_divides_weights_last_and_frozen_ones_with_them():
+    stages = [zero_bytes(1000, 3, stage, frozen=200) for stage in range(4)]
+    assert [bytes_.weights for bytes_ in stages] == [2400, 2400, 2400, 800]
+    assert [bytes_.gradients for bytes_ in stages] == [2000, 2000, 667, 667]
+    assert [bytes_.optimizer for bytes_ in stages] == [12000, 4000, 4000, 4000]
+
+
+def test_in_float32_the_optimizer_keeps_a_copy_from_stage_1_on():
+    assert zero_bytes(1000, 2, 0, "float32") == adam_bytes(1000)
+    assert vars(zero_bytes(1000, 2, 3, "float32")) == dict(
+        weights=2000, gradients=2000, optimizer=6000
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "found"),
+    [
+        ({"stage": 4}, "from 0 to 3", "4"),
+        ({"stage": "2"}, "from 0 to 3", "'2'"),
+        ({"world_size": 0}, "at least one rank", "world_size=0"),
+        ({"parameters": -1}, "no negative", "parameters=-1"),
+        ({"frozen": -1}, "no negative", "frozen=-1"),
+        ({"dtype": "mixed"}, "float32, bfloat16, float16", "'mixed'"),
+    ],
+)
+def test_what_zero_cannot_be_asked_is_told(given, expected, found):
+    with pytest.raises(ValueError, match=expected) as error:
+        zero_bytes(**{"parameters": 10, "world_size": 2, "stage": 1} | given)
+    assert found in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["nf4", "fp8"])

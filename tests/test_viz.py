@@ -53,6 +53,18 @@ def test_bars_show_the_numbers_as_they_are(monkeypatch):
     assert axes.get_ylabel() == "rows" and axes.get_ylim()[1] > 207
 
 
+def test_layers_stand_on_each_other_with_their_sum_on_top(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    table = pd.DataFrame({"low": [2.0, 1.0], "high": [12.0, 6.04]}, index=["a", "b"])
+    viz.stacked(table, "Title", "alt", "bytes")
+    axes = figures[0].axes[0]
+    boxes = [(bar.get_y(), bar.get_height()) for bar in axes.patches]
+    assert boxes == [(0, 2), (0, 1), (2, 12), (1, 6.04)]
+    assert [t.get_text() for t in axes.texts] == ["14.0", "7.0"]
+    assert [t.get_text() for t in axes.get_legend().texts] == ["low", "high"]
+
+
 def test_a_histogram_shows_shares_of_each_series(monkeypatch):
     figures = []
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))

@@ -11,6 +11,7 @@ from sftlib.checks.chatml import (
     check_mask,
     check_template,
 )
+from sftlib.checks.deepspeed import check_configs, check_stages, check_zero_memory
 from sftlib.checks.lora_vs_full import (
     check_adapted_layer,
     check_fair_comparison,
@@ -33,6 +34,7 @@ __all__ = [
     "broken_batches",
     "check_adapted_layer",
     "check_bugs",
+    "check_configs",
     "check_cost",
     "check_exact_match",
     "check_example",
@@ -43,7 +45,9 @@ __all__ = [
     "check_mask",
     "check_memory",
     "check_parser",
+    "check_stages",
     "check_template",
     "check_trainable",
     "check_validator",
+    "check_zero_memory",
 ]
