@@ -196,7 +196,7 @@ PAPER = {
 def test_zero_bytes_are_those_of_the_papers_table(size, stage):
     for ranks, expected in zip((4, 16, 64, 256, 1024), PAPER[size, stage], strict=True):
         found = zero_bytes(int(size), ranks, stage, "float16").total / 1e9
-        assert found == pytest.approx(expected, rel=2e-3, abs=0.005)  # as they round
+        assert found == pytest.approx(expected, rel=4e-3, abs=0.005)  # as printed
     assert zero_bytes(int(size), 1, stage) == adam_bytes(int(size), precision="mixed")
     assert zero_bytes(int(size), 64, 0) == adam_bytes(int(size), precision="mixed")
 

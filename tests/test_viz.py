@@ -59,7 +59,7 @@ def test_layers_stand_on_each_other_with_their_sum_on_top(monkeypatch):
     table = pd.DataFrame({"low": [2.0, 1.0], "high": [12.0, 6.04]}, index=["a", "b"])
     viz.stacked(table, "Title", "alt", "bytes")
     axes = figures[0].axes[0]
-    boxes = [(bar.get_y(), bar.get_height()) for bar in axes.patches]
+    boxes = [(bar.get_y(), round(bar.get_height(), 2)) for bar in axes.patches]
     assert boxes == [(0, 2), (0, 1), (2, 12), (1, 6.04)]
     assert [t.get_text() for t in axes.texts] == ["14.0", "7.0"]
     assert [t.get_text() for t in axes.get_legend().texts] == ["low", "high"]
