@@ -1,5 +1,7 @@
 """Every notebook obeys the rules, and every rule notices a notebook that does not."""
 
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,19 @@ PNG = "iVBORw0KGgo="
 def test_notebook_obeys(path: Path, rule: rules.Rule):
     nb = nbformat.reads(path.read_text(encoding="utf-8"), nbformat.NO_CONVERT)
     assert not rule(nb, path), "\n".join(rule(nb, path))
+
+
+@pytest.mark.slow
+def test_lesson_5_shows_stored_runs_where_deepspeed_cannot_run(tmp_path: Path):
+    lesson = next(path for path in NOTEBOOKS if path.name == "05_deepspeed.ipynb")
+    command = [*notebooks.NBCONVERT, f"--output-dir={tmp_path}", str(lesson)]
+    stored = os.environ | {"SFT_DEEPSPEED": "stored"}
+    stored.pop("PYTEST_CURRENT_TEST", None)
+    subprocess.run(command, env=stored, check=True, capture_output=True)
+    nb = nbformat.read(tmp_path / lesson.name, 4)
+    said = [rules.readable(output) for _, _, output in rules.outputs(nb)]
+    launches = sum(cell.source.count("stored=") for _, cell in rules.code_cells(nb))
+    assert launches == 5 == sum("A stored run, since SFT_DEEPSPEED" in text for text in said)
 
 
 # --- The rules can fail --------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_every_setting_is_explained():
     settings = re.findall(r"^# ([A-Z_]+)=", example, re.MULTILINE)
     assert set(settings) == {
         *("SFT_TEACHER", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"),
-        *("SFT_MODEL", "HF_TOKEN"),
+        *("SFT_MODEL", "SFT_DEEPSPEED", "HF_TOKEN"),
     }
     assert not [name for name in settings if name not in README]
 
