@@ -386,8 +386,8 @@ def two_nodes(namespaces):
     started = []
 
     def start(*command):
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen([TWO_NODES, *command], stdout=pipe, text=True))
+        command = ["env", "--default-signal=INT", TWO_NODES, *command]  # ignored in a background
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return started[-1]
 
     yield start
