@@ -373,7 +373,7 @@ def test_a_failing_rank_says_why_and_where(script, capsys):
         def fail():
             Path("none").read_text()  # here
         if rank == 0:
-            time.sleep(0.7)
+            time.sleep(2.5)
         if rank != 1:
             fail()
     """)
@@ -572,9 +572,8 @@ def test_logs_of_an_earlier_launch_are_replaced(script):
     path = script("import sys; print('first'); sys.exit(int(sys.argv[1]))")
     assert len(run(path, 1, ranks=3, check=False).failures) == 3
     path.write_text("raise ValueError('again')")
-    assert [text[:25] for text in failures(path, ranks=3)] == [
-        f"rank {rank}: ValueError: again" for rank in range(3)
-    ]
+    lines = sorted(text[:25] for text in failures(path, ranks=3))  # they fail in any order
+    assert lines == [f"rank {rank}: ValueError: again" for rank in range(3)]
     path.write_text("print('second')")
     result = run(path, ranks=1)
     assert result.failures == []
