@@ -198,16 +198,14 @@ def zero_bytes(
             "Expected at least one rank and no negative number of parameters, found "
             f"{world_size=}, {parameters=}, {frozen=}."
         )
-    each = round(BITS[dtype] / 8)
-    optimizer = 8 if dtype == "float32" and stage == 0 else 12
+    whole = adam_bytes(parameters, frozen, "float32" if dtype == "float32" else "mixed", dtype)
+    copy = 4 * parameters if dtype == "float32" and stage else 0
 
     def share(bytes_: int, from_stage: int) -> int:
         return -(-bytes_ // world_size) if stage >= from_stage else bytes_
 
     return Bytes(
-        share(each * (parameters + frozen), 3),
-        share(each * parameters, 2),
-        share(optimizer * parameters, 1),
+        share(whole.weights, 3), share(whole.gradients, 2), share(whole.optimizer + copy, 1)
     )
 
 

@@ -44,8 +44,8 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
     ),
     "ZeRO-1 divides no optimizer": (
         ("sftlib/memory.py",),
-        "share(optimizer * parameters, 1)",
-        "share(optimizer * parameters, 2)",
+        "share(whole.optimizer + copy, 1)",
+        "share(whole.optimizer + copy, 2)",
         "test_memory.py::test_zero_bytes_are_those_of_the_papers_table",
     ),
     "what a message holds is not escaped": (

@@ -44,10 +44,12 @@ def _memory_fault(stage: int, found: float) -> str:
         },
     }
     near = [cause for value, cause in causes.items() if abs(found / value - 1) < 0.02]
-    size = "bytes, not gigabytes?" if found > 1e6 else "expected 2 + 2 + 12 bytes a parameter, and "
-    if found <= 1e6:
-        size += f"what stage {stage} divides divided by 16; found {found:g} GB."
-    return near[0] if near else size
+    if near or found > 1e6:
+        return near[0] if near else "bytes, not gigabytes?"
+    return (
+        f"expected 2 + 2 + 12 bytes a parameter, and what stage {stage} divides divided by 16; "
+        f"found {found:g} GB."
+    )
 
 
 BROKEN = {
