@@ -7,6 +7,7 @@ modules that need them, when they need them.
 Import it before those libraries: they read the settings below when they are imported.
 """
 
+import logging
 import os
 import warnings
 
@@ -29,3 +30,6 @@ for _message in (
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 calls the old name
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+# bitsandbytes looks for a faster kernel where the CPU has AVX512-BF16, and says that it has none
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -386,7 +386,8 @@ def two_nodes(namespaces):
     started = []
 
     def start(*command):
-        command = ["env", "--default-signal=INT", TWO_NODES, *command]  # ignored in a background
+        # a shell's background ignores SIGINT, and nohup SIGHUP
+        command = ["env", "--default-signal=INT,HUP", TWO_NODES, *command]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return started[-1]
 

@@ -160,6 +160,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # in a shell's background it would be ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process, port, wait_for_token(process, log)
