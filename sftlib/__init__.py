@@ -28,6 +28,7 @@ for _name, _value in (_QUIET if progress_bars() else _QUIET | _NO_BARS).items():
 for _message in (
     "IProgress not found",  # tqdm, without ipywidgets: bars of text will do
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 calls the old name
+    "`gradient_checkpointing` is deprecated",  # TRL 1.16 has it among its defaults
 ):
     warnings.filterwarnings("ignore", message=_message)
 

@@ -87,7 +87,25 @@ FAIR = {"full": (1e-3, 0.91), "LoRA": (1e-3, 0.91)}
 START, END = "{% generation %}", "{% endgeneration %}"
 BEGIN = "{{ '<|begin_of_text|>' }}"
 ZERO = {1: 61.75, 2: 37.375, 3: 13.0}
+CONFIG = {
+    "eval_strategy": "epoch",
+    "warmup_steps": 0.03,
+    "dataset_text_field": "content",
+    "max_length": 512,
+    "packing": True,
+}
+TRAINER = {"train_dataset": "data", "eval_dataset": "eval_data", "processing_class": "tokenizer"}
 STAGES = {"small": 0, "accumulating": 1, "wide": 2, "large": 3}
+
+
+def completion_labels(prompt, together, max_length):
+    start = next((i for i, (a, b) in enumerate(zip(prompt, together)) if a != b), len(prompt))  # noqa: B905
+    labels = ([-100] * start + together[start:])[:max_length]
+    return labels if set(labels) != {-100} else None
+
+
+def without(arguments: dict, *names: str) -> dict:
+    return {name: value for name, value in arguments.items() if name not in names}
 
 
 def repaired(name: str = "A", **changed) -> dict:
@@ -109,6 +127,10 @@ def repaired(name: str = "A", **changed) -> dict:
 
 
 RIGHT = [
+    (checks.check_completion_labels, (completion_labels,)),
+    (checks.check_training_steps, (1221, 37)),
+    (checks.check_modern_call, (CONFIG, TRAINER)),
+    (checks.check_modern_call, (CONFIG | {"output_dir": "out"}, TRAINER | {"model": "model"})),
     (checks.check_zero_memory, (ZERO,)),
     (checks.check_zero_memory, ({1: 62, 2: 37, 3: 13},)),
     (checks.check_configs, (repaired(),)),
@@ -139,6 +161,10 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_completion_labels, (...,)),
+    (checks.check_completion_labels, (lambda prompt, together, max_length: ...,)),
+    (checks.check_training_steps, (..., 37)),
+    (checks.check_modern_call, (..., ...)),
     (checks.check_zero_memory, (...,)),
     (checks.check_zero_memory, (dict.fromkeys(ZERO, ...),)),
     (checks.check_configs, (...,)),
@@ -171,6 +197,40 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_completion_labels, (lambda p, t, n: t[len(p) :],), "as many"),
+    (checks.check_completion_labels, (lambda p, t, n: t,), "learns the prompt, too"),
+    (checks.check_completion_labels, (lambda p, t, n: [0] * len(p) + t[len(p) :],), "0 is a token"),
+    (
+        checks.check_completion_labels,
+        (lambda p, t, n: [-100] * len(p) + t[len(p) :],),
+        "learn from where the two lists differ",
+    ),
+    (
+        checks.check_completion_labels,
+        (lambda p, t, n: completion_labels(p, t, 99),),
+        "With max_length=4",
+    ),
+    (
+        checks.check_completion_labels,
+        (lambda p, t, n: completion_labels(p, t, n) or [-100] * n,),
+        "expected None",
+    ),
+    (checks.check_completion_labels, (lambda prompt: [],), "raised TypeError"),
+    (checks.check_training_steps, (407, 13), "one epoch"),
+    (checks.check_training_steps, (1219, 37), "round up before"),
+    (checks.check_training_steps, (4878, 147), "without the accumulation"),
+    (checks.check_training_steps, (9753, 293), "one GPU"),
+    (checks.check_training_steps, (1221, 36), "rounds the fraction up"),
+    (checks.check_training_steps, (1221, 122), "is not 122"),
+    (checks.check_training_steps, ("1221", 37), "two numbers"),
+    (checks.check_modern_call, (CONFIG, []), "two dictionaries"),
+    (checks.check_modern_call, (CONFIG, TRAINER | {"packing": True}), "moved to SFTConfig"),
+    (checks.check_modern_call, (CONFIG | {"warmup_ratio": 0.03}, TRAINER), "now called warmup"),
+    (checks.check_modern_call, (CONFIG, TRAINER | {"tokenizer": "tokenizer"}), "processing_class"),
+    (checks.check_modern_call, (without(CONFIG, "packing"), TRAINER), "packing is missing"),
+    (checks.check_modern_call, (CONFIG | {"max_length": 64}, TRAINER), "should be 512"),
+    (checks.check_modern_call, (CONFIG, without(TRAINER, "eval_dataset")), "eval_dataset is"),
+    (checks.check_modern_call, (CONFIG | {"bf16": True}, TRAINER), "not in the old call"),
     (checks.check_zero_memory, (208,), "keys 1, 2 and 3"),
     (checks.check_zero_memory, (ZERO | {1: 208},), "Stage 1: that is stage 0"),
     (checks.check_zero_memory, (ZERO | {1: 37.4},), "Stage 1: that is stage 2"),

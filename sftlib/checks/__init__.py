@@ -19,6 +19,11 @@ from sftlib.checks.lora_vs_full import (
     check_trainable,
 )
 from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
+from sftlib.checks.trl_sft import (
+    check_completion_labels,
+    check_modern_call,
+    check_training_steps,
+)
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict
 from sftlib.checks.what_is_sft import (
     check_exact_match,
@@ -34,6 +39,7 @@ __all__ = [
     "broken_batches",
     "check_adapted_layer",
     "check_bugs",
+    "check_completion_labels",
     "check_configs",
     "check_cost",
     "check_exact_match",
@@ -44,10 +50,12 @@ __all__ = [
     "check_leaks",
     "check_mask",
     "check_memory",
+    "check_modern_call",
     "check_parser",
     "check_stages",
     "check_template",
     "check_trainable",
+    "check_training_steps",
     "check_validator",
     "check_zero_memory",
 ]

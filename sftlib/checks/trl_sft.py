@@ -1,0 +1,125 @@
+"""The exercises of lesson 6."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+
+
+def check_completion_labels(function: Any) -> Verdict:
+    """Lesson 6, exercise 1: labels of a prompt with its completion, cut to a length."""
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    prompt, together = [5, 6, 7], [5, 6, 7, 8, 9]
+    found = call(function, prompt, together, 10)
+    if found is ... or found is None:
+        return NOT_ATTEMPTED
+    if isinstance(found, Exception):
+        return wrong(f"It raised {type(found).__name__}: {found}")
+    causes = {
+        (8, 9): "Labels stand beside the ids: as many, with −100 for the prompt.",
+        (5, 6, 7, -100, -100): "That learns the prompt: it is the other way round.",
+        (5, 6, 7, 8, 9): "That learns the prompt, too.",
+        (-100, -100, 8, 9, -100): "Do not shift: the trainer compares each position with the next.",
+        (0, 0, 0, 8, 9): "0 is a token: the number that is not counted is −100.",
+    }
+    if list(found) != [-100, -100, -100, 8, 9]:
+        fallback = f"Expected [-100, -100, -100, 8, 9] for {prompt} and {together}, found {found}."
+        return wrong(causes.get(tuple(found), fallback))
+    merged = call(function, [5, 6, 7], [5, 6, 11, 9], 10)  # two tokens became one at the border
+    if merged != [-100, -100, 11, 9]:
+        return wrong(
+            "A tokenizer may join the prompt's last token with the completion's first: learn from "
+            f"where the two lists differ. For [5, 6, 7] and [5, 6, 11, 9] found {merged}."
+        )
+    cut = call(function, prompt, together, 4)
+    if cut != [-100, -100, -100, 8]:
+        return wrong(f"With max_length=4, expected [-100, -100, -100, 8], found {cut}.")
+    emptied = call(function, prompt, together, 3)
+    if emptied is not None:
+        return wrong(f"With max_length=3 nothing is left to learn: expected None, found {emptied}.")
+    return right("That is what SFTTrainer does before the first step.")
+
+
+def check_training_steps(steps: Any, warmup: Any) -> Verdict:
+    """Lesson 6, exercise 2: optimizer steps of Alpaca's training, and its warm-up."""
+    if steps is ... or warmup is ...:
+        return NOT_ATTEMPTED
+    if not isinstance(steps, Real) or not isinstance(warmup, Real):
+        return wrong(f"Expected two numbers, found {steps!r} and {warmup!r}.")
+    causes = {
+        407: "That is one epoch: there are three.",
+        1219: "The last, smaller step of each epoch counts: round up before you multiply.",
+        3 * 1626: "That is without the accumulation: four batches make a step.",
+        3 * 3251: "That is one GPU: eight of them work on each step.",
+        3 * 13001: "That is one GPU without accumulation.",
+    }
+    if steps != 1221:
+        fallback = f"Expected rows / (4 · 8 · 4), rounded up, times 3; found {steps:,}."
+        return wrong(causes.get(steps, fallback))
+    if warmup != 37:
+        rounded = "Transformers rounds the fraction up." if 36 <= warmup < 37 else ""
+        return wrong(rounded or f"3 % of {steps:,}, rounded up, is not {warmup}.")
+    return right("1,221 steps of 128 rows, the first 37 of them warm-up.")
+
+
+def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
+    """Lesson 6, exercise 3: an old tutorial's call, with today's arguments."""
+    if config_arguments is ... or trainer_arguments is ...:
+        return NOT_ATTEMPTED
+    if not isinstance(config_arguments, dict) or not isinstance(trainer_arguments, dict):
+        return wrong("Expected two dictionaries, for SFTConfig and for SFTTrainer.")
+    moved = {"max_length", "packing", "dataset_text_field"} & set(trainer_arguments)
+    if moved:
+        return wrong(f"{', '.join(sorted(moved))}: no longer the trainer's; it moved to SFTConfig.")
+    renamed = {
+        "max_seq_length": "max_length",
+        "evaluation_strategy": "eval_strategy",
+        "tokenizer": "processing_class",
+        "warmup_ratio": "warmup_steps, which below 1 is a fraction",
+    }
+    for name in (*config_arguments, *trainer_arguments):
+        if name in renamed:
+            return wrong(f"{name} is now called {renamed[name]}.")
+    expected = {
+        "eval_strategy": "epoch",
+        "warmup_steps": 0.03,
+        "dataset_text_field": "content",
+        "max_length": 512,
+        "packing": True,
+    }
+    given = {name: value for name, value in config_arguments.items() if name != "output_dir"}
+    if cause := _differ(given, expected, "SFTConfig"):
+        return wrong(cause)
+    objects = {
+        "train_dataset": "data",
+        "eval_dataset": "eval_data",
+        "processing_class": "tokenizer",
+    }
+    given = {name: x for name, x in trainer_arguments.items() if name not in ("model", "args")}
+    if cause := _differ(given, objects, "SFTTrainer"):
+        return wrong(cause)
+    return _accepted(config_arguments)
+
+
+def _differ(found: dict, expected: dict, whose: str) -> str:
+    """What differs; empty when nothing does."""
+    if extra := sorted(set(found) - set(expected)):
+        return f"{whose}: {', '.join(extra)} was not in the old call."
+    for name, value in expected.items():
+        if name not in found:
+            return f"{whose}: {name} is missing."
+        if found[name] != value:
+            return f"{whose}: {name} should be {value!r}, found {found[name]!r}."
+    return ""
+
+
+def _accepted(config_arguments: dict) -> Verdict:
+    from trl import SFTConfig
+
+    made = call(lambda: SFTConfig(**(config_arguments | {"use_cpu": True, "bf16": False})))
+    if isinstance(made, Exception):
+        return wrong(f"SFTConfig says {type(made).__name__}: {made}")
+    return right("TRL takes it.")
