@@ -48,6 +48,12 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         "share(whole.optimizer + copy, 2)",
         "test_memory.py::test_zero_bytes_are_those_of_the_papers_table",
     ),
+    "PPO rewards the distance from the reference": (
+        ("sftlib/ppo.py",),
+        "rewards = -kl_coef *",
+        "rewards = kl_coef *",
+        "test_ppo.py::test_each_token_pays_for_its_distance_and_the_last_one_earns_the_score",
+    ),
     "what a message holds is not escaped": (
         ("sftlib/chat.py",),
         'controls.escape(m["content"])',
