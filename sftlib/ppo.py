@@ -85,7 +85,9 @@ class PolicyWithValue(torch.nn.Module):
         scores = log_softmax(self.model.get_output_embeddings()(hidden).float() / temperature, -1)
         chosen = scores.gather(-1, ids[:, -answer:, None])[..., 0]
         values = self.value_head(hidden.to(self.value_head.weight.dtype))[..., 0]
-        return chosen, values, -(scores.exp() * scores).sum(-1)
+        with torch.no_grad():  # to be looked at, not trained
+            entropy = -(scores.exp() * scores).sum(-1)
+        return chosen, values, entropy
 
 
 def token_rewards(
@@ -197,8 +199,8 @@ def rollout(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = ids[:, batch["input_ids"].shape[1] :]
-    ended = (answers == end).cumsum(-1)
-    mask = (ended - (answers == end) * 1 == 0) * 1  # up to the first end, and with it
+    ends = (answers == end).long()
+    mask = (ends.cumsum(-1) - ends == 0).long()  # up to the first end, and with it
     attention = torch.cat([batch["attention_mask"], mask], 1)
     texts = tokenizer.batch_decode(
         [a[m.bool()].tolist() for a, m in zip(answers, mask, strict=True)], skip_special_tokens=True
@@ -221,7 +223,7 @@ def rollout(
         "logprobs": logprobs,
         "ref_logprobs": reference(ids, attention, width, config.temperature)[0],
         "values": values,
-        "scores": scores - config.missing_eos_penalty * (ended[:, -1] == 0),
+        "scores": scores - config.missing_eos_penalty * (ends.sum(-1) == 0),
     }
 
 
@@ -243,9 +245,15 @@ def train(
         reward: see `Reward`; the same function works with TRL's `RLOOTrainer` and `GRPOTrainer`.
 
     Returns:
-        A dictionary for each step: `reward` (mean score), `kl` (nats an answer, from the model as
-        it was), `entropy` (nats a token), `clipped` (share of tokens held back), `length` (tokens).
+        A dictionary for each step: `reward` (mean score, after the penalty), `kl` (nats an answer,
+        from the model as it was), `entropy` (nats a token), `clipped` (share of tokens held back),
+        `value_loss`, `length` (tokens).
+
+    Raises:
+        ValueError: there are no rows, or the reward function does not score each answer.
     """
+    if not rows:
+        raise ValueError("Expected at least one row with a prompt, found none.")
     torch.manual_seed(config.seed)
     model.eval()  # no dropout: the ratio compares the same network before and after
     policy = PolicyWithValue(model)
@@ -308,7 +316,7 @@ def _update(policy, optimizer, batch: dict[str, torch.Tensor], config: PPOConfig
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            entropy = masked_mean(entropy.detach(), part["mask"])
+            entropy = masked_mean(entropy, part["mask"])
             measured.append((clipped.item(), error.item(), entropy.item()))
     means = [sum(column) / len(column) for column in zip(*measured, strict=True)]
     return dict(zip(("clipped", "value_loss", "entropy"), means, strict=True))

@@ -99,7 +99,9 @@ STAGES = {"small": 0, "accumulating": 1, "wide": 2, "large": 3}
 
 
 def completion_labels(prompt, together, max_length):
-    start = next((i for i, (a, b) in enumerate(zip(prompt, together)) if a != b), len(prompt))  # noqa: B905
+    start = next(
+        (i for i, (a, b) in enumerate(zip(prompt, together, strict=False)) if a != b), len(prompt)
+    )
     labels = ([-100] * start + together[start:])[:max_length]
     return labels if set(labels) != {-100} else None
 
@@ -216,6 +218,7 @@ WRONG = [  # check, arguments, a word of the hint
         "expected None",
     ),
     (checks.check_completion_labels, (lambda prompt: [],), "raised TypeError"),
+    (checks.check_completion_labels, (lambda p, t, n: len(t),), "list of labels, found int"),
     (checks.check_training_steps, (407, 13), "one epoch"),
     (checks.check_training_steps, (1219, 37), "round up before"),
     (checks.check_training_steps, (4878, 147), "without the accumulation"),

@@ -61,6 +61,8 @@ def test_each_token_pays_for_its_distance_and_the_last_one_earns_the_score():
 @pytest.mark.parametrize(
     ("gamma", "lam", "expected"),
     [
+        # as in the last line, with γλ = 0.855: 0.03 + 0.855 · 0.3, 0.04 + 0.855 · 0.2865
+        (0.9, 0.95, [0.2849575, 0.2865, 0.3]),
         # surprises from the end: 1 − 0.7 = 0.3, 0.7 − 0.6 = 0.1, 0.6 − 0.5 = 0.1
         (1.0, 0.5, [0.1 + 0.5 * (0.1 + 0.5 * 0.3), 0.1 + 0.5 * 0.3, 0.3]),
         (1.0, 1.0, [1 - 0.5, 1 - 0.6, 1 - 0.7]),  # λ = 1: the reward to come, less the value
@@ -182,6 +184,11 @@ def test_a_reward_function_must_score_each_answer(tuned):
     policy = ppo.PolicyWithValue(model)
     with pytest.raises(ValueError, match="Expected 4 scores .* found 1"):
         ppo.rollout(policy, policy, tokenizer, ROWS[:4], lambda **_: [1.0], small())
+
+
+def test_no_rows_are_an_error_not_an_endless_loop(tuned):
+    with pytest.raises(ValueError, match="at least one row"):
+        ppo.train(*tuned, [], of_capitals, small())
 
 
 # --- Training ------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ def check_completion_labels(function: Any) -> Verdict:
         return NOT_ATTEMPTED
     if isinstance(found, Exception):
         return wrong(f"It raised {type(found).__name__}: {found}")
+    if not isinstance(found, list):
+        return wrong(f"Expected a list of labels, found {type(found).__name__}.")
     causes = {
         (8, 9): "Labels stand beside the ids: as many, with −100 for the prompt.",
         (5, 6, 7, -100, -100): "That learns the prompt: it is the other way round.",
@@ -25,7 +27,7 @@ def check_completion_labels(function: Any) -> Verdict:
         (-100, -100, 8, 9, -100): "Do not shift: the trainer compares each position with the next.",
         (0, 0, 0, 8, 9): "0 is a token: the number that is not counted is −100.",
     }
-    if list(found) != [-100, -100, -100, 8, 9]:
+    if found != [-100, -100, -100, 8, 9]:
         fallback = f"Expected [-100, -100, -100, 8, 9] for {prompt} and {together}, found {found}."
         return wrong(causes.get(tuple(found), fallback))
     merged = call(function, [5, 6, 7], [5, 6, 11, 9], 10)  # two tokens became one at the border
