@@ -75,9 +75,6 @@ def uses(file: str, text: str) -> set[Use]:
 
 
 USES = sorted({use for file, text in sources() for use in uses(file, text)})
-OLD = {  # lesson 6 calls these to show that they are gone
-    ("notebooks/06_trl_sft.ipynb", "tokenizer"),
-}
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.file}:{use.name}({use.arguments})")
@@ -85,8 +82,7 @@ def test_trl_has_the_name_and_takes_the_arguments(use: Use):
     found = getattr(importlib.import_module(use.module), use.name)
     takes = inspect.signature(found).parameters if use.arguments else {}
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
-        unknown = set(use.arguments) - set(takes)
-        assert {name for name in unknown if (use.file, name) not in OLD} == set()
+        assert set(use.arguments) - set(takes) == set()
 
 
 def test_each_lesson_that_trains_is_looked_at():
