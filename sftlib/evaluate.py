@@ -1,4 +1,4 @@
-"""The same few numbers in every lesson: exact match, content, stopping, perplexity, cloze."""
+"""The same few numbers in every lesson: exact match, content, stopping, likelihoods, cloze."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ def answers(
     conversations: Sequence[Sequence[dict[str, str]]],
     max_new_tokens: int = 32,
     batch_size: int = 256,
+    **sampling: float,
 ) -> list[Answer]:
-    """Greedy answers to conversations that end with a user's message, in the given order.
+    """Answers to conversations that end with a user's message, in the given order.
 
-    Control tokens that stand in a message are read as text (see `sftlib.chat.encode`).
+    Greedy, or sampled with `temperature` and `seed` (see `continuations`). Control tokens that
+    stand in a message are read as text (see `sftlib.chat.encode`).
     """
     from sftlib.chat import encode_batch
 
     prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
-    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)
+    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size, **sampling)
 
 
 def answers_to_text(
@@ -47,12 +49,13 @@ def answers_to_text(
     prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int = 32,
     batch_size: int = 256,
+    **sampling: float,
 ) -> list[Answer]:
-    """Greedy answers to prompts as they are (texts or ids), without the chat template."""
+    """Answers to prompts as they are (texts or ids), without the chat template; see `answers`."""
     from sftlib.chat import end_of_turn_id
 
     end = end_of_turn_id(tokenizer)
-    written = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, stop=end)
+    written = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, end, **sampling)
     return [
         Answer(tokenizer.decode(_until(ids, end), skip_special_tokens=True).strip(), end in ids)
         for ids in written
@@ -70,10 +73,20 @@ def continuations(
     max_new_tokens: int,
     batch_size: int = 256,
     stop: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """The ids that the model greedily appends to each prompt, text or ids, up to its stop token."""
+    """The ids that the model appends to each prompt, text or ids, up to its stop token.
+
+    Greedily, or with a `temperature` above 0 drawn from the whole distribution: no top-k, no top-p.
+    The same `seed` gives the same draws on the same machine.
+    """
     import torch
 
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
     stops = [i for i in {tokenizer.eos_token_id, stop} if i is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
     if prompts and isinstance(prompts[0], str):
@@ -91,9 +104,9 @@ def continuations(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
+                **how,
             )[:, batch["input_ids"].shape[1] :].tolist()
         for i, ids in zip(chosen, written, strict=True):
             end = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
@@ -208,3 +221,42 @@ def perplexity(
     if not count:
         raise ValueError("Expected texts of at least two tokens, found none.")
     return math.exp(total / count)
+
+
+def logprobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    batch_size: int = 128,
+) -> list[float]:
+    """log π(answer | prompt) of each conversation, in nats: the sum over the assistant's tokens.
+
+    The end-of-turn token counts. The difference between two models, on answers that the first has
+    sampled, estimates the Kullback-Leibler divergence of the first from the second.
+    """
+    from sftlib.chat import encode_batch
+
+    import torch
+
+    encoded = encode_batch(conversations, tokenizer)
+    found = []
+    training = model.training
+    model.eval()
+    for start in range(0, len(conversations), batch_size):
+        part = slice(start, start + batch_size)
+        batch = tokenizer.pad(
+            {"input_ids": encoded["input_ids"][part]}, return_tensors="pt", padding_side="right"
+        ).to(model.device)
+        learned = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(mask) for mask in encoded["assistant_masks"][part]], batch_first=True
+        ).to(model.device)
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
+        )
+        found += (-nll * learned[:, 1:]).sum(-1).tolist()
+    model.train(training)
+    return found

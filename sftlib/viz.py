@@ -154,6 +154,33 @@ def _name_bars(axes, table: pandas.DataFrame) -> None:
         axes.legend(frameon=False, ncols=len(table.columns), **place)
 
 
+MARKERS = "osD^vPX*<>hd"
+
+
+def scatter(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    alt: str,
+    x_label: str,
+    y_label: str,
+) -> Picture:
+    """A marker for each name at the mean of its points, and its points small around it.
+
+    Args:
+        points: name → (x values, y values), for instance one of each a seed; told apart by colour
+            and shape.
+        alt: what the figure shows, in a sentence or two.
+    """
+    figure, axes = _axes(title, x_label, y_label, (8, 4.2))
+    for i, (name, (x, y)) in enumerate(points.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.scatter(x, y, s=18, alpha=0.45, **look)
+        mean = sum(x) / len(x), sum(y) / len(y)
+        axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, label=name, **look)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return Picture(figure, alt)
+
+
 def histogram(
     series: Mapping[str, Sequence[float]],
     title: str,

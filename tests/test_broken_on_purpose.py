@@ -30,10 +30,10 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
     ),
     "the wrong template is used at inference": (
         ("sftlib/evaluate.py",),
-        "return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)",
+        "return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size, **sampling)",
         "prompts = ['### Instruction:\\n' + c[-1]['content'] + '\\n\\n### Response:\\n' "
         "for c in conversations]\n"
-        "    return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size)",
+        "    return answers_to_text(model, tokenizer, prompts, max_new_tokens, **sampling)",
         "test_training.py::test_sft_turns_the_base_into_a_model_that_answers_and_stops",
     ),
     "of LoRA only B is counted": (

@@ -1,6 +1,7 @@
 """Exercise checks: the solution passes, an empty answer is noticed, a wrong one gets a hint."""
 
 import json
+import math
 import re
 
 from sftlib import checks
@@ -10,6 +11,7 @@ from sftlib.models import TINY_BASE
 
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 KENYA = [
@@ -106,6 +108,26 @@ def completion_labels(prompt, together, max_length):
     return labels if set(labels) != {-100} else None
 
 
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -torch.nn.functional.logsigmoid(torch.tensor(margin))
+
+
+def advantages(rewards, method, epsilon=1e-4, correction=1):
+    rewards = torch.tensor(rewards)
+    if method == "RLOO":
+        return (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+    return (rewards - rewards.mean()) / (rewards.std(correction=correction) + epsilon)
+
+
+CHOICE = {
+    "frozen": "best of n",
+    "pairs": "DPO",
+    "today": "SFT on the best samples",
+    "further": "GRPO",
+}
+
+
 def without(arguments: dict, *names: str) -> dict:
     return {name: value for name, value in arguments.items() if name not in names}
 
@@ -129,6 +151,10 @@ def repaired(name: str = "A", **changed) -> dict:
 
 
 RIGHT = [
+    (checks.check_dpo_loss, (dpo_loss,)),
+    (checks.check_advantages, (advantages,)),
+    (checks.check_advantages, (lambda r, m: advantages(r, m, correction=0),)),
+    (checks.check_methods, (CHOICE,)),
     (checks.check_completion_labels, (completion_labels,)),
     (checks.check_training_steps, (1221, 37)),
     (checks.check_modern_call, (CONFIG, TRAINER)),
@@ -163,6 +189,12 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_dpo_loss, (...,)),
+    (checks.check_dpo_loss, (lambda *logps: ...,)),
+    (checks.check_advantages, (...,)),
+    (checks.check_advantages, (lambda rewards, method: ...,)),
+    (checks.check_methods, (...,)),
+    (checks.check_methods, (dict.fromkeys(CHOICE, ...),)),
     (checks.check_completion_labels, (...,)),
     (checks.check_completion_labels, (lambda prompt, together, max_length: ...,)),
     (checks.check_training_steps, (..., 37)),
@@ -199,6 +231,38 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, 0, 0, b),), "the reference"),
+    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, 1),), "β is missing"),
+    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(r, c, rr, rc, b),), "way round"),
+    (checks.check_dpo_loss, (lambda *a: -dpo_loss(*a),), "never negative"),
+    (checks.check_dpo_loss, (lambda *a: dpo_loss(*a).neg().exp(),), "is σ of the margin"),
+    (checks.check_dpo_loss, (lambda *a: 0.75,), "That is the margin"),
+    (checks.check_dpo_loss, (lambda *a: 7,), "found 7.0000"),
+    (checks.check_dpo_loss, (lambda *a: "x",), "one number"),
+    (checks.check_dpo_loss, (lambda a: 1,), "raised TypeError"),
+    (
+        checks.check_dpo_loss,
+        (lambda c, r, rc, rr, b: -math.log(1 / (1 + math.exp(-b * (c - rc - r + rr)))),),
+        "OverflowError",
+    ),
+    (
+        checks.check_advantages,
+        (lambda r, m: torch.tensor(r) - torch.tensor(r).mean(),),
+        "RLOO: the mean is over the *other*",
+    ),
+    (
+        checks.check_advantages,
+        (lambda r, m: advantages(r, "RLOO") * (1 if m == "RLOO" else 0.75),),
+        "GRPO: divide by",
+    ),
+    (checks.check_advantages, (lambda r, m: advantages(r, m, 0),), "expected zeros"),
+    (checks.check_advantages, (lambda r, m: r,), "expected [0.8333"),
+    (checks.check_advantages, (lambda r, m: 3,), "raised TypeError"),
+    (checks.check_methods, (["DPO"],), "keys frozen, pairs, today, further"),
+    (checks.check_methods, (CHOICE | {"frozen": "DPO"},), "leaves the weights"),
+    (checks.check_methods, (CHOICE | {"pairs": "GRPO"},), "nothing that could grade"),
+    (checks.check_methods, (CHOICE | {"today": "PPO"},), "expected one of"),
+    (checks.check_methods, (CHOICE | {"further": ...},), "Still open: further"),
     (checks.check_completion_labels, (lambda p, t, n: t[len(p) :],), "as many"),
     (checks.check_completion_labels, (lambda p, t, n: t,), "learns the prompt, too"),
     (checks.check_completion_labels, (lambda p, t, n: [0] * len(p) + t[len(p) :],), "0 is a token"),

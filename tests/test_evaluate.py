@@ -2,6 +2,7 @@
 
 import math
 
+from sftlib.chat import encode
 from sftlib.evaluate import (
     Answer,
     answers,
@@ -9,6 +10,7 @@ from sftlib.evaluate import (
     content,
     continuations,
     exact_match,
+    logprobs,
     perplexity,
     report,
     stops,
@@ -132,3 +134,45 @@ def test_a_report_has_a_line_a_set(tiny):
     assert list(table.index) == ["a", "b"]
     assert list(table.columns) == ["prompts", "exact_match", "content", "stops"]
     assert list(table.prompts) == [1, 2]
+
+
+def test_sampling_repeats_with_its_seed_and_draws_anew_with_another(tiny):
+    model, tokenizer = tiny
+    prompts = ["The capital of Kenya is", "The"] * 8
+    drawn = continuations(model, tokenizer, prompts, 6, temperature=1.0, seed=1)
+    assert continuations(model, tokenizer, prompts, 6, temperature=1.0, seed=1) == drawn
+    assert continuations(model, tokenizer, prompts, 6, temperature=1.0, seed=2) != drawn
+    cold = continuations(model, tokenizer, prompts, 6, temperature=1e-4, seed=1)
+    assert cold == continuations(model, tokenizer, prompts, 6)
+
+
+def test_sampling_draws_from_the_whole_distribution(tiny, monkeypatch):
+    model, tokenizer = tiny
+    logits = torch.full((model.config.vocab_size,), -40.0)
+    logits[: 2 * 64] = 0.0  # 128 tokens alike: a top-k of 50 would leave out most
+    logits[tokenizer.eos_token_id] = -40.0
+    forward = model.forward
+
+    def flat(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = logits.expand_as(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", flat)
+    drawn = continuations(model, tokenizer, ["The"] * 64, 16, temperature=1.0)
+    assert len({token for ids in drawn for token in ids}) > 110
+
+
+def test_logprobs_are_the_sum_over_the_answers_tokens(tiny):
+    model, tokenizer = tiny
+    conversations = [row()["messages"], row("Fe")["messages"], row()["messages"] * 2]
+    ids = encode(conversations[1], tokenizer)
+    with torch.no_grad():
+        scores = model(torch.tensor([ids["input_ids"]])).logits[0].log_softmax(-1)
+    learned = [i for i, m in enumerate(ids["assistant_masks"]) if m]
+    by_hand = sum(scores[i - 1, ids["input_ids"][i]].item() for i in learned)
+    assert tokenizer.decode([ids["input_ids"][i] for i in learned]) == "Fe<|im_end|>"
+    found = logprobs(model, tokenizer, conversations, batch_size=2)
+    assert found[1] == pytest.approx(by_hand, rel=1e-4)
+    assert found[0] == pytest.approx(logprobs(model, tokenizer, [conversations[0]])[0], rel=1e-4)
+    assert len(found) == 3 and max(found) < 0

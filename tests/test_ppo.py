@@ -1,5 +1,6 @@
 """Each formula of PPO against numbers worked out by hand, and that the whole earns more reward."""
 
+import copy
 import math
 
 from sftlib import ppo
@@ -227,3 +228,27 @@ def test_only_the_differences_of_rewards_count(tuned):
 def test_the_seed_decides(tuned):
     one, other, third = (trained(tuned, steps=2, seed=seed) for seed in (0, 0, 1))
     assert one == other != third
+
+
+def test_a_value_stands_before_its_token():
+    model, _ = load()
+    policy = ppo.PolicyWithValue(model)
+    torch.nn.init.ones_(policy.value_head.weight)
+    ids = tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        _, values, _ = policy(ids, torch.ones_like(ids), 2)
+    assert_close(values[0], hidden[2:4].sum(-1))
+
+
+def test_a_deep_copy_of_what_trl_trained_samples_from_the_original(tuned):
+    """Lesson 7 warns of it: when this fails, TRL has changed, and the warning goes."""
+    model, tokenizer = tuned
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        torch.nn.init.zeros_(parameter)
+    ids = tensor(
+        [encode_batch([ROWS[0]["prompt"]], tokenizer, add_generation_prompt=True)["input_ids"][0]]
+    )
+    written = [m.generate(ids, max_new_tokens=4, do_sample=False).tolist() for m in (copied, model)]
+    assert written[0] == written[1]

@@ -84,6 +84,19 @@ def test_curves_over_ratios_name_each_value(monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "1,000"]
 
 
+def test_a_scatter_marks_each_point_and_their_mean(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    points = {"DPO": ([1.0, 3.0], [0.2, 0.4]), "PPO": ([2.0], [0.8])}
+    viz.scatter(points, "Title", "alt", "KL (nats)", "score")
+    [axes] = figures[0].axes
+    drawn = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert drawn[0] == [[1.0, 0.2], [3.0, 0.4]]
+    assert drawn[1][0] == pytest.approx([2.0, 0.3])
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["DPO", "PPO"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("KL (nats)", "score")
+
+
 def test_tokens_count_and_escape(tokenizer):
     ids = tokenizer.encode("<b>a</b>\n<|im_end|>", add_special_tokens=False)
     mask = [0] * (len(ids) - 1) + [1]

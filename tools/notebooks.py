@@ -20,7 +20,7 @@ NBCONVERT = [
     *(sys.executable, "-m", "jupyter", "nbconvert", "--to=notebook", "--execute"),
     "--log-level=WARN",
     "--ExecutePreprocessor.kernel_name=python3",
-    "--ExecutePreprocessor.timeout=600",
+    "--ExecutePreprocessor.timeout=7200",
     "--ExecutePreprocessor.record_timing=False",
 ]
 

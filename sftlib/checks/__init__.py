@@ -19,6 +19,7 @@ from sftlib.checks.lora_vs_full import (
     check_trainable,
 )
 from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
+from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
 from sftlib.checks.trl_sft import (
     check_completion_labels,
     check_modern_call,
@@ -38,10 +39,12 @@ __all__ = [
     "batch_to_mask",
     "broken_batches",
     "check_adapted_layer",
+    "check_advantages",
     "check_bugs",
     "check_completion_labels",
     "check_configs",
     "check_cost",
+    "check_dpo_loss",
     "check_exact_match",
     "check_example",
     "check_fair_comparison",
@@ -50,6 +53,7 @@ __all__ = [
     "check_leaks",
     "check_mask",
     "check_memory",
+    "check_methods",
     "check_modern_call",
     "check_parser",
     "check_stages",

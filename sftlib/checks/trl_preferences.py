@@ -1,0 +1,120 @@
+"""The exercises of lesson 7."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+
+METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
+
+
+def check_dpo_loss(function: Any) -> Verdict:
+    """Lesson 7, exercise 1: DPO's loss of one pair from four log-probabilities."""
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    found = call(function, -5.0, -9.0, -6.0, -8.5, 0.5)
+    if found is ... or found is None:
+        return NOT_ATTEMPTED
+    if isinstance(found, Exception):
+        return wrong(f"It raised {type(found).__name__}: {found}")
+    found = call(float, found)
+    if isinstance(found, Exception):
+        return wrong(f"Expected one number, and got: {found}")
+    causes = {
+        0.1269: "That is without the reference: each log-probability counts from the reference's.",
+        0.2014: "β is missing: it multiplies the margin.",
+        1.1369: "The wrong way round: that makes the rejected answer likelier.",
+        0.7500: "That is the margin; the loss is −log σ of it.",
+        0.6792: "That is σ of the margin, the probability of the right order; take −log of it.",
+        -0.3869: "The sign: a loss is −log σ, and never negative.",
+    }
+    if abs(found - 0.3869) > 1e-3:
+        near = [cause for value, cause in causes.items() if abs(found - value) < 1e-3]
+        margin = "β · ((−5 − −6) − (−9 − −8.5)) with β = 0.5, a margin of 0.75"
+        return wrong((near or [f"Expected −log σ of {margin}: 0.3869; found {found:.4f}."])[0])
+    far = call(lambda: float(function(-5000.0, -1.0, 0.0, 0.0, 1.0)))
+    if isinstance(far, Exception) or not math.isfinite(far):
+        said = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
+        return wrong(
+            f"Right, but for a margin of −4999 it gives {said}: σ is 0 there in floating point. "
+            "Use torch.nn.functional.logsigmoid."
+        )
+    return right("The loss of RewardTrainer, with implied rewards.")
+
+
+def check_advantages(function: Any) -> Verdict:
+    """Lesson 7, exercise 2: what RLOO and GRPO make of one group's rewards."""
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    rewards = [1.0, 0.0, 0.0, 0.5]
+    expected = {"RLOO": [0.8333, -0.5, -0.5, 0.1667], "GRPO": [1.3056, -0.7833, -0.7833, 0.2611]}
+    population = [1.5076, -0.9045, -0.9045, 0.3015]  # the standard deviation divided by n
+    centred = [0.625, -0.375, -0.375, 0.125]
+    for method, right_ones in expected.items():
+        found = call(function, list(rewards), method)
+        if found is ... or found is None:
+            return NOT_ATTEMPTED
+        found = (
+            found if isinstance(found, Exception) else call(lambda x=found: [float(v) for v in x])
+        )
+        if isinstance(found, Exception):
+            return wrong(f"{method}: it raised {type(found).__name__}: {found}")
+        if _near(found, right_ones) or method == "GRPO" and _near(found, population):
+            continue
+        if _near(found, centred):
+            cause = {
+                "RLOO": "the mean is over the *other* answers, without the answer itself.",
+                "GRPO": "divide by the group's standard deviation, too.",
+            }
+            return wrong(f"{method}: {cause[method]}")
+        shown = [round(value, 3) for value in found]
+        return wrong(f"{method}: for {rewards} expected {right_ones}, found {shown}.")
+    equal = call(function, [1.0, 1.0, 1.0, 1.0], "GRPO")
+    equal = equal if isinstance(equal, Exception) else call(lambda: [float(v) for v in equal])
+    if isinstance(equal, Exception) or not _near(equal, [0.0] * 4):
+        said = type(equal).__name__ if isinstance(equal, Exception) else equal
+        return wrong(
+            f"GRPO, four equal rewards: expected zeros, found {said}. A group of equals has no "
+            "spread to divide by, and nothing to teach; add a small number to the divisor."
+        )
+    return right("A group of equal rewards teaches nothing: that is why batches must be large.")
+
+
+def _near(found: list[float], expected: list[float]) -> bool:
+    return len(found) == len(expected) and all(
+        abs(a - b) < 0.005 for a, b in zip(found, expected, strict=True)
+    )
+
+
+def check_methods(choice: Any) -> Verdict:
+    """Lesson 7, exercise 3: which method for which task."""
+    if choice is ...:
+        return NOT_ATTEMPTED
+    reasons = {
+        "frozen": ("best of n", "only that leaves the weights as they are."),
+        "pairs": ("DPO", "there are pairs, and nothing that could grade a new answer."),
+        "today": (
+            "SFT on the best samples",
+            "a quarter of its answers is right: keep these and train on them, with the tools that "
+            "are there.",
+        ),
+        "further": (
+            "GRPO",
+            "imitating the best gains no more, answers can be graded, and there is the compute to "
+            "sample from the model as it changes.",
+        ),
+    }
+    if not isinstance(choice, dict) or set(choice) != set(reasons):
+        return wrong(f"Expected a dictionary with the keys {', '.join(reasons)}.")
+    if all(value is ... for value in choice.values()):
+        return NOT_ATTEMPTED
+    for task, (method, reason) in reasons.items():
+        if choice[task] is ...:
+            return wrong(f"Still open: {task}.")
+        if choice[task] not in METHODS:
+            return wrong(f"{task}: expected one of {', '.join(METHODS)}, found {choice[task]!r}.")
+        if choice[task] != method:
+            return wrong(f"{task}: look again. A hint: {reason}")
+    return right("The data that you have decides before taste does.")
