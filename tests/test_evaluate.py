@@ -149,7 +149,7 @@ def test_sampling_repeats_with_its_seed_and_draws_anew_with_another(tiny):
 def test_sampling_draws_from_the_whole_distribution(tiny, monkeypatch):
     model, tokenizer = tiny
     logits = torch.full((model.config.vocab_size,), -40.0)
-    logits[: 2 * 64] = 0.0  # 128 tokens alike: a top-k of 50 would leave out most
+    logits[:128] = torch.linspace(0, -0.1, 128)  # nearly alike: a top-k of 50 leaves out most
     logits[tokenizer.eos_token_id] = -40.0
     forward = model.forward
 
