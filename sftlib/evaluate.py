@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
@@ -198,8 +199,6 @@ def perplexity(
     batch_size: int = 64,
 ) -> float:
     """exp of the mean negative log-likelihood a token, over all tokens but each text's first."""
-    import torch
-
     total, count = 0.0, 0
     training = model.training
     model.eval()
@@ -208,14 +207,7 @@ def perplexity(
             list(texts[start : start + batch_size]), return_tensors="pt", padding=True
         ).to(model.device)
         keep = batch["attention_mask"][:, 1:].bool()
-        with torch.no_grad():
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits
-        nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
-        )
-        total += nll[keep].sum().item()
+        total += _token_losses(model, batch)[keep].sum().item()
         count += int(keep.sum())
     model.train(training)
     if not count:
@@ -250,13 +242,17 @@ def logprobs(
         learned = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(mask) for mask in encoded["assistant_masks"][part]], batch_first=True
         ).to(model.device)
-        with torch.no_grad():
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
-        )
-        found += (-nll * learned[:, 1:]).sum(-1).tolist()
+        found += (-_token_losses(model, batch) * learned[:, 1:]).sum(-1).tolist()
     model.train(training)
     return found
+
+
+def _token_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+    """−log π of each token but the first, (batch, length − 1); padding is not left out."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
+    )

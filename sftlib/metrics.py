@@ -45,10 +45,13 @@ def table(log: Any) -> pandas.DataFrame:
             "Pass trainer.state.log_history, after training with logging_steps small enough."
         )
     rows: dict[float, dict[str, Any]] = {}
+    trained = -1.0  # the last step of training so far
     for line in _numbered(lines):
         step = line["step"]
-        if _trains(line) and any(_trains(row) for at, row in rows.items() if at >= step):
-            rows = {at: row for at, row in rows.items() if at < step}  # resumed from before it
+        if _trains(line):
+            if step <= trained:  # resumed from before it
+                rows = {at: row for at, row in rows.items() if at < step}
+            trained = step
         rows[step] = rows.get(step, {}) | line
     frame = pandas.DataFrame([rows[step] for step in sorted(rows)]).set_index("step")
     frame.index = frame.index.astype(int)

@@ -20,7 +20,7 @@ NBCONVERT = [
     *(sys.executable, "-m", "jupyter", "nbconvert", "--to=notebook", "--execute"),
     "--log-level=WARN",
     "--ExecutePreprocessor.kernel_name=python3",
-    "--ExecutePreprocessor.timeout=7200",
+    "--ExecutePreprocessor.timeout=7200",  # a recording trains for long in one cell
     "--ExecutePreprocessor.record_timing=False",
 ]
 

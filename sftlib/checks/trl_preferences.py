@@ -56,9 +56,7 @@ def check_advantages(function: Any) -> Verdict:
         found = call(function, list(rewards), method)
         if found is ... or found is None:
             return NOT_ATTEMPTED
-        found = (
-            found if isinstance(found, Exception) else call(lambda x=found: [float(v) for v in x])
-        )
+        found = _floats(found)
         if isinstance(found, Exception):
             return wrong(f"{method}: it raised {type(found).__name__}: {found}")
         if _near(found, right_ones) or method == "GRPO" and _near(found, population):
@@ -71,8 +69,7 @@ def check_advantages(function: Any) -> Verdict:
             return wrong(f"{method}: {cause[method]}")
         shown = [round(value, 3) for value in found]
         return wrong(f"{method}: for {rewards} expected {right_ones}, found {shown}.")
-    equal = call(function, [1.0, 1.0, 1.0, 1.0], "GRPO")
-    equal = equal if isinstance(equal, Exception) else call(lambda: [float(v) for v in equal])
+    equal = _floats(call(function, [1.0, 1.0, 1.0, 1.0], "GRPO"))
     if isinstance(equal, Exception) or not _near(equal, [0.0] * 4):
         said = type(equal).__name__ if isinstance(equal, Exception) else equal
         return wrong(
@@ -80,6 +77,10 @@ def check_advantages(function: Any) -> Verdict:
             "spread to divide by, and nothing to teach; add a small number to the divisor."
         )
     return right("A group of equal rewards teaches nothing: that is why batches must be large.")
+
+
+def _floats(found: Any) -> list[float] | Exception:
+    return found if isinstance(found, Exception) else call(lambda: [float(x) for x in found])
 
 
 def _near(found: list[float], expected: list[float]) -> bool:
