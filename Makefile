@@ -49,8 +49,9 @@ bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps 
 tiny-base: setup ## build data/ and the tiny base model again
 	@$(VENV) python data/build/build.py
 
-sweeps: setup ## train the stored runs of lesson 4 again (half an hour)
+sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)
 	@$(VENV) python data/build/sweeps.py
+	@$(VENV) python data/build/failures.py
 
 recording: teacher ## record the local teacher for lesson 2 again
 	@$(VENV) python data/build/recording.py

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,12 +162,20 @@ def _changes(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> dict
     return {"change": (change / size) ** 0.5, "direction": (first / (change or 1)) ** 0.5}
 
 
-def sweep(runs: Iterable[Run], path: str | os.PathLike, **options: Any) -> list[dict]:
+def sweep(
+    runs: Iterable[Any],
+    path: str | os.PathLike,
+    measure: Callable[..., dict[str, Any]] | None = None,
+    **options: Any,
+) -> list[dict]:
     """Do the runs that the file does not hold yet, and return the rows of all of them in order.
 
-    `options` go to `train_and_measure`.
-
     Each row is saved as soon as it is there, so an interrupted sweep goes on where it stopped.
+
+    Args:
+        runs: `Run`s, or other frozen dataclasses, all of one class.
+        measure: does a run and returns what is to be stored; without it, `train_and_measure`.
+        options: go to `measure`.
     """
     from sftlib.data import read_jsonl
 
@@ -175,11 +183,13 @@ def sweep(runs: Iterable[Run], path: str | os.PathLike, **options: Any) -> list[
 
     path, runs = Path(path), list(dict.fromkeys(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {_settings(row): row for row in (read_jsonl(path) if path.exists() else [])}
+    stored = read_jsonl(path) if path.exists() and runs else []
+    known = {_settings(row, type(runs[0])): row for row in stored}
     todo = [run for run in runs if run not in known]
     for run in tqdm(todo, unit="run", disable=not progress_bars()):
-        measured = train_and_measure(run, **options)
-        known[run] = asdict(run) | {name: round(x, 5) for name, x in measured.items()}
+        measured = (measure or train_and_measure)(run, **options)
+        rounded = {n: round(x, 5) if isinstance(x, float) else x for n, x in measured.items()}
+        known[run] = asdict(run) | rounded
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known[run]) + "\n")
     return [known[run] for run in runs]
@@ -192,5 +202,5 @@ def select(table: pandas.DataFrame, **settings: Any) -> pandas.DataFrame:
     return table[(table[names] == [wanted[n] for n in names]).all(axis=1)]
 
 
-def _settings(row: Mapping) -> Run:
-    return Run(**{field.name: row[field.name] for field in fields(Run)})
+def _settings(row: Mapping, kind: type) -> Any:
+    return kind(**{field.name: row[field.name] for field in fields(kind)})

@@ -1,7 +1,7 @@
 """SFT with TRL's own trainer and the course's defaults: quiet, deterministic, fast on a CPU.
 
-Nothing is hidden: `config` returns TRL's `SFTConfig`, `tune` TRL's `SFTTrainer`, already trained.
-Every default can be overridden by its own name.
+Nothing is hidden: `config` returns TRL's `SFTConfig`, `prepare` TRL's `SFTTrainer`, and `tune` the
+same, already trained. Every default can be overridden by its own name.
 """
 
 from __future__ import annotations
@@ -65,9 +65,24 @@ def tune(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     peft_config: PeftConfig | None = None,
+    eval_dataset: Dataset | None = None,
     **overrides: Any,
 ) -> SFTTrainer:
-    """Finetune `model` on `dataset` with TRL's `SFTTrainer` and return the trainer.
+    """Finetune `model` on `dataset` with TRL's `SFTTrainer`, made by `prepare`, and return it."""
+    trainer = prepare(model, tokenizer, dataset, peft_config, eval_dataset, **overrides)
+    trainer.train()
+    return trainer
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    peft_config: PeftConfig | None = None,
+    eval_dataset: Dataset | None = None,
+    **overrides: Any,
+) -> SFTTrainer:
+    """TRL's `SFTTrainer` for `model` and `dataset`, ready for its `train()`.
 
     Conversations are encoded by `sftlib.chat.encode`, so that no text in them becomes a control
     token; everything after that is TRL's. As there, a conversation longer than `max_length` is cut
@@ -78,6 +93,7 @@ def tune(
         tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
         dataset: rows with a `messages` column (lists of `role` and `content`), or another of TRL's
             dataset types, which then goes to TRL as it is.
+        eval_dataset: of the same kind, for `eval_strategy="steps"` or `"epoch"`.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
         overrides: arguments of `trl.SFTConfig`, see `config`.
 
@@ -101,6 +117,7 @@ def tune(
         model=model,
         args=args,
         train_dataset=encoded(dataset, tokenizer, args),
+        eval_dataset=None if eval_dataset is None else encoded(eval_dataset, tokenizer, args),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -108,7 +125,6 @@ def tune(
     trainer.remove_callback(PrinterCallback)
     if progress_bars():
         trainer.add_callback(_one_line_bar())
-    trainer.train()
     return trainer
 
 

@@ -89,6 +89,57 @@ def curves(
     return Picture(figure, alt)
 
 
+def panels(
+    runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    title: str,
+    alt: str,
+    x_label: str = "optimizer step",
+    y_label: str = "loss (nats a token), grad_norm",
+    columns: int = 6,
+) -> Picture:
+    """Many small figures with common axes, for instance one a training.
+
+    The y axis is logarithmic down to 0.01, and has a zero below that.
+
+    Args:
+        runs: name of the panel → name of the line → (x values, y values); the lines of a name look
+            alike in all panels, told apart by colour and line style. Where a value is NaN, the line
+            ends with a cross.
+        alt: what the figure shows, in a sentence or two.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(1.9 * columns, 1.9 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    names = list(dict.fromkeys(name for lines in runs.values() for name in lines))
+    for axes, (run, lines) in zip(grid, runs.items(), strict=False):
+        axes.set_title(run, loc="left", fontweight="bold", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        for name, (x, y) in lines.items():
+            x, y = list(x), list(y)
+            i = names.index(name)
+            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i % 3]}
+            axes.plot(x, y, label=name, marker="o" if len(x) < 9 else None, markersize=3, **look)
+            broken = [at for at, value in enumerate(y) if value != value]
+            if broken and broken[0]:
+                last = broken[0] - 1
+                axes.plot(x[last], y[last], "X", color=look["color"], markersize=8)
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_yticks([0, 0.01, 0.1, 1, 10], ["0", "0.01", "0.1", "1", "10"])
+        axes.set_ylim(0, 100)
+        axes.minorticks_off()
+    for axes in grid[len(runs) :]:
+        axes.set_visible(False)
+    figure.suptitle(title)
+    figure.supxlabel(x_label, fontsize=10)
+    figure.supylabel(y_label, fontsize=10)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    return Picture(figure, alt)
+
+
 def compare(
     table: pandas.DataFrame, title: str, alt: str, y_label: str = "share of prompts (%)"
 ) -> Picture:
@@ -163,12 +214,14 @@ def scatter(
     alt: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
 ) -> Picture:
     """A marker for each name at the mean of its points, and its points small around it.
 
     Args:
         points: name → (x values, y values), for instance one of each a seed; told apart by colour
             and shape.
+        log_x: space the x values by their ratio.
         alt: what the figure shows, in a sentence or two.
     """
     figure, axes = _axes(title, x_label, y_label, (8, 4.2))
@@ -177,6 +230,9 @@ def scatter(
         axes.scatter(x, y, s=18, alpha=0.45, **look)
         mean = sum(x) / len(x), sum(y) / len(y)
         axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, label=name, **look)
+    if log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return Picture(figure, alt)
 

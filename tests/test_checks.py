@@ -150,7 +150,30 @@ def repaired(name: str = "A", **changed) -> dict:
     return configs
 
 
+SIGNS = dict.fromkeys("BHJKL", "nothing unusual") | {
+    **{"A": "unstable", "C": "not a number", "D": "starts above chance", "E": "spike"},
+    **{"F": "unstable", "G": "no gradient", "I": "overfitting", "M": "out of scale"},
+    **{"N": "barely learning", "O": "unstable", "P": "overfitting"},
+    **{"Q": "plateau", "R": "plateau"},
+}
+
+
+def rate(step, steps, warmup, peak):
+    """As Transformers has it; see test_metrics.py."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def late(change):
+    """A schedule that has the right warm-up, and then another shape."""
+    return lambda s, n, w, p: p * s / w if s < w else change(s, n, w, p)
+
+
 RIGHT = [
+    (checks.check_diagnosis, (SIGNS,)),
+    (checks.check_learning_rate, (rate,)),
+    (checks.check_train_output, (4000, 32, 180.0)),
     (checks.check_dpo_loss, (dpo_loss,)),
     (checks.check_advantages, (advantages,)),
     (checks.check_advantages, (lambda r, m: advantages(r, m, correction=0),)),
@@ -189,6 +212,10 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_diagnosis, (dict.fromkeys(SIGNS, ...),)),
+    (checks.check_learning_rate, (...,)),
+    (checks.check_learning_rate, (lambda step, steps, warmup, peak: ...,)),
+    (checks.check_train_output, (..., ..., ...)),
     (checks.check_dpo_loss, (...,)),
     (checks.check_dpo_loss, (lambda *logps: ...,)),
     (checks.check_advantages, (...,)),
@@ -231,6 +258,33 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_diagnosis, (["A"],), "found list"),
+    (checks.check_diagnosis, (SIGNS | {"Z": "spike"},), "found Z"),
+    (checks.check_diagnosis, (SIGNS | {"C": "diverged"},), "C: expected one of not a number"),
+    (checks.check_diagnosis, (SIGNS | {"C": ..., "D": ...},), "16 of 18 are right. Still open: C"),
+    (checks.check_diagnosis, (SIGNS | {"H": "plateau"},), "17 of 18 are right. Look again at H."),
+    (checks.check_diagnosis, (SIGNS | {"H": "plateau"},), "If none does"),
+    (checks.check_diagnosis, (SIGNS | {"M": "spike", "P": ...},), "with the evaluation loss"),
+    (checks.check_learning_rate, (late(lambda s, n, w, p: p * (n - s) / (n - w)),), "in a line"),
+    (checks.check_learning_rate, (late(lambda s, n, w, p: rate(s, n, 0, p)),), "warm-up ends"),
+    (checks.check_learning_rate, (lambda s, n, w, p: rate(max(s, w), n, w, p),), "is missing"),
+    (checks.check_learning_rate, (late(lambda s, n, w, p: 2 * rate(s, n, w, p) - p),), "Half of"),
+    (checks.check_learning_rate, (lambda s, n, w, p: rate(s + 1, n, w, p),), "count from 0"),
+    (checks.check_learning_rate, (lambda s, n, w, p: p,), "expected 0.000000, found 0.004000"),
+    (checks.check_learning_rate, (lambda s: 1,), "raised TypeError"),
+    (checks.check_learning_rate, (lambda *a: "1",), "expected a number, found '1'"),
+    (
+        checks.check_learning_rate,
+        (lambda s, n, w, p: rate(s, n, w, p) * s / s if w == 0 else rate(s, n, w, p),),
+        "Without warm-up",
+    ),
+    (checks.check_train_output, (12000, 32, 180), "in each epoch"),
+    (checks.check_train_output, (4000, 8, 180), "samples a second"),
+    (checks.check_train_output, (4000, 32, 540), "three epochs"),
+    (checks.check_train_output, (4000, 32, 1080), "the 6 is left"),
+    (checks.check_train_output, (4000, 31, 180), "rows_a_step: 31 does not agree"),
+    (checks.check_train_output, (4000, ..., 180), "rows_a_step is still open"),
+    (checks.check_train_output, ("4000", 32, 180), "found '4000'"),
     (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, 0, 0, b),), "the reference"),
     (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, 1),), "β is missing"),
     (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(r, c, rr, rc, b),), "way round"),

@@ -1,18 +1,24 @@
-"""The figures of a training follow from each other as we say, in a real run and a published one."""
+"""The figures of a training follow from each other as we say, and signs of trouble are seen."""
 
 import json
 import math
+import random
+from pathlib import Path
 
-from sftlib.data import read_facts
-from sftlib.metrics import explain, table
+from sftlib.checks.metrics import cosine
+from sftlib.data import read_facts, read_jsonl
+from sftlib.laboratory import FAILURES
+from sftlib.metrics import diagnose, explain, table
+from sftlib.metrics.diagnosis import SIGNS
 from sftlib.models import load
 from sftlib.training import tune
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import TrainerState
+from transformers import TrainerState, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
 PUBLISHED = TrainOutput(
@@ -27,6 +33,7 @@ PUBLISHED = TrainOutput(
         "epoch": 1.0,
     },
 )
+RUNS = Path(__file__).parents[1] / "data" / "runs" / "failures.jsonl"
 LOSSES = [{"loss": 9.5891, "step": 1}, {"loss": 9.2756, "step": 2}]
 
 
@@ -148,3 +155,147 @@ def test_any_output_is_explained(steps, loss, metrics):
     names = ["train_steps_per_second", "train_samples_per_second", "total_flos", "epoch"]
     found = explain((steps, loss, metrics | dict.fromkeys(names, loss) | {"train_runtime": 0.0}))
     assert {"global_step", "training_loss", "epoch"} <= set(found.index)
+
+
+# --- diagnose ------------------------------------------------------------------------------------
+
+FALLING = [2.6 * 0.8**step + 0.1 for step in range(20)]
+
+
+def logged(losses, evaluations=(), **columns):
+    """A log with a line a step; `evaluations`: step → loss."""
+    lines = []
+    for step, loss in enumerate(losses, 1):
+        more = {name: values[step - 1] for name, values in columns.items()}
+        lines.append(line(step, loss=loss, **more))
+        if step in dict(evaluations):
+            lines.append(line(step, eval_loss=dict(evaluations)[step]))
+    return lines
+
+
+def changed(values, at, value):
+    return [value if i == at else old for i, old in enumerate(values)]
+
+
+SURE = {"mean_token_accuracy": [0.99] * 20, "entropy": [0.2] * 20}
+LOST = {"mean_token_accuracy": [0.02] * 20, "entropy": [1.5] * 20}
+SEEN = [  # sign, a log, what a finding must mention
+    ("nothing unusual", logged(FALLING, {10: 0.5, 20: 0.13}), "held-out"),
+    ("nothing unusual", logged(FALLING, {10: 0.5, 20: 0.13}, grad_norm=[1.0] * 20), "held-out"),
+    ("not a number", logged(changed(FALLING, 12, math.nan)), "loss is nan at step 13"),
+    ("not a number", logged(changed(FALLING, 12, "inf")), "loss is inf at step 13"),
+    ("not a number", logged(FALLING, grad_norm=changed([1.0] * 20, 7, math.nan)), "step 8"),
+    ("not a number", logged(FALLING, {20: math.nan}), "eval_loss is nan at step 20"),
+    ("no gradient", logged([2.6] * 20, grad_norm=[0.0] * 20), "20 of 20"),
+    (
+        "out of scale",
+        logged([8 * x for x in FALLING], {5: 1.0, 10: 0.5, 20: 0.13}),
+        "times the eval",
+    ),
+    ("out of scale", logged([8 * x for x in FALLING], **SURE), "99% of the"),
+    ("starts above chance", logged([4 * x for x in FALLING]), "11.8 for Llama 3"),
+    ("starts above chance", logged([3 * x for x in FALLING], **LOST), "2% of guesses"),
+    ("too short", logged(FALLING[:7]), "7 logged losses"),
+    ("unstable", logged(FALLING[:2] + [9.0] * 4 + FALLING[6:]), "rises from 2.70 to 9.00"),
+    ("barely learning", logged([2.7 - 0.01 * i for i in range(20)]), "only."),
+    ("plateau", logged(FALLING[:6] + [0.95] * 14), "stays at about 0.95"),
+    ("spike", logged(changed(FALLING, 13, 9.0)), "At step 14 the loss is 9.00"),
+    (
+        "overfitting",
+        logged(FALLING, {5: 0.8, 10: 0.4, 15: 0.35, 20: 0.4}),
+        "after 0.350 at step 15",
+    ),
+    ("overfitting", logged(FALLING, {5: 0.8, 10: 0.5, 15: 0.4, 20: 0.4}), "loss is 0.400, the"),
+]
+
+
+@pytest.mark.parametrize(("sign", "log", "words"), SEEN)
+def test_a_sign_is_seen_and_said_in_words(sign, log, words):
+    found = diagnose(log)
+    assert list(found.index) == [sign] and sign in [*SIGNS, "too short"]
+    assert words in " ".join(found.loc[sign])
+    assert all(text.endswith((".", ")")) for text in found.loc[sign])
+
+
+def test_every_sign_has_a_log_that_shows_it():
+    assert {sign for sign, *_ in SEEN} == {*SIGNS, "too short"}
+
+
+def test_several_signs_are_told_apart():
+    losses = changed(FALLING, 13, 9.0)
+    found = diagnose(logged(losses, {5: 0.8, 10: 0.4, 15: 0.35, 20: 0.45}))
+    assert set(found.index) == {"spike", "overfitting"}
+
+
+def test_what_was_done_again_after_a_resumption_is_judged_once():
+    broken = logged(changed(FALLING, 14, math.nan))
+    assert list(diagnose(broken[:15] + logged(FALLING)[10:]).index) == ["nothing unusual"]
+
+
+def test_gaps_and_printed_numbers_do_not_disturb():
+    printed = [{"loss": f"{loss:.3f}", "epoch": "0.1"} for loss in FALLING]
+    assert list(diagnose(printed).index) == ["nothing unusual"]
+    rare = [line(10 * step, loss=loss) for step, loss in enumerate(FALLING, 1)]
+    assert list(diagnose(rare).index) == ["nothing unusual"]
+
+
+@pytest.mark.parametrize(("scatter", "quiet"), [(0.1, 0.99), (0.2, 0.95)])
+def test_noise_of_small_batches_is_hardly_ever_a_sign(scatter, quiet):
+    rng = random.Random(1)
+    logs = [logged([x * rng.lognormvariate(0, scatter) for x in FALLING]) for _ in range(200)]
+    assert sum(list(diagnose(log).index) == ["nothing unusual"] for log in logs) >= quiet * 200
+
+
+def test_the_published_log_starts_near_chance():
+    assert list(diagnose(LOSSES).index) == ["starts above chance"]
+
+
+def test_diagnoses_of_runs_held_apart_are_right():
+    """The figures of lesson 8: at least 0.9 each, and 95 % of sound trainings left in peace."""
+    runs = [run for run in read_jsonl(RUNS) if run["seed"] >= 5]  # the others were looked at
+    expected = [FAILURES[r["failure"]].sign if r["failure"] else "" for r in runs]
+    said = [set(diagnose(run["log"]).index) - {"nothing unusual"} for run in runs]
+    pairs = [*zip(expected, said, strict=True)]
+    hits = sum(sign in found for sign, found in pairs if sign)
+    assert hits >= 0.9 * sum(map(bool, expected)) and hits >= 0.9 * sum(map(len, said))
+    sound = [found for run, found in zip(runs, said, strict=True) if not run["failure"]]
+    assert len(sound) >= 40 and sum(not found for found in sound) >= 0.95 * len(sound)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(LINE, max_size=14))
+def test_any_log_gives_a_diagnosis_or_a_clear_error(log):
+    try:
+        found = diagnose(log)
+    except ValueError as error:
+        assert "xpected" in str(error)
+    else:
+        assert len(found) and found.index.is_unique
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"loss": st.floats()},
+            optional=dict.fromkeys(
+                ("eval_loss", "grad_norm", "entropy", "mean_token_accuracy", "learning_rate"),
+                st.floats(),
+            ),
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_any_numbers_give_a_diagnosis(lines):
+    found = diagnose([one | {"step": step} for step, one in enumerate(lines, 1)])
+    assert len(found) and found.index.is_unique
+
+
+def test_the_schedule_of_the_check_is_that_of_transformers():
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.004)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=4, num_training_steps=24)
+    for step in range(24):
+        assert schedule.get_last_lr()[0] == pytest.approx(cosine(step, 24, 4, 0.004))
+        optimizer.step()
+        schedule.step()

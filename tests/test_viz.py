@@ -97,6 +97,26 @@ def test_a_scatter_marks_each_point_and_their_mean(monkeypatch):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("KL (nats)", "score")
 
 
+def test_panels_share_axes_and_mark_where_a_line_breaks_off(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    nan = float("nan")
+    runs = {
+        "A": {"loss": ([1, 2, 3], [2.0, 0.0, 0.0]), "grad_norm": ([1, 2, 3], [5.0, nan, nan])},
+        "B": {"loss": ([1, 2, 3], [2.0, 1.0, 0.5])},
+    }
+    viz.panels(runs, "Title", "alt", columns=3)
+    one, two, empty = figures[0].axes
+    assert (one.get_title(loc="left"), two.get_title(loc="left")) == ("A", "B")
+    assert one.get_ylim() == two.get_ylim() and not empty.get_visible()
+    crosses = [mark for mark in one.lines if mark.get_marker() == "X"]
+    assert [mark.get_xydata().tolist() for mark in crosses] == [[[1.0, 5.0]]]
+    assert one.lines[0].get_linestyle() == two.lines[0].get_linestyle()
+    assert len({mark.get_linestyle() for mark in one.lines[:2]}) == 2
+    [legend] = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["loss", "grad_norm"]
+
+
 def test_tokens_count_and_escape(tokenizer):
     ids = tokenizer.encode("<b>a</b>\n<|im_end|>", add_special_tokens=False)
     mask = [0] * (len(ids) - 1) + [1]

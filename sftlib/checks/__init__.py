@@ -18,6 +18,7 @@ from sftlib.checks.lora_vs_full import (
     check_memory,
     check_trainable,
 )
+from sftlib.checks.metrics import check_diagnosis, check_learning_rate, check_train_output
 from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
 from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
 from sftlib.checks.trl_sft import (
@@ -44,6 +45,7 @@ __all__ = [
     "check_completion_labels",
     "check_configs",
     "check_cost",
+    "check_diagnosis",
     "check_dpo_loss",
     "check_exact_match",
     "check_example",
@@ -51,6 +53,7 @@ __all__ = [
     "check_knowledge",
     "check_learned_tokens",
     "check_leaks",
+    "check_learning_rate",
     "check_mask",
     "check_memory",
     "check_methods",
@@ -58,6 +61,7 @@ __all__ = [
     "check_parser",
     "check_stages",
     "check_template",
+    "check_train_output",
     "check_trainable",
     "check_training_steps",
     "check_validator",

@@ -1,0 +1,137 @@
+"""The exercises of lesson 8."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.laboratory import unnamed
+from sftlib.metrics.diagnosis import HEALTHY, SIGNS
+
+HINTS = {
+    "not a number": "Does each of its lines go on to the last step?",
+    "no gradient": "Look at grad_norm, right at the bottom.",
+    "out of scale": "Compare the training loss with the evaluation loss.",
+    "starts above chance": "Compare its first loss with ln(vocabulary).",
+    "unstable": "Does the loss ever stand clearly above where it began?",
+    "barely learning": "How far does the loss fall, from the first step to the last?",
+    "plateau": "Compare where its loss ends with where those of the others end.",
+    "spike": "Is there one step unlike those before and after it?",
+    "overfitting": "Which line is lower in the end, loss or eval_loss, and by how much?",
+    HEALTHY: "Which line of it says that something is wrong? If none does, say so.",
+}
+
+
+def check_diagnosis(answer: Any) -> Verdict:
+    """Lesson 8, exercise 1: the sign in each of the unnamed trainings."""
+    truth = {letter: training.sign or HEALTHY for letter, training in unnamed().items()}
+    if not isinstance(answer, dict):
+        return wrong(f"Expected a dictionary, letter → sign, found {type(answer).__name__}.")
+    if odd := sorted(set(map(str, answer)) - set(truth)):
+        return wrong(f"Expected the letters {', '.join(truth)}, found {', '.join(odd)}.")
+    given = {letter: answer.get(letter, ...) for letter in truth}
+    if all(sign is ... for sign in given.values()):
+        return NOT_ATTEMPTED
+    for letter, sign in given.items():
+        if sign is not ... and sign not in SIGNS:
+            return wrong(f"{letter}: expected one of {', '.join(SIGNS)}; found {sign!r}.")
+    missed = [letter for letter in truth if given[letter] != truth[letter]]
+    if not missed:
+        healthy = sum(sign == HEALTHY for sign in truth.values())
+        return right(f"All {len(truth)}, and {healthy} of them look healthy. Are they? Read on.")
+    named = [letter for letter in missed if given[letter] is not ...]
+    count = f"{len(truth) - len(missed)} of {len(truth)} are right."
+    if not named:
+        return wrong(f"{count} Still open: {', '.join(missed)}.")
+    hint = HINTS[truth[named[0]]]
+    return wrong(f"{count} Look again at {', '.join(named)}. Of {named[0]}: {hint}")
+
+
+def check_learning_rate(function: Any) -> Verdict:
+    """Lesson 8, exercise 2: the rate of each step, with warm-up and then a cosine."""
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    peak, warmup, steps = 0.004, 4, 24
+    found = [call(function, step, steps, warmup, peak) for step in range(steps)]
+    if any(value is ... or value is None for value in found):
+        return NOT_ATTEMPTED
+    for step, value in enumerate(found):
+        if isinstance(value, Exception):
+            return wrong(f"At step {step} it raised {type(value).__name__}: {value}")
+        if not isinstance(value, Real):
+            return wrong(f"At step {step}: expected a number, found {value!r}.")
+    if _near(found, [cosine(step, steps, warmup, peak) for step in range(steps)]):
+        bare = call(function, 0, steps, 0, peak)
+        if isinstance(bare, Exception) or not _near([bare], [peak]):
+            return wrong(f"Without warm-up it should begin at the peak, {peak}; found {bare!r}.")
+        return right("The learning_rate of every line of a log, known before the training.")
+    slips = [_slips(step, steps, warmup, peak) for step in range(steps)]
+    for cause in slips[0]:
+        if _near(found, [slip[cause] for slip in slips]):
+            return wrong(cause)
+    step = next(s for s in range(steps) if not _near([found[s]], [cosine(s, steps, warmup, peak)]))
+    return wrong(
+        f"At step {step} of {steps}, warm-up {warmup}, peak {peak}: expected "
+        f"{cosine(step, steps, warmup, peak):.6f}, found {found[step]:.6f}."
+    )
+
+
+def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
+    """`transformers.get_cosine_schedule_with_warmup`, of which a test makes sure."""
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def _slips(step: int, steps: int, warmup: int, peak: float) -> dict[str, float]:
+    """What common mistakes give."""
+    rises, warm, done = step < warmup, peak * step / warmup, (step - warmup) / (steps - warmup)
+    return {
+        "That falls in a line; a cosine falls slowly, fast, and slowly again.": (
+            warm if rises else peak * (1 - done)
+        ),
+        "The cosine begins where the warm-up ends: (step − warmup) / (steps − warmup).": (
+            warm if rises else cosine(step, steps, 0, peak)
+        ),
+        "The warm-up is missing: before it ends, the rate rises in a line from 0.": (
+            peak if rises else cosine(step, steps, warmup, peak)
+        ),
+        "Half of 1 + cos: cos alone goes from 1 to −1, and no rate is negative.": (
+            warm if rises else peak * math.cos(math.pi * done)
+        ),
+        "The first step has rate 0: count from 0.": cosine(step + 1, steps, warmup, peak),
+    }
+
+
+def _near(found: list, expected: list) -> bool:
+    return all(abs(a - b) < 1e-7 for a, b in zip(found, expected, strict=True))
+
+
+def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdict:
+    """Lesson 8, exercise 3: what was trained, found from the figures of its `TrainOutput`."""
+    given = {"rows": rows, "rows_a_step": rows_a_step, "tokens_a_row": tokens_a_row}
+    if all(value is ... for value in given.values()):
+        return NOT_ATTEMPTED
+    for name, value in given.items():
+        if value is ...:
+            return wrong(f"{name} is still open.")
+        if not isinstance(value, Real):
+            return wrong(f"Expected a number for {name}, found {value!r}.")
+    expected = {"rows": 4000, "rows_a_step": 32, "tokens_a_row": 180}
+    causes = {
+        ("rows", 12000): "rows counts each row once; samples a second count it in each epoch.",
+        ("rows", 1333): "It is the other way round: 12,000 rows were read in three epochs.",
+        ("rows_a_step", 8): "That is samples a second: a step took four seconds.",
+        ("rows_a_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
+        ("tokens_a_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
+        ("tokens_a_row", 1080): "6 · N · D: the 6 is left.",
+        ("tokens_a_row", 5760): "That is for each step; a step has 32 rows.",
+    }
+    for name, value in given.items():
+        if abs(value - expected[name]) > 0.5:
+            fallback = f"{name}: {value:g} does not agree with the figures."
+            return wrong(causes.get((name, round(value)), fallback))
+    return right("4,000 rows of 180 tokens, 32 in a step, three times.")
