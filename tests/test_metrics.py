@@ -117,6 +117,10 @@ def test_broken_numbers_stay_visible_and_printed_ones_are_read():
         (7, "found int"),
         ([line(1, loss=1.0), "loss"], "Line 2: expected a dictionary, found str"),
         ([line(1, loss="low")], "Line 1: expected a number for loss, found 'low'"),
+        (
+            [line(1, loss=1.0, learning_rate=[1e-4, 1e-5])],  # of two parameter groups
+            "expected a number for learning_rate, found .0.0001, 1e-05.",
+        ),
         ([line(1, loss=None)], "expected a number for loss, found None"),
         ([line(math.inf, loss=1.0)], "expected a whole step, found inf"),
         ([line(1.5, loss=1.0)], "expected a whole step, found 1.5"),
@@ -219,6 +223,16 @@ def test_a_sign_is_seen_and_said_in_words(sign, log, words):
 
 def test_every_sign_has_a_log_that_shows_it():
     assert {sign for sign, *_ in SEEN} == {*SIGNS, "too short"}
+
+
+def test_what_still_falls_is_neither_stuck_nor_done():
+    assert list(diagnose(logged([2.6 * 0.93**s for s in range(20)])).index) == ["nothing unusual"]
+    third = logged([2.6 - 0.04 * s for s in range(20)])
+    assert "barely learning" not in diagnose(third).index
+
+
+def test_a_spike_in_the_beginning_is_no_instability():
+    assert list(diagnose(logged(changed(FALLING, 3, 9.0))).index) == ["spike"]
 
 
 def test_several_signs_are_told_apart():
