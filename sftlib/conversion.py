@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,10 @@ class Converted:
 def convert(path: str | os.PathLike, rejects: str | os.PathLike | None = None) -> Converted:
     """Every record of a published file as a conversation, and a list of those that are not.
 
-    Reads JSON lines (`.jsonl`) and JSON arrays (`.json`), also gzipped (`.gz`), with records of any
-    format of `to_messages`. A record that is broken in any way is listed and never stops the rest.
-    In an array, reading goes on at the next record: the next object at the first one's indentation,
-    or (in one line) with its first key, or of a known format.
+    Reads JSON lines (`.jsonl`) and JSON arrays (`.json`), also gzipped (`.gz`), and Parquet, with
+    records of any format of `to_messages`. A record that is broken in any way is listed and never
+    stops the rest. In an array, reading goes on at the next record: the next object at the first
+    one's indentation, or (in one line) with its first key, or of a known format.
 
     Args:
         rejects: where to write the rejects too, as JSON lines.
@@ -47,22 +47,37 @@ def convert(path: str | os.PathLike, rejects: str | os.PathLike | None = None) -
     """
     path = Path(path)
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
-    if kind not in (".jsonl", ".json"):
+    if kind == ".parquet":
+        from datasets import Dataset
+
+        found = convert_records(Dataset.from_parquet(str(path), keep_in_memory=True))
+    elif kind in (".jsonl", ".json"):
+        data = _read(path)
+        found = _converted(_lines(data) if kind == ".jsonl" else _elements(data, path))
+    else:
         raise ValueError(
             f"Expected a file of JSON lines (.jsonl) or a JSON array (.json), either perhaps with "
-            f".gz, found {path.name!r}: rename it, or export it as one of them."
+            f".gz, or .parquet, found {path.name!r}: rename it, or export it as one of them."
         )
-    data = _read(path)
+    if rejects is not None:
+        write_jsonl(rejects, found.rejects)
+    return found
+
+
+def convert_records(records: Iterable[Mapping]) -> Converted:
+    """The same for records that are in memory, for instance a `datasets.Dataset`."""
+    return _converted((n, repr(record), record) for n, record in enumerate(records, 1))
+
+
+def _converted(parts: Parts) -> Converted:
     found = Converted([], [])
-    for line, text, record in _lines(data) if kind == ".jsonl" else _elements(data, path):
+    for line, text, record in parts:
         try:
             if isinstance(record, RecordError):
                 raise record
             found.rows.append(to_messages(record))
         except RecordError as error:
             found.rejects.append({"line": line, "reason": str(error), "text": _excerpt(text)})
-    if rejects is not None:
-        write_jsonl(rejects, found.rejects)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load(
-    name: str | os.PathLike | None = None, dtype: torch.dtype | None = None
+    name: str | os.PathLike | None = None, dtype: torch.dtype | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for chat: with a pad token and a chat template.
 
@@ -31,6 +31,7 @@ def load(
             the Hugging Face Hub. Without it the environment variable `SFT_MODEL` (also from a
             `.env` file) decides, and without that `DEFAULT`.
         dtype: of the weights; float32 on a CPU (bfloat16 is slower there), bfloat16 on a GPU.
+        options: for `from_pretrained`, for instance a `quantization_config`.
 
     Only safetensors (or the GGUF file of `smollm2-135m`) are read, and no code of the repository
     is ever run. A tokenizer without a chat template gets ChatML, or the Llama-3 format if it knows
@@ -41,11 +42,9 @@ def load(
         OSError: the model is not there; the message says what was tried and what to do offline.
     """
     import torch
-    from dotenv import find_dotenv, load_dotenv
     from transformers.utils import logging
 
-    load_dotenv(find_dotenv(usecwd=True))
-    name = str(name or os.environ.get("SFT_MODEL") or DEFAULT)
+    name = _name(name)
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
@@ -53,12 +52,39 @@ def load(
         dtype = torch.bfloat16 if gpu else torch.float32
     if name == DEFAULT:
         logging.disable_progress_bar()  # it is there in a tenth of a second
-    source, options = _locate(name)
-    model, tokenizer = _read(name, source, dtype, options)
-    if gpu:
+    source, place = _locate(name)
+    model, tokenizer = _read(name, source, dtype, place | options)
+    if gpu and "quantization_config" not in options:
         model.to("cuda")
     _prepare_for_chat(model, tokenizer)
     return model, tokenizer
+
+
+def describe(
+    name: str | os.PathLike | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same without weights: the model on torch's `meta` device has its shapes alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    name = _name(name)
+    source, place = _locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **place)
+        config = AutoConfig.from_pretrained(source, **place)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_loaded(name, source, error)) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _prepare_for_chat(model, tokenizer)
+    return model, tokenizer
+
+
+def _name(name: str | os.PathLike | None) -> str:
+    from dotenv import find_dotenv, load_dotenv
+
+    load_dotenv(find_dotenv(usecwd=True))
+    return str(name or os.environ.get("SFT_MODEL") or DEFAULT)
 
 
 def _locate(name: str) -> tuple[str, dict]:
@@ -69,7 +95,7 @@ def _locate(name: str) -> tuple[str, dict]:
         return name, {"local_files_only": True}
     if name == SMOLLM2:
         return _locate_smollm2()
-    return name, {"local_files_only": not _hub_answers()}
+    return name, {"local_files_only": not hub_answers()}
 
 
 def _locate_smollm2() -> tuple[str, dict]:
@@ -79,10 +105,10 @@ def _locate_smollm2() -> tuple[str, dict]:
     files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []
     if files and importlib.util.find_spec("gguf"):
         return str(files[0].parent), {"gguf_file": files[0].name, "local_files_only": True}
-    return SMOLLM2_HUB, {"local_files_only": not _hub_answers()}
+    return SMOLLM2_HUB, {"local_files_only": not hub_answers()}
 
 
-def _hub_answers(timeout: float = 3.0) -> bool:
+def hub_answers(timeout: float = 3.0) -> bool:
     """Whether the Hub can be reached; without it only the cache is read, at once.
 
     (Left to itself the Hub's client tries for a minute and more.)
@@ -131,7 +157,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> str:
         if name == DEFAULT:
             todo = "Restore data/tiny-base from git, or rebuild it with `make tiny-base`."
     else:
-        hub = "the Hugging Face Hub" if _hub_answers() else "the local cache (no Hub: offline)"
+        hub = "the Hugging Face Hub" if hub_answers() else "the local cache (no Hub: offline)"
         tried = f"a folder of that name (there is none), then {hub} for {source!r}"
         todo = (
             f"Offline, leave SFT_MODEL empty to use the shipped {DEFAULT!r}, or give a local "

@@ -34,11 +34,17 @@ def config(**overrides: Any) -> SFTConfig:
     Args:
         overrides: any argument of `trl.SFTConfig`, by its name.
     """
-    import torch
     from trl import SFTConfig
 
+    return SFTConfig(**(defaults() | overrides))
+
+
+def defaults() -> dict[str, Any]:
+    """The arguments that `config` sets, for the device that is there."""
+    import torch
+
     gpu = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
+    return {
         "output_dir": tempfile.gettempdir() + "/sftlib",
         "use_cpu": not gpu,
         "bf16": gpu and torch.cuda.is_bf16_supported(),
@@ -57,7 +63,6 @@ def config(**overrides: Any) -> SFTConfig:
         "disable_tqdm": True,  # `tune` shows a bar of its own, one line
         "seed": 0,
     }
-    return SFTConfig(**(defaults | overrides))
 
 
 def tune(
@@ -80,6 +85,7 @@ def prepare(
     dataset: Dataset,
     peft_config: PeftConfig | None = None,
     eval_dataset: Dataset | None = None,
+    args: SFTConfig | None = None,
     **overrides: Any,
 ) -> SFTTrainer:
     """TRL's `SFTTrainer` for `model` and `dataset`, ready for its `train()`.
@@ -95,6 +101,7 @@ def prepare(
             dataset types, which then goes to TRL as it is.
         eval_dataset: of the same kind, for `eval_strategy="steps"` or `"epoch"`.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
+        args: TRL's settings, whole; without them those of `config`.
         overrides: arguments of `trl.SFTConfig`, see `config`.
 
     Raises:
@@ -112,7 +119,7 @@ def prepare(
         if isinstance(peft_config, LoraConfig):
             check_lora(model, peft_config)
         overrides = {"learning_rate": LORA_LEARNING_RATE} | overrides
-    args = config(**overrides)
+    args = args or config(**overrides)
     trainer = SFTTrainer(
         model=model,
         args=args,

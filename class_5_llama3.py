@@ -1,0 +1,607 @@
+"""Finetune Llama 3, or another model of its kind, to follow instructions.
+
+Examples:
+
+    python class_5_llama3.py
+        The shipped tiny base, on a CPU, in less than a minute: a complete run to look at.
+
+    python class_5_llama3.py --plan --model meta-llama/Meta-Llama-3-8B --method lora
+        What that would need: parameters, bytes, steps, operations. Nothing is loaded.
+
+    python class_5_llama3.py --model meta-llama/Meta-Llama-3-8B --method lora --data my.jsonl
+        Your own conversations, on one GPU.
+
+    torchrun --nproc-per-node 8 class_5_llama3.py --model meta-llama/Meta-Llama-3-8B \\
+        --method full --deepspeed deepspeed_configs/zero3_bf16.json --data my.jsonl
+        All parameters, divided over eight GPUs. `deepspeed` and `accelerate launch` do as well.
+
+    python class_5_llama3.py --config my.yaml
+        The same arguments from a file; what stands on the command line counts more.
+
+The same command again goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from sftlib import progress_bars
+from sftlib.chat import CHATML, LLAMA3, end_of_turn_id
+from sftlib.conversion import Converted, convert, convert_records
+from sftlib.data import FACTS, split, write_jsonl
+from sftlib.models import TINY_BASE, hub_answers
+
+COMMON = (  # of TRL's arguments, those that --help shows
+    *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_length", "packing", "deepspeed", "report_to"),
+)
+
+
+def option(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Llama3Arguments:
+    """What is finetuned, how, on what."""
+
+    model: str | None = option(
+        None, "A name on the Hub, a local folder, tiny-base or smollm2-135m; else SFT_MODEL."
+    )
+    method: str = option(
+        "lora",
+        "full: all parameters. lora: adapters. qlora: adapters on a base in 4 bits.",
+        choices=["full", "lora", "qlora"],
+    )
+    data: str = option(
+        os.path.relpath(FACTS / "sft.jsonl"),
+        "Conversations: .jsonl, .json (also .gz) or .parquet in any published format, or a "
+        "dataset on the Hub.",
+    )
+    held_out: str = option(
+        "", "Conversations to evaluate on: such a file, or the share of the data that is kept back."
+    )
+    template: str = option(
+        "auto",
+        "auto: Llama 3's, if the tokenizer has its tokens, else the model's own, else ChatML.",
+        choices=["auto", "llama3", "chatml", "own"],
+    )
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: int = option(32, "Their scale: alpha / r.")
+    ask: int = option(32, "How many held-out questions are answered at each evaluation.")
+    patience: int = option(0, "Stop after so many evaluations without a lower loss; 0: never.")
+    merge: bool = option(True, "Save also the model with the adapter merged into it.")
+    plan: bool = option(False, "Say what it would need, and stop.")
+    plan_gpus: int = option(1, "For --plan: how many GPUs.")
+    plan_gib: float = option(0.0, "For --plan: memory of each, in GiB; 0: of this machine.")
+
+
+# --- Arguments -----------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None = None):
+    """The script's own arguments, and TRL's `SFTConfig` with defaults that suit them."""
+    from sftlib.rank import without_builds
+    from sftlib.training import defaults
+
+    import torch
+    from trl import SFTConfig, TrlParser
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
+        without_builds()
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = TrlParser([Llama3Arguments, SFTConfig], add_help=False, allow_abbrev=False)
+    ours = {
+        "output_dir": "work/llama3",
+        "learning_rate": None,  # by method and size, see `main`
+        "per_device_train_batch_size": 16,
+        "eval_strategy": "steps",
+        "eval_steps": 0.25,
+        "save_strategy": "steps",
+        "save_steps": 0.25,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "eval_on_start": True,
+        "ddp_find_unused_parameters": False,
+    }
+    parser.set_defaults_with_config(**(defaults() | ours))
+    if {"-h", "--help"} & set(argv):
+        print(_help(parser))
+        raise SystemExit
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit
+    return parser.parse_args_and_config(argv)
+
+
+def _help(parser) -> str:
+    own = [one.name for one in fields(Llama3Arguments)]
+    actions = {action.dest: action for action in parser._actions}
+    lines = [__doc__.rstrip(), "", "Arguments:", ""]
+    for name in (*own, *COMMON):
+        action = actions[name]
+        choices = f" ({', '.join(action.choices)})" if action.choices else ""
+        default = "" if action.default in (None, "", False) else f" [{action.default}]"
+        text = " ".join((action.help or "").split()).split(". ")[0].rstrip(".")
+        if name in own:
+            text = " ".join(action.help.split())
+        lines.append(f"  --{name}{choices}{default}\n      {text.replace('%%', '%')}")
+    lines += ["", "And every other argument of TRL's SFTConfig: --help_all lists them."]
+    return "\n".join(lines)
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def conversations(source: str) -> Converted:
+    """The conversations of a file or of a dataset on the Hub, and what could not be used."""
+    if Path(source).is_file():
+        return convert(source)
+    if Path(source).suffix in (".jsonl", ".json", ".parquet", ".gz"):
+        raise FileNotFoundError(f"Expected a file of conversations, found none at {source}.")
+    import datasets
+    from datasets import load_dataset
+    from huggingface_hub import constants
+
+    if not hub_answers():  # then its cache alone, at once
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return convert_records(load_dataset(source, split="train"))
+    except Exception as error:
+        raise OSError(
+            f"Expected a file, or a dataset on the Hub, found neither for {source!r} "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the spelling; "
+            "offline, give a file; for a gated dataset set HF_TOKEN."
+        ) from error
+
+
+def sets(args: Llama3Arguments) -> tuple[list[dict], list[dict], list[dict]]:
+    """Conversations to train on, those held out, and the rejects."""
+    found = _some(args.data)
+    by_default = args.data == Llama3Arguments.data and not args.held_out
+    held_out = str(FACTS / "heldout.jsonl") if by_default else args.held_out or "0.1"
+    try:
+        share = float(held_out)
+    except ValueError:
+        return found.rows, _some(held_out).rows, found.rejects
+    kept, held = split(found.rows, lambda row: row["messages"][0]["content"], share)
+    return kept, held, found.rejects
+
+
+def _some(source: str) -> Converted:
+    """The conversations of a source that has any."""
+    found = conversations(source)
+    if not found.rows:
+        why = [f"line {one['line']}: {one['reason']}" for one in found.rejects[:1]]
+        raise ValueError(
+            f"Expected conversations in {source}, found none that can be used. "
+            + (f"The first of {len(found.rejects)}: {why[0]}" if why else "It is empty.")
+        )
+    return found
+
+
+# --- Model ---------------------------------------------------------------------------------------
+
+
+def load_model(args: Llama3Arguments, training):
+    """The model, its weights as the method needs them, and its tokenizer with the template."""
+    from sftlib.models import load
+
+    import torch
+
+    if args.method == "qlora" and not torch.cuda.is_available():
+        raise ValueError(
+            "Expected a GPU for --method qlora, found none: on a CPU four bits save memory, and "
+            "cost much time. Use --method lora."
+        )
+    options = {}
+    if args.method == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    # All parameters in bfloat16 would lose small updates; DeepSpeed keeps its own float32 copy.
+    whole = args.method == "full" and not training.deepspeed
+    model, tokenizer = load(args.model, dtype=torch.float32 if whole else None, **options)
+    set_template(tokenizer, args.template)
+    model.generation_config.eos_token_id = end_of_turn_id(tokenizer)
+    return model, tokenizer
+
+
+def set_template(tokenizer, choice: str) -> None:
+    known = tokenizer.get_vocab()
+    needs = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
+    if choice == "auto" and "<|eot_id|>" in known:
+        choice = "llama3"
+    if choice in needs:
+        if needs[choice] not in known:
+            raise ValueError(
+                f"Expected a tokenizer with {needs[choice]} for --template {choice}, found none. "
+                "Use --template auto."
+            )
+        tokenizer.chat_template = {"llama3": LLAMA3, "chatml": CHATML}[choice]
+
+
+def adapter(args: Llama3Arguments, model, tokenizer):
+    """LoRA on all linear layers, and on the control tokens, which a base model has never read.
+
+    Not on these under ZeRO-3: PEFT 0.21 copies their rows from a weight that is not whole there.
+    """
+    from sftlib.adapters import control_token_rows
+
+    from peft import LoraConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if args.method == "full":
+        return None
+    rows = None if is_deepspeed_zero3_enabled() else control_token_rows(model, tokenizer)
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules="all-linear",
+        trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
+    )
+
+
+def learning_rate(args: Llama3Arguments, parameters: int) -> float:
+    """A usual one: smaller for larger models, ten times larger for adapters (lesson 4)."""
+    full = 5e-4 if parameters < 10e6 else 1e-4 if parameters < 1e9 else 2e-5
+    return full if args.method == "full" else 10 * full
+
+
+# --- Plan ----------------------------------------------------------------------------------------
+
+
+def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
+    """What the training would need, from shapes alone."""
+    from sftlib.chat import encode_batch
+    from sftlib.memory import activation_bytes, lora_parameters, zero_bytes
+    from sftlib.models import describe
+
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or stage 3 would divide the model that has no weights
+    model, tokenizer = describe(args.model)
+    set_template(tokenizer, args.template)
+    total = model.num_parameters()
+    trained = total
+    if args.method != "full":
+        trained = lora_parameters(model, args.lora_r, "all-linear")
+    frozen = 0 if args.method == "full" else total
+    stage = 0
+    if training.deepspeed:
+        stage = json.loads(Path(training.deepspeed).read_text())["zero_optimization"]["stage"]
+    half = training.bf16 or args.plan_gib > 0  # of another machine: with GPUs that have bfloat16
+    dtype = "bfloat16" if half else "float32"
+    states = zero_bytes(trained, args.plan_gpus, stage, dtype, frozen)
+    weights = states.weights
+    if args.method == "qlora":
+        weights = round(frozen * 0.52 + 2 * trained)
+    lengths = [
+        len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]
+    ]
+    longest = min(max(lengths), training.max_length or max(lengths))
+    activations = activation_bytes(
+        model.config,
+        training.per_device_train_batch_size,
+        longest,
+        dtype,
+        0 if args.method == "full" else args.lora_r,
+        training.activation_checkpointing,
+    )
+    a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    a_step *= args.plan_gpus
+    steps = round(-(-len(rows) // a_step) * training.num_train_epochs)
+    tokens = round(sum(lengths) * training.num_train_epochs)
+    need = weights + states.gradients + states.optimizer + activations
+    have = args.plan_gib * 2**30 or _memory()
+    gib = {
+        "weights": weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        f"activations ({training.per_device_train_batch_size} × {longest} tokens)": activations,
+    }
+    lines = [
+        f"parameters      {total:,}, of which {trained:,} are trained"
+        + (" (adapters, on top)" if frozen else ""),
+        f"conversations   {len(rows):,}, {tokens:,} tokens in {training.num_train_epochs:g} epochs",
+        f"steps           {steps:,} of {a_step} conversations",
+        f"operations      {6 * total * tokens:.2e} (6 · parameters · tokens, an upper bound)",
+        f"of each of {args.plan_gpus} {'GPU' if torch.cuda.is_available() or half else 'process'}"
+        f"{'es' if args.plan_gpus > 1 and not half else ''} (ZeRO stage {stage}, {dtype}):",
+    ]
+    lines += [f"    {size / 2**30:8.2f} GiB  {name}" for name, size in gib.items()]
+    lines.append(f"    {need / 2**30:8.2f} GiB  in all, of {have / 2**30:.1f} GiB")
+    fits = need < 0.9 * have
+    lines.append(
+        "It fits."
+        if fits
+        else "It does not fit: --method lora or qlora, a smaller batch, "
+        "--activation_checkpointing, or a higher ZeRO stage on more GPUs."
+    )
+    return "\n".join(lines)
+
+
+def _memory() -> int:
+    """Bytes of this machine's GPU, or of its main memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def asking(tokenizer, rows: list[dict]):
+    """At each evaluation the model answers held-out questions: the loss alone can deceive.
+
+    On all ranks, which under ZeRO-3 each hold a part of the weights.
+    """
+    from sftlib.evaluate import answers, exact_match, stops
+
+    from transformers import TrainerCallback
+
+    class Asking(TrainerCallback):
+        given: list = []
+
+        def on_evaluate(self, args, state, control, model=None, metrics=None, **_):
+            if not rows:
+                return
+            questions = [row["messages"][:-1] for row in rows]
+            self.given = answers(model, tokenizer, questions, batch_size=32)
+            scores = {
+                "eval_exact_match": exact_match(self.given, rows),
+                "eval_stops": stops(self.given),
+            }
+            metrics.update(scores)
+            state.log_history[-1].update(scores)  # the evaluation's own line
+            if state.is_world_process_zero:
+                loss = metrics["eval_loss"]
+                print(
+                    f"step {state.global_step:>5}: held-out loss {loss:.3f}, "
+                    f"exact answers {scores['eval_exact_match']:.0%}, "
+                    f"ended by itself {scores['eval_stops']:.0%}",
+                    flush=True,
+                )
+
+    return Asking()
+
+
+def interruptible():
+    """Ctrl-C, or a scheduler's SIGTERM: save at the end of the step, and stop."""
+    from transformers import TrainerCallback
+
+    class Interruptible(TrainerCallback):
+        received = 0
+
+        def on_train_begin(self, args, state, control, **_):
+            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(self, number, frame):
+            if self.received:  # the second time at once
+                raise KeyboardInterrupt
+            self.received = number
+
+        def on_step_end(self, args, state, control, **_):
+            if self.received:
+                control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **_):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    return Interruptible()
+
+
+RUN = "run.json"
+
+
+def last_checkpoint(folder: str, identity: dict) -> str | None:
+    """The last whole checkpoint of this very run; raise where the folder holds another's."""
+    path = Path(folder, RUN)
+    if path.exists():
+        before = json.loads(path.read_text())
+        differ = [name for name in identity if before.get(name) != identity[name]]
+        if differ:
+            was = ", ".join(f"{name} {before.get(name)!r}" for name in differ)
+            now = ", ".join(f"{name} {identity[name]!r}" for name in differ)
+            raise ValueError(
+                f"Expected {folder} to be empty or of this run, found one with {was}; now {now}. "
+                "Give another --output_dir, or remove that folder."
+            )
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    whole = [one for one in found if _whole(one)]
+    return str(whole[-1]) if whole else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether everything was written: Transformers writes the state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*"))
+
+
+def identity(args: Llama3Arguments, rows: list[dict]) -> dict:
+    """What a checkpoint must agree with."""
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return {
+        "model": args.model or os.environ.get("SFT_MODEL") or "tiny-base",
+        "method": args.method,
+        "lora_r": args.lora_r if args.method != "full" else 0,
+        "template": args.template,
+        "data": digest[:16],
+    }
+
+
+# --- Saving --------------------------------------------------------------------------------------
+
+
+def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
+    """The adapter or the model, and the merged model; the folder of what can be asked."""
+    from sftlib.models import load
+
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    if args.method == "full":
+        trainer.save_model(str(folder / "model"))  # on all ranks: each may hold a part
+        return folder / "model"
+    trainer.save_model(str(folder / "adapter"))
+    if not args.merge:
+        return folder / "adapter"
+    unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
+    if trainer.is_world_process_zero():  # from the base as it was, not as it was quantised
+        base, _ = load(args.model)
+        tokenizer = trainer.processing_class
+        merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
+        merged.generation_config.eos_token_id = end_of_turn_id(tokenizer)
+        merged.save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+    return folder / "merged"
+
+
+def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: list[dict]) -> str:
+    """A model card: data, settings, scores, versions."""
+    from importlib.metadata import version
+
+    log = trainer.state.log_history
+    scores = [line for line in log if "eval_loss" in line]
+    base = args.model or os.environ.get("SFT_MODEL") or TINY_BASE.name
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {base}" if not Path(base).is_absolute() else f"base_model: {Path(base).name}",
+        "tags: [sft, trl]",
+        "---",
+        "",
+        f"# {Path(base).name}, finetuned to follow instructions",
+        "",
+        f"**Data**: {len(rows):,} conversations of `{Path(args.data).name}`; {len(held_out):,} "
+        "held out. Their licence, and that of the base model, apply to this model.",
+        "",
+        f"**Settings**: {args.method}"
+        + (f", r = {args.lora_r}, α = {args.lora_alpha}" if args.method != "full" else "")
+        + f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type}; "
+        f"{trainer.state.global_step} steps; seed {training.seed}; loss on the assistant's tokens.",
+        "",
+        "| step | held-out loss | exact answers | ended by itself |",
+        "|--:|--:|--:|--:|",
+        *(
+            f"| {one['step']} | {one['eval_loss']:.3f} | {one.get('eval_exact_match', 0):.1%} "
+            f"| {one.get('eval_stops', 0):.1%} |"
+            for one in scores
+        ),
+        "",
+        "**Versions**: "
+        + ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "trl", "peft"))
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# --- All of it -----------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, training = parse(argv)
+    rows, held_out, rejects = sets(args)
+    if args.plan:
+        print(plan(args, training, rows))
+        return 0
+    first = training.process_index == 0
+    folder = Path(training.output_dir)
+    run = identity(args, rows)
+    checkpoint = last_checkpoint(training.output_dir, run)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN).write_text(json.dumps(run, indent=2) + "\n")
+        print(f"{len(rows):,} conversations to train on, {len(held_out):,} held out")
+        if rejects:
+            write_jsonl(folder / "rejects.jsonl", rejects)
+            print(f"{len(rejects)} cannot be used: {folder / 'rejects.jsonl'} says why")
+        if checkpoint:
+            print(f"Going on from {checkpoint}")
+    trainer, asked, stopped = make_trainer(args, training, rows, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stopped.received:
+        if first:
+            at = trainer.state.global_step
+            print(f"Stopped and saved at step {at}. The same command again goes on from there.")
+        return 130
+    saved = save(trainer, args, folder)
+    if first:
+        (saved / "README.md").write_text(card(args, training, trainer, rows, held_out))
+        samples(held_out, asked.given)
+        print(f"Saved in {saved}. Ask it: transformers chat {saved}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return 0
+
+
+def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
+    from sftlib.training import prepare
+
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, set_seed
+
+    set_seed(training.seed)
+    model, tokenizer = load_model(args, training)
+    if training.learning_rate is None:
+        training.learning_rate = learning_rate(args, _size(model))
+    trainer = prepare(
+        model,
+        tokenizer,
+        Dataset.from_list([{"messages": row["messages"]} for row in rows]),
+        adapter(args, model, tokenizer),
+        Dataset.from_list([{"messages": row["messages"]} for row in held_out]),
+        training,
+    )
+    asked, stopped = asking(tokenizer, held_out[: args.ask]), interruptible()
+    trainer.add_callback(asked)
+    trainer.add_callback(stopped)
+    if args.patience:
+        trainer.add_callback(EarlyStoppingCallback(args.patience))
+    return trainer, asked, stopped
+
+
+def _size(model) -> int:
+    """Number of parameters, also of those that ZeRO-3 has divided."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def samples(rows: list[dict], given: list, count: int = 3) -> None:
+    for row, answer in list(zip(rows, given, strict=False))[:count]:
+        print(f"\n{row['messages'][-2]['content']}\n    {answer.text}", end="")
+        print("" if answer.stopped else " … (does not end)")
+    print()
+
+
+if __name__ == "__main__":
+    if not progress_bars():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    raise SystemExit(code)
