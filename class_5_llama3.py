@@ -75,6 +75,7 @@ class Llama3Arguments:
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Their scale: alpha / r.")
     ask: int = option(32, "How many held-out questions are answered at each evaluation.")
+    answer_tokens: int = option(64, "How long an answer may become.")
     patience: int = option(0, "Stop after so many evaluations without a lower loss; 0: never.")
     merge: bool = option(True, "Save also the model with the adapter merged into it.")
     plan: bool = option(False, "Say what it would need, and stop.")
@@ -101,7 +102,7 @@ def parse(argv: list[str] | None = None):
     parser = TrlParser([Llama3Arguments, SFTConfig], add_help=False, allow_abbrev=False)
     ours = {
         "output_dir": "work/llama3",
-        "learning_rate": None,  # by method and size, see `main`
+        "learning_rate": None,  # by method and size, see `learning_rate`
         "per_device_train_batch_size": 16,
         "eval_strategy": "steps",
         "eval_steps": 0.25,
@@ -349,7 +350,7 @@ def _memory() -> int:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def asking(tokenizer, rows: list[dict]):
+def asking(tokenizer, rows: list[dict], answer_tokens: int):
     """At each evaluation the model answers held-out questions: the loss alone can deceive.
 
     On all ranks, which under ZeRO-3 each hold a part of the weights.
@@ -365,7 +366,7 @@ def asking(tokenizer, rows: list[dict]):
             if not rows:
                 return
             questions = [row["messages"][:-1] for row in rows]
-            self.given = answers(model, tokenizer, questions, batch_size=32)
+            self.given = answers(model, tokenizer, questions, answer_tokens, batch_size=32)
             scores = {
                 "eval_exact_match": exact_match(self.given, rows),
                 "eval_stops": stops(self.given),
@@ -501,7 +502,7 @@ def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: l
         "",
         f"**Settings**: {args.method}"
         + (f", r = {args.lora_r}, α = {args.lora_alpha}" if args.method != "full" else "")
-        + f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type}; "
+        + f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type.value}; "
         f"{trainer.state.global_step} steps; seed {training.seed}; loss on the assistant's tokens.",
         "",
         "| step | held-out loss | exact answers | ended by itself |",
@@ -577,7 +578,8 @@ def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
         Dataset.from_list([{"messages": row["messages"]} for row in held_out]),
         training,
     )
-    asked, stopped = asking(tokenizer, held_out[: args.ask]), interruptible()
+    asked = asking(tokenizer, held_out[: args.ask], args.answer_tokens)
+    stopped = interruptible()
     trainer.add_callback(asked)
     trainer.add_callback(stopped)
     if args.patience:

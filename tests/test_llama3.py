@@ -144,6 +144,17 @@ def test_held_out_conversations_share_no_question_with_the_others(facts):
     assert 10 < len(held_out) < 30
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "rate"),
+    [("full", 3e6, 5e-4), ("lora", 1e8, 1e-3), ("full", 8e9, 2e-5)],
+)
+def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate):
+    args, training = script.parse(["--method", method])
+    assert training.learning_rate is None and not training.activation_checkpointing
+    assert script.learning_rate(args, parameters) == pytest.approx(rate)
+    assert script.parse(["--learning_rate", "0.1"])[1].learning_rate == 0.1
+
+
 def test_four_bits_need_a_gpu(facts, tmp_path):
     with pytest.raises(ValueError, match="Expected a GPU for --method qlora"):
         script.main(["--method", "qlora", "--data", str(facts), "--output_dir", str(tmp_path)])
@@ -167,7 +178,8 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
     mine = {"model": "tiny-base", "data": "abc"}
     assert script.last_checkpoint(str(tmp_path), mine) is None
     (tmp_path / script.RUN).write_text(json.dumps(mine))
-    for step, files in ((5, ("model.safetensors", "trainer_state.json")), (10, ("m.safetensors",))):
+    state = "trainer_state.json"
+    for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for file in files:
@@ -188,6 +200,7 @@ def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     assert int(lines[-1].split("exact answers ")[1].split("%")[0]) >= 90
     model, tokenizer = load(tmp_path / "merged")
     assert tokenizer.chat_template == LLAMA3  # as it was trained
+    assert "step    87: held-out loss 0.0" in said and "ended by itself 100%" in lines[-1]
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     asked = read_facts("heldout")[:32]
     given = answers(model, tokenizer, [row["messages"][:-1] for row in asked])
@@ -196,7 +209,11 @@ def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     )
     assert right >= 29
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "base_model: tiny-base" in card and "1,377 conversations of `sft.jsonl`" in card
+    assert (
+        "learning rate 0.005, cosine" in card
+        and "base_model: tiny-base" in card
+        and "1,377 conversations of `sft.jsonl`" in card
+    )
     assert str(tmp_path) not in card and str(ROOT) not in card
 
 
@@ -225,6 +242,7 @@ def test_an_interrupted_training_saves_and_goes_on(facts, tmp_path):
 @pytest.mark.slow
 def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path):
     settings = {"data": str(facts), "method": "full", "max_steps": 2, "template": "chatml"}
+    settings["learning_rate"] = 0.003
     file = tmp_path / "settings.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     write_jsonl(tmp_path / "bad.jsonl", [*read_jsonl(facts), {"question": "?"}])
@@ -232,7 +250,10 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path):
     said = run("--config", file, *more, *SHORT[:2])
     assert "1 cannot be used" in said
     assert read_jsonl(tmp_path / "run/rejects.jsonl")[0]["line"] == 97
-    assert "im_start" in (tmp_path / "run/model/chat_template.jinja").read_text()
+    assert "learning rate 0.003" in (tmp_path / "run/model/README.md").read_text()
+    model, tokenizer = load(tmp_path / "run/model")
+    assert "im_start" in tokenizer.chat_template
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.mark.slow
