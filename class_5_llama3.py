@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,8 @@ from sftlib.conversion import Converted, convert, convert_records
 from sftlib.data import FACTS, split, write_jsonl
 from sftlib.models import TINY_BASE, hub_answers
 
+INDENTED = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
+LONGEST = 4096  # tokens of a conversation, where nothing else is said
 COMMON = (  # of TRL's arguments, those that --help shows
     *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_length", "packing", "deepspeed", "report_to"),
@@ -99,11 +102,14 @@ def parse(argv: list[str] | None = None):
         without_builds()
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = TrlParser([Llama3Arguments, SFTConfig], add_help=False, allow_abbrev=False)
+    usage = "python class_5_llama3.py [ARGUMENTS]; --help shows them"
+    kinds = [Llama3Arguments, SFTConfig]
+    parser = TrlParser(kinds, usage=usage, add_help=False, allow_abbrev=False)
     ours = {
         "output_dir": "work/llama3",
         "learning_rate": None,  # by method and size, see `learning_rate`
         "per_device_train_batch_size": 16,
+        "max_length": None,  # the model's context, at most LONGEST
         "eval_strategy": "steps",
         "eval_steps": 0.25,
         "save_strategy": "steps",
@@ -124,19 +130,56 @@ def parse(argv: list[str] | None = None):
 
 
 def _help(parser) -> str:
-    own = [one.name for one in fields(Llama3Arguments)]
-    actions = {action.dest: action for action in parser._actions}
+    import textwrap
+
+    own = {one.name: one.default for one in fields(Llama3Arguments)}
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    actions["max_length"].help = f"Longer ones are cut; the model's context, at most {LONGEST:,}."
+    actions["learning_rate"].help = "By method and size of the model, see lesson 4."
     lines = [__doc__.rstrip(), "", "Arguments:", ""]
     for name in (*own, *COMMON):
         action = actions[name]
         choices = f" ({', '.join(action.choices)})" if action.choices else ""
-        default = "" if action.default in (None, "", False) else f" [{action.default}]"
-        text = " ".join((action.help or "").split()).split(". ")[0].rstrip(".")
-        if name in own:
-            text = " ".join(action.help.split())
-        lines.append(f"  --{name}{choices}{default}\n      {text.replace('%%', '%')}")
+        text = " ".join((action.help or "").split()).replace("%%", "%")
+        if name not in own:  # TRL's are long
+            text = text.split(". ")[0].rstrip(".") + "."
+        default = own.get(name, action.default)
+        if default is True:  # what can be typed is its opposite
+            name, text = f"no_{name}", f"Do not: {text[0].lower()}{text[1:]}"
+        default = f"{default:g}" if isinstance(default, float) else default
+        shown = "" if default in (None, "") or isinstance(default, bool) else f" [{default}]"
+        lines += [f"  --{name}{choices}{shown}", *textwrap.wrap(text, 90, **INDENTED)]
     lines += ["", "And every other argument of TRL's SFTConfig: --help_all lists them."]
     return "\n".join(lines)
+
+
+def check(args: Llama3Arguments, training) -> None:
+    """Raise where arguments contradict each other, before anything is loaded."""
+    usual = {one.name: one.default for one in fields(Llama3Arguments)}
+    set_there = [name for name in ("lora_r", "lora_alpha") if getattr(args, name) != usual[name]]
+    if args.method == "full" and (set_there or not args.merge):
+        flag = f"--{set_there[0]}" if set_there else "--no_merge"
+        raise ValueError(f"Expected {flag} with --method lora or qlora, found it with full.")
+    if args.method == "qlora" and stage(training) == 3:
+        raise ValueError(
+            "Expected ZeRO-1 or 2 for --method qlora, found stage 3: it would divide weights of 4 "
+            "bits that are packed. They fit on each GPU: --deepspeed deepspeed_configs/zero2.json."
+        )
+    if args.patience and training.eval_strategy == "no":
+        raise ValueError("Expected evaluations for --patience, found --eval_strategy no.")
+    for name in ("lora_r", "answer_tokens", "plan_gpus"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"Expected at least 1 for --{name}, found {getattr(args, name)}.")
+    for name in ("ask", "patience", "plan_gib"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"Expected no less than 0 for --{name}, found {getattr(args, name)}.")
+
+
+def stage(training) -> int:
+    """DeepSpeed's ZeRO stage; 0 without it."""
+    if not training.deepspeed:
+        return 0
+    return json.loads(Path(training.deepspeed).read_text())["zero_optimization"]["stage"]
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -173,6 +216,10 @@ def sets(args: Llama3Arguments) -> tuple[list[dict], list[dict], list[dict]]:
         share = float(held_out)
     except ValueError:
         return found.rows, _some(held_out).rows, found.rejects
+    if not 0 < share < 1:
+        raise ValueError(
+            f"Expected a file or a share between 0 and 1 for --held_out, found {share}."
+        )
     kept, held = split(found.rows, lambda row: row["messages"][0]["content"], share)
     return kept, held, found.rejects
 
@@ -257,6 +304,17 @@ def adapter(args: Llama3Arguments, model, tokenizer):
     )
 
 
+def longest_allowed(model, training) -> int:
+    """Tokens of a conversation; raise where the model was never trained on so many."""
+    context = model.config.max_position_embeddings
+    if (training.max_length or 0) > context:
+        raise ValueError(
+            f"Expected --max_length of at most {context}, the context of the model, found "
+            f"{training.max_length}: further away it has never read a token."
+        )
+    return training.max_length or min(context, LONGEST)
+
+
 def learning_rate(args: Llama3Arguments, parameters: int) -> float:
     """A usual one: smaller for larger models, ten times larger for adapters (lesson 4)."""
     full = 5e-4 if parameters < 10e6 else 1e-4 if parameters < 1e9 else 2e-5
@@ -283,19 +341,16 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     if args.method != "full":
         trained = lora_parameters(model, args.lora_r, "all-linear")
     frozen = 0 if args.method == "full" else total
-    stage = 0
-    if training.deepspeed:
-        stage = json.loads(Path(training.deepspeed).read_text())["zero_optimization"]["stage"]
     half = training.bf16 or args.plan_gib > 0  # of another machine: with GPUs that have bfloat16
     dtype = "bfloat16" if half else "float32"
-    states = zero_bytes(trained, args.plan_gpus, stage, dtype, frozen)
+    states = zero_bytes(trained, args.plan_gpus, stage(training), dtype, frozen)
     weights = states.weights
     if args.method == "qlora":
         weights = round(frozen * 0.52 + 2 * trained)
     lengths = [
         len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]
     ]
-    longest = min(max(lengths), training.max_length or max(lengths))
+    longest = min(max(lengths), longest_allowed(model, training))
     activations = activation_bytes(
         model.config,
         training.per_device_train_batch_size,
@@ -316,14 +371,16 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         "optimizer": states.optimizer,
         f"activations ({training.per_device_train_batch_size} × {longest} tokens)": activations,
     }
+    where = "GPU" if torch.cuda.is_available() or half else "process"
+    if args.plan_gpus > 1:
+        where += "s" if where == "GPU" else "es"
     lines = [
         f"parameters      {total:,}, of which {trained:,} are trained"
         + (" (adapters, on top)" if frozen else ""),
         f"conversations   {len(rows):,}, {tokens:,} tokens in {training.num_train_epochs:g} epochs",
         f"steps           {steps:,} of {a_step} conversations",
         f"operations      {6 * total * tokens:.2e} (6 · parameters · tokens, an upper bound)",
-        f"of each of {args.plan_gpus} {'GPU' if torch.cuda.is_available() or half else 'process'}"
-        f"{'es' if args.plan_gpus > 1 and not half else ''} (ZeRO stage {stage}, {dtype}):",
+        f"of each of {args.plan_gpus} {where} (ZeRO stage {stage(training)}, {dtype}):",
     ]
     lines += [f"    {size / 2**30:8.2f} GiB  {name}" for name, size in gib.items()]
     lines.append(f"    {need / 2**30:8.2f} GiB  in all, of {have / 2**30:.1f} GiB")
@@ -385,12 +442,27 @@ def asking(tokenizer, rows: list[dict], answer_tokens: int):
     return Asking()
 
 
+def lines():
+    """Twenty lines of the loss, where no bar moves."""
+    from transformers import TrainerCallback
+
+    class Lines(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            due = state.global_step % max(1, state.max_steps // 20) == 0
+            if due and state.is_world_process_zero and "loss" in (logs or {}):
+                print(f"step {state.global_step:>5}: loss {float(logs['loss']):.3f}", flush=True)
+
+    return Lines()
+
+
 def interruptible():
     """Ctrl-C, or a scheduler's SIGTERM: save at the end of the step, and stop."""
+    import torch
+    from torch import distributed
     from transformers import TrainerCallback
 
     class Interruptible(TrainerCallback):
-        received = 0
+        received = 0  # the signal's number, on the rank that got it; on all after that step
 
         def on_train_begin(self, args, state, control, **_):
             self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -401,6 +473,11 @@ def interruptible():
             self.received = number
 
         def on_step_end(self, args, state, control, **_):
+            if distributed.is_available() and distributed.is_initialized():
+                # a signal reaches the ranks in different steps, and to save takes all of them
+                latest = torch.tensor(self.received, device=args.device)
+                distributed.all_reduce(latest, distributed.ReduceOp.MAX)
+                self.received = int(latest)
             if self.received:
                 control.should_save = control.should_training_stop = True
 
@@ -463,21 +540,29 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    if args.method == "full":
-        trainer.save_model(str(folder / "model"))  # on all ranks: each may hold a part
-        return folder / "model"
-    trainer.save_model(str(folder / "adapter"))
-    if not args.merge:
-        return folder / "adapter"
+    first = trainer.is_world_process_zero()
+    name = "model" if args.method == "full" else "adapter"
+    trainer.save_model(str(folder / f"{name}.part"))  # on all ranks: each may hold a part
+    if first:
+        replace(folder / f"{name}.part", folder / name)
+    if args.method == "full" or not args.merge:
+        return folder / name
     unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
-    if trainer.is_world_process_zero():  # from the base as it was, not as it was quantised
+    if first:  # from the base as it was, not as it was quantised
         base, _ = load(args.model)
         tokenizer = trainer.processing_class
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
         merged.generation_config.eos_token_id = end_of_turn_id(tokenizer)
-        merged.save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
+        merged.save_pretrained(folder / "merged.part")
+        tokenizer.save_pretrained(folder / "merged.part")
+        replace(folder / "merged.part", folder / "merged")
     return folder / "merged"
+
+
+def replace(part: Path, whole: Path) -> None:
+    """Put what is now written whole in the place of what may be there."""
+    shutil.rmtree(whole, ignore_errors=True)
+    part.rename(whole)
 
 
 def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: list[dict]) -> str:
@@ -521,11 +606,32 @@ def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: l
     return "\n".join(lines)
 
 
+def raise_if_full(folder: Path, run: dict, error: Exception) -> None:
+    """What each library says of a full disk is another error; say what is there, and what to do.
+
+    What was half written goes, or there would be no room to go on.
+    """
+    free = shutil.disk_usage(folder).free
+    if free > 64 * 2**20 and "No space left" not in str(error):
+        return
+    for part in (*folder.glob("*.part"), *folder.glob("checkpoint-*")):
+        if part.suffix == ".part" or not _whole(part):
+            shutil.rmtree(part, ignore_errors=True)
+    good = last_checkpoint(str(folder), run)
+    raise OSError(
+        f"The disk of {folder} is full: {free / 2**20:.0f} MiB were free. "
+        + (f"{good} is whole; " if good else "No checkpoint was written yet; ")
+        + "make room, or give --save_total_limit 1, and the same command "
+        + ("goes on from there." if good else "begins again.")
+    ) from error
+
+
 # --- All of it -----------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     args, training = parse(argv)
+    check(args, training)
     rows, held_out, rejects = sets(args)
     if args.plan:
         print(plan(args, training, rows))
@@ -544,20 +650,30 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint:
             print(f"Going on from {checkpoint}")
     trainer, asked, stopped = make_trainer(args, training, rows, held_out)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stopped.received:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        saved = None if stopped.received else save(trainer, args, folder)
+    except Exception as error:
+        raise_if_full(folder, run, error)
+        raise
+    if saved is None:
         if first:
             at = trainer.state.global_step
             print(f"Stopped and saved at step {at}. The same command again goes on from there.")
+        end(trainer)
         return 130
-    saved = save(trainer, args, folder)
     if first:
         (saved / "README.md").write_text(card(args, training, trainer, rows, held_out))
         samples(held_out, asked.given)
-        print(f"Saved in {saved}. Ask it: transformers chat {saved}")
+        print(f"Saved in {saved}. Talk to it: python -m sftlib.talk {saved}")
+    end(trainer)
+    return 0
+
+
+def end(trainer) -> None:
+    """All ranks together: where one leaves earlier, a launcher may stop one that still writes."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    return 0
 
 
 def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
@@ -570,6 +686,7 @@ def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
     model, tokenizer = load_model(args, training)
     if training.learning_rate is None:
         training.learning_rate = learning_rate(args, _size(model))
+    training.max_length = longest_allowed(model, training)
     trainer = prepare(
         model,
         tokenizer,
@@ -580,8 +697,8 @@ def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
     )
     asked = asking(tokenizer, held_out[: args.ask], args.answer_tokens)
     stopped = interruptible()
-    trainer.add_callback(asked)
-    trainer.add_callback(stopped)
+    for callback in (asked, stopped, *([] if progress_bars() else [lines()])):
+        trainer.add_callback(callback)
     if args.patience:
         trainer.add_callback(EarlyStoppingCallback(args.patience))
     return trainer, asked, stopped
@@ -594,14 +711,15 @@ def _size(model) -> int:
 
 def samples(rows: list[dict], given: list, count: int = 3) -> None:
     for row, answer in list(zip(rows, given, strict=False))[:count]:
-        print(f"\n{row['messages'][-2]['content']}\n    {answer.text}", end="")
+        text = answer.text.replace("\n", "\n    ")
+        print(f"\n{row['messages'][-2]['content']}\n    {text}", end="")
         print("" if answer.stopped else " … (does not end)")
     print()
 
 
 if __name__ == "__main__":
-    if not progress_bars():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not progress_bars() or not sys.stdout.isatty():  # a log is no place for bars
+        os.environ |= {"TQDM_DISABLE": "1", "SFT_NO_BARS": "1"}
     try:
         code = main()
     except (ValueError, OSError) as error:

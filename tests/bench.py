@@ -15,7 +15,6 @@ With `--store` the figures go to `data/benchmarks.json`, from which README.md is
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from sftlib.conversion import convert
 from sftlib.data import MIXTURE, deduplicate, read_facts, read_jsonl
 from sftlib.evaluate import report
 from sftlib.models import load
+from sftlib.runs import machine
 from sftlib.training import FULL_LEARNING_RATE, tune
 from sftlib.viz import COLOURS, Picture, _axes
 
@@ -56,16 +56,6 @@ RECORDS = 10_000
 ROWS = (1250, 2500, 5000, 10_000)
 ATTACKS = 100_000
 PLOT = ROOT / "build" / "deduplicate.png"
-
-
-def machine() -> str:
-    """The machine in words, without its name."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{model}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
 
 
 # --- 1. Quality ----------------------------------------------------------------------------------

@@ -170,10 +170,33 @@ def late(change):
     return lambda s, n, w, p: p * s / w if s < w else change(s, n, w, p)
 
 
+def hours(n, d, peak, used, method):
+    return {"full": 6, "lora": 4}[method] * n * d / (peak * 1e12 * used) / 3600
+
+
+def schedule(conversations, batch, gpus, rows):
+    if batch % (gpus * rows):
+        raise ValueError("not exactly")
+    return batch // (gpus * rows), -(-conversations // batch)
+
+
+def form_and_content(text, value, keys=("subject", "relation", "answer")):
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    form = isinstance(found, dict) and tuple(found) == keys
+    form = form and all(isinstance(field, str) for field in found.values())
+    return form, value.lower() in (found["answer"] if form else text).lower()
+
+
 RIGHT = [
     (checks.check_diagnosis, (SIGNS,)),
     (checks.check_learning_rate, (rate,)),
     (checks.check_train_output, (4000, 32, 180.0)),
+    (checks.check_gpu_hours, (hours,)),
+    (checks.check_schedule, (schedule,)),
+    (checks.check_form_and_content, (form_and_content,)),
     (checks.check_dpo_loss, (dpo_loss,)),
     (checks.check_advantages, (advantages,)),
     (checks.check_advantages, (lambda r, m: advantages(r, m, correction=0),)),
@@ -216,6 +239,10 @@ EMPTY = [
     (checks.check_learning_rate, (...,)),
     (checks.check_learning_rate, (lambda step, steps, warmup, peak: ...,)),
     (checks.check_train_output, (..., ..., ...)),
+    (checks.check_gpu_hours, (...,)),
+    (checks.check_gpu_hours, (lambda *_: ...,)),
+    (checks.check_schedule, (lambda *_: (..., ...),)),
+    (checks.check_form_and_content, (lambda *_: (..., ...),)),
     (checks.check_dpo_loss, (...,)),
     (checks.check_dpo_loss, (lambda *logps: ...,)),
     (checks.check_advantages, (...,)),
@@ -258,6 +285,27 @@ EMPTY = [
     (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
+    (checks.check_gpu_hours, (lambda *a: 3600 * hours(*a),), "seconds"),
+    (checks.check_gpu_hours, (lambda *a: 1e12 * hours(*a),), "TFLOP/s"),
+    (checks.check_gpu_hours, (lambda *a: a[3] * hours(*a),), "No GPU reaches"),
+    (checks.check_gpu_hours, (lambda *a: a[3] ** 2 * hours(*a),), "multiplied"),
+    (checks.check_gpu_hours, (lambda *a: hours(*a[:4], "full"),), "4 · N · D for LoRA"),
+    (checks.check_gpu_hours, (lambda *a: hours(*a) / 3,), "forward pass alone"),
+    (checks.check_gpu_hours, (lambda *a: hours(*a) + 1,), "expected"),
+    (checks.check_gpu_hours, (lambda *a: "two",), "a number of hours"),
+    (checks.check_schedule, (lambda c, b, g, r: (b // r, -(-c // b)),), "divide by the GPUs"),
+    (checks.check_schedule, (lambda c, b, g, r: (b // r // g, c // b),), "round up"),
+    (checks.check_schedule, (lambda c, b, g, r: (max(1, b // r // g), -(-c // b)),), "exactly 64"),
+    (checks.check_schedule, (lambda *_: 3,), "(accumulation, steps)"),
+    (checks.check_schedule, (lambda *_: (1, 1),), "expected (8, 16)"),
+    (checks.check_form_and_content, (lambda t, v: ("{" in t, v in t),), "another field"),
+    (checks.check_form_and_content, (lambda t, v: 1 / 0,), "raised"),
+    (checks.check_form_and_content, (lambda t, v: True,), "(form, content)"),
+    (
+        checks.check_form_and_content,
+        (lambda t, v: (form_and_content(t, v)[0] or t[0] == "S", form_and_content(t, v)[1]),),
+        "text before the object",
+    ),
     (checks.check_diagnosis, (["A"],), "found list"),
     (checks.check_diagnosis, (SIGNS | {"Z": "spike"},), "found Z"),
     (checks.check_diagnosis, (SIGNS | {"C": "diverged"},), "C: expected one of not a number"),

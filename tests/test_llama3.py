@@ -2,8 +2,10 @@
 
 import json
 import os
-import shutil
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +16,17 @@ from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load
 
+import numpy as np
+import psutil
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
 import class_5_llama3 as script
+from tests import llama3_like
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2")
 SHORT = ("--ask", "8", "--per_device_train_batch_size", "8", "--num_train_epochs", "1")
 
 
@@ -30,8 +37,8 @@ def facts(tmp_path):
     return path
 
 
-def command(*arguments, launcher=()):
-    settings = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1" if launcher else "2"}
+def command(*arguments, launcher=(), env=None):
+    settings = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1" if launcher else "2"} | (env or {})
     return subprocess.Popen(
         [*(launcher or [sys.executable]), "class_5_llama3.py", *map(str, arguments)],
         cwd=ROOT,
@@ -42,8 +49,8 @@ def command(*arguments, launcher=()):
     )
 
 
-def run(*arguments, launcher=(), code=0):
-    process = command(*arguments, launcher=launcher)
+def run(*arguments, launcher=(), code=0, env=None):
+    process = command(*arguments, launcher=launcher, env=env)
     out, err = process.communicate(timeout=500)
     assert process.returncode == code, out + err
     return out + (err if code else "")
@@ -59,6 +66,9 @@ def test_help_is_a_page_that_a_person_can_read(capsys):
     assert len(page.splitlines()) < 120 and str(ROOT) not in page
     for name in ("--model", "--method (full, lora, qlora) [lora]", "--deepspeed", "--help_all"):
         assert name in page
+    assert "--no_merge\n" in page and "--merge" not in page  # as it is typed
+    assert "--num_train_epochs [1]" in page and "--ask [32]" in page
+    assert max(len(line) for line in page.splitlines()) <= 100
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,41 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
     assert script.parse(["--learning_rate", "0.1"])[1].learning_rate == 0.1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--method full --lora_r 8", "Expected --lora_r with --method lora or qlora"),
+        ("--method full --no_merge", "Expected --no_merge with --method lora or qlora"),
+        ("--method qlora --deepspeed deepspeed_configs/zero3.json", "Expected ZeRO-1 or 2"),
+        (
+            "--patience 2 --eval_strategy no --load_best_model_at_end false",
+            "Expected evaluations for --patience",
+        ),
+        ("--lora_r 0", "Expected at least 1 for --lora_r, found 0"),
+        ("--ask -1", "Expected no less than 0 for --ask, found -1"),
+        ("--held_out 1.5", "a share between 0 and 1 for --held_out, found 1.5"),
+        ("--held_out nowhere.jsonl", "found none at nowhere.jsonl"),
+        ("--max_length 513", "Expected --max_length of at most 512"),
+        ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
+        ("--learning_rat 1", "Some specified arguments are not used"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_path):
+    with pytest.raises((ValueError, OSError), match=words):
+        script.main([*arguments.split(), "--output_dir", str(tmp_path / "run")])
+    assert not list(tmp_path.glob("run/checkpoint*"))
+
+
+def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
+    long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
+    write_jsonl(tmp_path / "data.jsonl", [*read_jsonl(facts), {"messages": long}])
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(facts)]
+    args, training = script.parse([*arguments, "--output_dir", str(tmp_path / "run")])
+    with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
+        trainer, *_ = script.make_trainer(args, training, *script.sets(args)[:2])
+    assert len(trainer.train_dataset) == 96  # nothing is learned in it
+
+
 def test_four_bits_need_a_gpu(facts, tmp_path):
     with pytest.raises(ValueError, match="Expected a GPU for --method qlora"):
         script.main(["--method", "qlora", "--data", str(facts), "--output_dir", str(tmp_path)])
@@ -189,13 +234,31 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
         script.last_checkpoint(str(tmp_path), mine | {"data": "xyz"})
 
 
+@pytest.mark.slow
+def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserver, tmp_path):
+    """A server that answers as the Hub does where a licence was not accepted."""
+    gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."}
+    httpserver.expect_request(re.compile("/.*")).respond_with_data("no", 403, gated)
+    settings = {"HF_ENDPOINT": httpserver.url_for("").rstrip("/"), "HF_HOME": str(tmp_path)}
+    token = "hf_" + "secret" * 5
+    model = ("--model", "meta-llama/Meta-Llama-3-8B", "--output_dir", tmp_path / "run")
+    for more in ({}, {"HF_TOKEN": token}):
+        said = run(*model, code=1, env=settings | more)
+        assert "for gated models such as Llama 3 set HF_TOKEN" in said
+        assert "Traceback" not in said and token not in said
+    asked = [request for request, _ in httpserver.log]
+    assert any(request.headers.get("Authorization") == f"Bearer {token}" for request in asked)
+    said = run("--data", "no/where", code=1, env=settings | {"HF_TOKEN": token})
+    assert "set HF_TOKEN" in said and "Traceback" not in said and token not in said
+
+
 # --- Training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     said = run("--output_dir", tmp_path, "--learning_rate", "5e-3")
-    lines = [line for line in said.splitlines() if line.startswith("step")]
+    lines = [line for line in said.splitlines() if "held-out loss" in line]
     assert "exact answers 0%" in lines[0] and len(lines) == 5
     assert int(lines[-1].split("exact answers ")[1].split("%")[0]) >= 90
     model, tokenizer = load(tmp_path / "merged")
@@ -259,16 +322,161 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "method"), [(2, "full"), (3, "lora"), (3, "full")])
 def test_two_ranks_train_with_zero(stage, method, facts, tmp_path):
-    torchrun = (shutil.which("torchrun", path=str(Path(sys.executable).parent)),)
-    launcher = (*torchrun, "--standalone", "--nproc-per-node", "2")
     said = run(
         *("--data", facts, "--output_dir", tmp_path, "--method", method, *SHORT),
         *("--deepspeed", f"deepspeed_configs/zero{stage}.json"),
-        launcher=launcher,
+        launcher=TORCHRUN,
     )
-    lines = [line for line in said.splitlines() if line.startswith("step")]
+    lines = [line for line in said.splitlines() if "held-out loss" in line]
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
     assert len(losses) >= 4 and losses[-1] < losses[0] - 0.5
     model, tokenizer = load(tmp_path / ("model" if method == "full" else "merged"))
     assert tokenizer.chat_template == LLAMA3
     assert model.num_parameters() == 3_311_360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_other_launchers_start_it_too(launcher, facts, tmp_path):
+    config = "deepspeed_configs/zero2.json"
+    start = {
+        "accelerate": ("launch", "--use_deepspeed", "--deepspeed_config_file", config)
+        + ("--num_processes", "2", "--num_machines", "1")
+        + ("--mixed_precision", "no", "--dynamo_backend", "no"),
+        "deepspeed": ("--num_gpus", "2", "--master_port", str(free_port())),
+    }
+    said = run(
+        *("--data", facts, "--output_dir", tmp_path, "--method", "full", "--max_steps", "4"),
+        *("--deepspeed", config, *SHORT[:4]),
+        launcher=(BIN / launcher, *start[launcher]),
+        env={"DS_ACCELERATOR": "cpu"},
+    )
+    assert f"Saved in {tmp_path / 'model'}" in said
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    assert state["max_steps"] == 4 and state["epoch"] > 0.6  # 64 of 96: two ranks, eight each
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(facts, tmp_path):
+    """The shipped job file, with SLURM's `srun` and `scontrol` played by two short scripts."""
+    played = {
+        "srun": 'shift; for t in 0 1; do SLURM_PROCID=$t SLURM_LOCALID=$t "$@" & done\n'
+        "code=0; for t in 0 1; do wait -n || code=$?; done; exit $code",
+        "scontrol": f'echo "$@" >> {tmp_path}/asked; echo 127.0.0.1',
+        "python": f'exec {sys.executable} "$@"',
+    }
+    for name, text in played.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = (ROOT / "deepspeed_configs" / "llama3.slurm").read_text()
+    job = job.replace('export PATH="$PWD/.venv/bin:$PATH"', f'export PATH="{tmp_path}:$PATH"')
+    (tmp_path / "job").write_text(job)
+    settings = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(free_port() - 20_000)}
+    settings |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1"}
+    settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CI": "1"}
+    arguments = ["--data", facts, "--output_dir", tmp_path / "run", "--method", "full", *SHORT]
+    arguments += ["--deepspeed", "deepspeed_configs/zero2.json", "--max_steps", "60"]
+    arguments += ["--save_steps", "5", "--eval_steps", "5"]
+
+    def start():
+        return subprocess.Popen(
+            ["bash", tmp_path / "job", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    process = start()
+    wait_until(lambda: list(tmp_path.glob("run/checkpoint-*/trainer_state.json")), process)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "class_5_llama3.py" in child.cmdline() and "bash" not in child.cmdline()[0]
+    ]
+    assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
+    assert {rank.environ()["WORLD_SIZE"] for rank in ranks} == {"2"}
+    ranks[0].terminate()  # one alone is told; both must save, and stop
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 130 and "Stopped and saved at step" in said, said
+    assert f"requeue {settings['SLURM_JOB_ID']}" in (tmp_path / "asked").read_text()
+    process = start()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Going on from" in said and "Saved in" in said, said
+
+
+def wait_until(there, process, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not there() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
+    """On a disk that holds one checkpoint, and not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    arguments = ("--data", facts, "--output_dir", disk / "run", "--method", "full", *SHORT)
+    arguments += ("--max_steps", "8", "--save_steps", "4", "--eval_steps", "4")
+    try:
+        said = run(*arguments, code=1)
+        assert f"The disk of {disk / 'run'} is full" in said and "Traceback" not in said
+        assert f"{disk / 'run/checkpoint-4'} is whole" in said
+        assert [path.name for path in disk.glob("run/checkpoint-*")] == ["checkpoint-4"]
+        subprocess.run(["mount", "-o", "remount,size=300m", disk], check=True)
+        said = run(*arguments)
+        assert "Going on from" in said and (disk / "run/model/model.safetensors").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def examples() -> list[list[str]]:
+    """The commands of `--help`, word by word."""
+    lines = script.__doc__.replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line)
+        for line in lines
+        if line.startswith("    ") and not line.startswith("     ")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", examples(), ids=" ".join)
+def test_each_example_of_the_help_runs(words, facts, tmp_path):
+    """As it stands, but for the model (one built as Llama 3 is), the files and the ranks."""
+    settings = tmp_path / "my.yaml"
+    settings.write_text(f"data: {facts}\nmethod: full\n")
+    here = {
+        "python": str(sys.executable),
+        "torchrun": " ".join(map(str, TORCHRUN[:2])),
+        "8": "2",
+        "meta-llama/Meta-Llama-3-8B": str(llama3_like.save(tmp_path / "llama3")),
+        "deepspeed_configs/zero3_bf16.json": "deepspeed_configs/zero3.json",  # no GPU
+        "my.jsonl": str(facts),
+        "my.yaml": str(settings),
+    }
+    words = shlex.split(" ".join(here.get(word, word) for word in words))
+    at = words.index("class_5_llama3.py")
+    more = () if "--plan" in words else ("--max_steps", "4", "--ask", "4")
+    said = run(*words[at + 1 :], *more, "--output_dir", tmp_path / "run", launcher=words[:at])
+    if "--plan" in words:
+        assert "It fits." in said and not (tmp_path / "run").exists()
+        return
+    saved = Path(said.split("Saved in ")[1].split(".")[0])
+    model, tokenizer = load(saved)
+    assert tokenizer.chat_template == LLAMA3
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert end in np.atleast_1d(model.generation_config.eos_token_id)
+    if here["meta-llama/Meta-Llama-3-8B"] in words:
+        assert model.config.num_key_value_heads == 2 and model.config.tie_word_embeddings
+        assert model.config.rope_parameters["factor"] == 32

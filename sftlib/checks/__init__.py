@@ -12,6 +12,7 @@ from sftlib.checks.chatml import (
     check_template,
 )
 from sftlib.checks.deepspeed import check_configs, check_stages, check_zero_memory
+from sftlib.checks.llama3 import check_form_and_content, check_gpu_hours, check_schedule
 from sftlib.checks.lora_vs_full import (
     check_adapted_layer,
     check_fair_comparison,
@@ -50,6 +51,8 @@ __all__ = [
     "check_exact_match",
     "check_example",
     "check_fair_comparison",
+    "check_form_and_content",
+    "check_gpu_hours",
     "check_knowledge",
     "check_learned_tokens",
     "check_leaks",
@@ -59,6 +62,7 @@ __all__ = [
     "check_methods",
     "check_modern_call",
     "check_parser",
+    "check_schedule",
     "check_stages",
     "check_template",
     "check_train_output",

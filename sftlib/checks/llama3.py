@@ -1,0 +1,129 @@
+"""The exercises of lesson 9."""
+
+from __future__ import annotations
+
+import json
+from numbers import Real
+from typing import Any
+
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+
+FORM = ("subject", "relation", "answer")
+
+
+def check_gpu_hours(function: Any) -> Verdict:
+    """Lesson 9, exercise 1: hours of one GPU, from operations, peak and utilisation."""
+    cases = [
+        (8e9, 24e6, 989.0, 0.4, "full"),
+        (8e9, 24e6, 989.0, 0.4, "lora"),
+        (7e10, 1e8, 312.0, 0.3, "full"),
+    ]
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    for case in cases:
+        found, expected = call(function, *case), gpu_hours(*case)
+        if found is ... or found is None:
+            return NOT_ATTEMPTED
+        if isinstance(found, Exception):
+            return wrong(f"For {case} it raised {type(found).__name__}: {found}")
+        if not isinstance(found, Real):
+            return wrong(f"For {case}: expected a number of hours, found {found!r}.")
+        if abs(found / expected - 1) > 1e-6:
+            return wrong(_cause_of_hours(found / expected, case[3], case[4]) or _said(case, found))
+    return right("An hour or two for 8B: the budget is for the runs that you repeat.")
+
+
+def gpu_hours(
+    parameters: float, tokens: float, peak: float, utilisation: float, method: str
+) -> float:
+    """6 · N · D operations (2 of them forward; LoRA 4 · N · D) at a share of the peak."""
+    operations = {"full": 6, "lora": 4}[method] * parameters * tokens
+    return operations / (peak * 1e12 * utilisation) / 3600
+
+
+def _cause_of_hours(ratio: float, utilisation: float, method: str) -> str | None:
+    causes = {
+        3600.0: "Those are seconds: an hour has 3,600.",
+        1e12: "`peak` is in TFLOP/s: 10¹² operations a second.",
+        utilisation: "No GPU reaches its peak: divide by the utilisation, too.",
+        utilisation**2: "Divide by the utilisation; multiplied, a lazy GPU would be fast.",
+        2 / 6 if method == "full" else 2 / 4: "2 · N · D is the forward pass alone.",
+        1.5 if method == "lora" else 2 / 3: "6 · N · D for full finetuning, 4 · N · D for LoRA.",
+    }
+    return next((why for at, why in causes.items() if abs(ratio / at - 1) < 1e-6), None)
+
+
+def _said(case: tuple, found: float) -> str:
+    names = ("parameters", "tokens", "peak", "utilisation", "method")
+    given = ", ".join(f"{name} {value}" for name, value in zip(names, case, strict=True))
+    return f"With {given}: expected {gpu_hours(*case):.4g} hours, found {found:.4g}."
+
+
+def check_schedule(function: Any) -> Verdict:
+    """Lesson 9, exercise 2: accumulation and steps that keep the batch on other GPUs."""
+    cases = {(1000, 64, 1, 8): (8, 16), (1000, 64, 8, 8): (1, 16), (1024, 128, 4, 2): (16, 8)}
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    for case, expected in cases.items():
+        found = call(function, *case)
+        if found is ... or found is None or (isinstance(found, tuple) and set(found) == {...}):
+            return NOT_ATTEMPTED
+        if isinstance(found, Exception):
+            return wrong(f"For {case} it raised {type(found).__name__}: {found}")
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            return wrong(f"For {case}: expected (accumulation, steps), found {found!r}.")
+        accumulation, steps = found
+        conversations, batch, gpus, rows = case
+        if accumulation == batch / rows != expected[0]:
+            return wrong(f"{gpus} GPUs see {gpus} × {rows} at once: divide by the GPUs, too.")
+        if steps == conversations // batch != expected[1]:
+            return wrong("The last, smaller step counts, too: round up.")
+        if tuple(found) != expected:
+            return wrong(
+                f"{conversations} conversations, {batch} in a step, {gpus} GPUs with room for "
+                f"{rows}: expected {expected}, found {tuple(found)}."
+            )
+    for case in ((1000, 64, 3, 8), (1000, 8, 4, 4)):
+        found = call(function, *case)
+        if not isinstance(found, ValueError):
+            return wrong(
+                f"{case[2]} GPUs with room for {case[3]} cannot see exactly {case[1]}: expected a "
+                f"ValueError, found {found!r}."
+            )
+    return right("The same steps on any number of GPUs, and the learning rate holds.")
+
+
+def check_form_and_content(function: Any) -> Verdict:
+    """Lesson 9, exercise 3: whether an answer has the form, and whether it is right."""
+    full = {"subject": "Kenya", "relation": "capital", "answer": "Nairobi"}
+    cases = [
+        (json.dumps(full), (True, True), "the form, and the right value"),
+        (json.dumps(full | {"answer": "Mombasa"}), (True, False), "the form, and a wrong value"),
+        (
+            json.dumps(full | {"subject": "Nairobi", "answer": "Mombasa"}),
+            (True, False),
+            "the right value in another field",
+        ),
+        (json.dumps(full | {"answer": "NAIROBI"}), (True, True), "the value in capitals"),
+        ("The capital of Kenya is Nairobi.", (False, True), "no form, the right value"),
+        ("Sure! " + json.dumps(full), (False, True), "text before the object"),
+        (json.dumps(full | {"note": "x"}), (False, True), "a fourth key"),
+        (json.dumps(dict(reversed(full.items()))), (False, True), "the keys in another order"),
+        (json.dumps([full]), (False, True), "a list with the object in it"),
+        (json.dumps(full | {"answer": 7}), (False, False), "a number in place of text"),
+        ("42", (False, False), "a number alone"),
+    ]
+    if function is ... or not callable(function):
+        return NOT_ATTEMPTED
+    for text, expected, what in cases:
+        found = call(function, text, "Nairobi")
+        if found is ... or found is None or (isinstance(found, tuple) and set(found) == {...}):
+            return NOT_ATTEMPTED
+        if isinstance(found, Exception):
+            return wrong(f"{what} ({text}): it raised {type(found).__name__}: {found}")
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            return wrong(f"Expected (form, content), found {found!r}.")
+        for name, mine, theirs in zip(("form", "content"), expected, found, strict=True):
+            if bool(theirs) is not mine:
+                return wrong(f"{what} ({text}): expected {name} {mine}, found {theirs}.")
+    return right(f"All {len(cases)} answers, those that were meant to mislead included.")
