@@ -264,8 +264,13 @@ def load_model(args: Llama3Arguments, training):
     whole = args.method == "full" and not training.deepspeed
     model, tokenizer = load(args.model, dtype=torch.float32 if whole else None, **options)
     set_template(tokenizer, args.template)
-    model.generation_config.eos_token_id = end_of_turn_id(tokenizer)
+    model.generation_config.eos_token_id = ends(tokenizer)
     return model, tokenizer
+
+
+def ends(tokenizer) -> list[int]:
+    """Where generation stops: at the end of a text, and at that of a turn."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer)]))
 
 
 def set_template(tokenizer, choice: str) -> None:
@@ -371,16 +376,16 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         "optimizer": states.optimizer,
         f"activations ({training.per_device_train_batch_size} × {longest} tokens)": activations,
     }
-    where = "GPU" if torch.cuda.is_available() or half else "process"
-    if args.plan_gpus > 1:
-        where += "s" if where == "GPU" else "es"
+    one, more = ("GPU", "GPUs") if torch.cuda.is_available() or half else ("process", "processes")
+    where = f"on each of {args.plan_gpus} {more}" if args.plan_gpus > 1 else f"on 1 {one}"
+    epochs = f"{training.num_train_epochs:g} epoch{'s' * (training.num_train_epochs != 1)}"
     lines = [
         f"parameters      {total:,}, of which {trained:,} are trained"
         + (" (adapters, on top)" if frozen else ""),
-        f"conversations   {len(rows):,}, {tokens:,} tokens in {training.num_train_epochs:g} epochs",
+        f"conversations   {len(rows):,}, {tokens:,} tokens in {epochs}",
         f"steps           {steps:,} of {a_step} conversations",
         f"operations      {6 * total * tokens:.2e} (6 · parameters · tokens, an upper bound)",
-        f"of each of {args.plan_gpus} {where} (ZeRO stage {stage(training)}, {dtype}):",
+        f"{where} (ZeRO stage {stage(training)}, {dtype}):",
     ]
     lines += [f"    {size / 2**30:8.2f} GiB  {name}" for name, size in gib.items()]
     lines.append(f"    {need / 2**30:8.2f} GiB  in all, of {have / 2**30:.1f} GiB")
@@ -552,7 +557,7 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
         base, _ = load(args.model)
         tokenizer = trainer.processing_class
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
-        merged.generation_config.eos_token_id = end_of_turn_id(tokenizer)
+        merged.generation_config.eos_token_id = ends(tokenizer)
         merged.save_pretrained(folder / "merged.part")
         tokenizer.save_pretrained(folder / "merged.part")
         replace(folder / "merged.part", folder / "merged")
@@ -665,6 +670,8 @@ def main(argv: list[str] | None = None) -> int:
     if first:
         (saved / "README.md").write_text(card(args, training, trainer, rows, held_out))
         samples(held_out, asked.given)
+        took = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
+        print(f"{trainer.state.global_step} steps in {took.get('train_runtime', 0):.1f} s")
         print(f"Saved in {saved}. Talk to it: python -m sftlib.talk {saved}")
     end(trainer)
     return 0

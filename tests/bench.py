@@ -6,7 +6,9 @@
 3. The seconds that each lesson takes, every cell, top to bottom.
 4. Data: records a second that `convert` reads in each published format, and the seconds that
    `deduplicate` takes for more and more rows, with a plot in `build/`.
-5. Encoding: the seconds of `encode_batch` against those of the tokenizer alone on the same texts,
+5. Commands: real tokens a second of `class_5_llama3.py` and of TRL's `trl sft`, the same model,
+   data and settings (full finetuning), in turns, as medians.
+6. Encoding: the seconds of `encode_batch` against those of the tokenizer alone on the same texts,
    for more and more conversations; and how many of 100,000 hostile texts become control tokens.
 
 With `--store` the figures go to `data/benchmarks.json`, from which README.md is generated.
@@ -16,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +30,7 @@ from pathlib import Path
 os.environ.setdefault("SFT_NO_BARS", "1")
 from sftlib.chat import CHATML, LLAMA3, encode, encode_batch, render
 from sftlib.conversion import convert
-from sftlib.data import MIXTURE, deduplicate, read_facts, read_jsonl
+from sftlib.data import MIXTURE, deduplicate, read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import report
 from sftlib.models import load
 from sftlib.runs import machine
@@ -218,6 +221,57 @@ def speed() -> dict:
             for name, value in rate.items()
         },
     }
+
+
+def commands() -> dict:
+    """Median tokens a second of our script and of TRL's, the start of Python left out.
+
+    `trl sft` twice: with the script's settings, and with what it does where nothing is said.
+    """
+    model, tokenizer = load()
+    rows = rows_for_speed()
+    tokens = sum(len(encode(row["messages"], tokenizer)["input_ids"]) for row in rows)
+    both = "--per_device_train_batch_size 16 --num_train_epochs 1 --learning_rate 5e-4 --seed 0 "
+    both += "--max_length 512 --report_to none --logging_steps 10 --save_strategy no"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "data").mkdir()
+        data = folder / "data" / "train.jsonl"
+        write_jsonl(data, [{"messages": row["messages"]} for row in rows])
+        own = f"class_5_llama3.py --model {folder}/model --data {data} --template own "
+        own += f"--held_out {ROOT}/data/facts/heldout.jsonl --method full {both} "
+        own += "--eval_strategy no --eval_on_start false --load_best_model_at_end false "
+        own += f"--output_dir {folder}/ours"
+        trl = f"-m trl.cli sft --model_name_or_path {folder}/model --dataset_name {folder}/data "
+        trl += f"{both} --dtype float32 --use_cpu true --bf16 false --output_dir {folder}/theirs"
+        same = "--assistant_only_loss true --gradient_checkpointing false"
+        ways = {
+            "class_5_llama3.py": own,
+            "trl sft, the same settings": f"{trl} {same}",
+            "trl sft, its own settings": trl,
+        }
+        runs: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(TURNS):
+            for way, words in ways.items():
+                runs[way].append(tokens / _runtime([sys.executable, *words.split()]))
+    rate = {way: statistics.median(found) for way, found in runs.items()}
+    ours = rate["class_5_llama3.py"]
+    ratios = {way: ours / value for way, value in rate.items() if "trl" in way}
+    return {"tokens": tokens, "tokens_a_second": rate, "class_5_llama3.py_against": ratios}
+
+
+def _runtime(command: list[str]) -> float:
+    """Seconds of training that a command reports."""
+    quiet = {"CI": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    if torch.cuda.is_available():
+        del quiet["DS_ACCELERATOR"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True)
+    found = re.findall(r"train_runtime': '?([\d.]+)|steps in ([\d.]+) s", done.stdout + done.stderr)
+    if done.returncode or not found:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"[-3000:])
+    return float(next(filter(None, found[-1])))
 
 
 # --- 3. Lessons ----------------------------------------------------------------------------------
@@ -458,6 +512,7 @@ def main() -> None:
     measures = {
         "quality": quality,
         "speed": speed,
+        "commands": commands,
         "seconds": seconds,
         "data": data,
         "encoding": encoding,

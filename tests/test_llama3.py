@@ -16,7 +16,6 @@ from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load
 
-import numpy as np
 import psutil
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
@@ -264,7 +263,8 @@ def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     model, tokenizer = load(tmp_path / "merged")
     assert tokenizer.chat_template == LLAMA3  # as it was trained
     assert "step    87: held-out loss 0.0" in said and "ended by itself 100%" in lines[-1]
-    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, turn]
     asked = read_facts("heldout")[:32]
     given = answers(model, tokenizer, [row["messages"][:-1] for row in asked])
     right = sum(
@@ -475,8 +475,8 @@ def test_each_example_of_the_help_runs(words, facts, tmp_path):
     saved = Path(said.split("Saved in ")[1].split(".")[0])
     model, tokenizer = load(saved)
     assert tokenizer.chat_template == LLAMA3
-    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert end in np.atleast_1d(model.generation_config.eos_token_id)
+    turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, turn]
     if here["meta-llama/Meta-Llama-3-8B"] in words:
         assert model.config.num_key_value_heads == 2 and model.config.tie_word_embeddings
         assert model.config.rope_parameters["factor"] == 32
