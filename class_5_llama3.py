@@ -77,6 +77,11 @@ class Llama3Arguments:
     )
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Their scale: alpha / r.")
+    attn_implementation: str = option(
+        "sdpa",
+        "How attention is computed: sdpa is PyTorch's own, flash_attention_2 a package for GPUs.",
+        choices=["sdpa", "flash_attention_2", "eager"],
+    )
     ask: int = option(32, "How many held-out questions are answered at each evaluation.")
     answer_tokens: int = option(64, "How long an answer may become.")
     patience: int = option(0, "Stop after so many evaluations without a lower loss; 0: never.")
@@ -250,7 +255,7 @@ def load_model(args: Llama3Arguments, training):
             "Expected a GPU for --method qlora, found none: on a CPU four bits save memory, and "
             "cost much time. Use --method lora."
         )
-    options = {}
+    options = {"attn_implementation": args.attn_implementation}
     if args.method == "qlora":
         from transformers import BitsAndBytesConfig
 
@@ -672,7 +677,8 @@ def main(argv: list[str] | None = None) -> int:
         samples(held_out, asked.given)
         took = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
         print(f"{trainer.state.global_step} steps in {took.get('train_runtime', 0):.1f} s")
-        print(f"Saved in {saved}. Talk to it: python -m sftlib.talk {saved}")
+        whole = saved.name != "adapter"
+        print(f"Saved in {saved}." + f" Talk to it: python -m sftlib.talk {saved}" * whole)
     end(trainer)
     return 0
 

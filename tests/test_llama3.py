@@ -199,6 +199,15 @@ def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_pa
     assert len(trainer.train_dataset) == 96  # nothing is learned in it
 
 
+def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
+    arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--packing", "true"]
+    args, training = script.parse([*arguments, "--held_out", str(facts)])
+    trainer, *_ = script.make_trainer(args, training, *script.sets(args)[:2])
+    packed = trainer.train_dataset
+    assert len(packed) < 10 and max(map(len, packed["input_ids"])) <= 512
+    assert sum(len(lengths) for lengths in packed["seq_lengths"]) == 96
+
+
 def test_four_bits_need_a_gpu(facts, tmp_path):
     with pytest.raises(ValueError, match="Expected a GPU for --method qlora"):
         script.main(["--method", "qlora", "--data", str(facts), "--output_dir", str(tmp_path)])
@@ -305,13 +314,14 @@ def test_an_interrupted_training_saves_and_goes_on(facts, tmp_path):
 @pytest.mark.slow
 def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path):
     settings = {"data": str(facts), "method": "full", "max_steps": 2, "template": "chatml"}
-    settings["learning_rate"] = 0.003
+    settings |= {"learning_rate": 0.003, "report_to": "tensorboard"}
     file = tmp_path / "settings.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     write_jsonl(tmp_path / "bad.jsonl", [*read_jsonl(facts), {"question": "?"}])
     more = ("--data", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "run", "--patience", "1")
     said = run("--config", file, *more, *SHORT[:2])
     assert "1 cannot be used" in said
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))  # TensorBoard's
     assert read_jsonl(tmp_path / "run/rejects.jsonl")[0]["line"] == 97
     assert "learning rate 0.003" in (tmp_path / "run/model/README.md").read_text()
     model, tokenizer = load(tmp_path / "run/model")
@@ -441,13 +451,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
 
 
 def examples() -> list[list[str]]:
-    """The commands of `--help`, word by word."""
+    """The commands of `--help`, word by word; the first has a test of its own."""
     lines = script.__doc__.replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line)
-        for line in lines
-        if line.startswith("    ") and not line.startswith("     ")
-    ]
+    commands = [line for line in lines if re.match(" {4}[a-z]", line)]
+    return [shlex.split(line) for line in commands[1:]]
 
 
 @pytest.mark.slow
