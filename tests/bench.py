@@ -244,8 +244,9 @@ def commands() -> dict:
         own += f"--held_out {ROOT}/data/facts/heldout.jsonl --method full {both} "
         own += "--eval_strategy no --eval_on_start false --load_best_model_at_end false "
         own += f"--output_dir {folder}/ours"
-        trl = f"-m trl.cli sft --model_name_or_path {folder}/model --dataset_name {folder}/data "
-        trl += f"{both} --dtype float32 --use_cpu true --bf16 false --output_dir {folder}/theirs"
+        trl = f"{Path(sys.executable).parent}/trl sft --model_name_or_path {folder}/model "
+        trl += f"--dataset_name {folder}/data --output_dir {folder}/theirs {both} "
+        trl += "--dtype float32 --use_cpu true --bf16 false"
         same = "--assistant_only_loss true --gradient_checkpointing false"
         ways = {
             "class_5_llama3.py": own,
@@ -479,6 +480,12 @@ def show(figures: dict) -> None:
                 f"{name:30} {entry['tokens_a_second']:8.0f} {entry['of_the_best_bare_loop']:10.2f}×"
                 f" {entry['of_trl_defaults']:13.2f}× {entry['of_the_matmul_peak']:12.0%}"
             )
+
+    if "commands" in figures:
+        print(f"\n{'':30} tokens/s   class_5_llama3.py against it")
+        against = figures["commands"]["class_5_llama3.py_against"]
+        for name, rate in figures["commands"]["tokens_a_second"].items():
+            print(f"{name:30} {rate:8.0f} {against.get(name, 1):10.2f}×")
 
     for name, value in figures.get("seconds", {}).items():
         print(f"{name}: {value:.0f} s")

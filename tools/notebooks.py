@@ -22,6 +22,8 @@ NBCONVERT = [
     "--ExecutePreprocessor.kernel_name=python3",
     "--ExecutePreprocessor.timeout=7200",  # a recording trains for long in one cell
     "--ExecutePreprocessor.record_timing=False",
+    # what is printed word by word is stored as one text
+    "--NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor",
 ]
 
 
