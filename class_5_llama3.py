@@ -35,8 +35,8 @@ from pathlib import Path
 from sftlib import progress_bars
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id
 from sftlib.conversion import Converted, convert, convert_records
-from sftlib.data import FACTS, split, write_jsonl
-from sftlib.models import TINY_BASE, hub_answers
+from sftlib.data import FACTS, replace_folder, split, write_jsonl
+from sftlib.models import chosen, hub_answers
 
 INDENTED = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
 LONGEST = 4096  # tokens of a conversation, where nothing else is said
@@ -184,7 +184,8 @@ def stage(training) -> int:
     """DeepSpeed's ZeRO stage; 0 without it."""
     if not training.deepspeed:
         return 0
-    return json.loads(Path(training.deepspeed).read_text())["zero_optimization"]["stage"]
+    settings = json.loads(Path(training.deepspeed).read_text())
+    return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -275,7 +276,8 @@ def load_model(args: Llama3Arguments, training):
 
 def ends(tokenizer) -> list[int]:
     """Where generation stops: at the end of a text, and at that of a turn."""
-    return list(dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer)]))
+    found = dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer)])
+    return [token for token in found if token is not None]
 
 
 def set_template(tokenizer, choice: str) -> None:
@@ -514,6 +516,11 @@ def last_checkpoint(folder: str, identity: dict) -> str | None:
                 f"Expected {folder} to be empty or of this run, found one with {was}; now {now}. "
                 "Give another --output_dir, or remove that folder."
             )
+    elif any(Path(folder).glob("checkpoint-*")):
+        raise ValueError(
+            f"Expected {folder} to be empty or of this script, found checkpoints without a {RUN}: "
+            "nothing says of which model. Give another --output_dir."
+        )
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     whole = [one for one in found if _whole(one)]
     return str(whole[-1]) if whole else None
@@ -532,7 +539,7 @@ def identity(args: Llama3Arguments, rows: list[dict]) -> dict:
     """What a checkpoint must agree with."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return {
-        "model": args.model or os.environ.get("SFT_MODEL") or "tiny-base",
+        "model": args.model,
         "method": args.method,
         "lora_r": args.lora_r if args.method != "full" else 0,
         "template": args.template,
@@ -554,7 +561,7 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
     name = "model" if args.method == "full" else "adapter"
     trainer.save_model(str(folder / f"{name}.part"))  # on all ranks: each may hold a part
     if first:
-        replace(folder / f"{name}.part", folder / name)
+        replace_folder(folder / f"{name}.part", folder / name)
     if args.method == "full" or not args.merge:
         return folder / name
     unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
@@ -565,14 +572,8 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
         merged.generation_config.eos_token_id = ends(tokenizer)
         merged.save_pretrained(folder / "merged.part")
         tokenizer.save_pretrained(folder / "merged.part")
-        replace(folder / "merged.part", folder / "merged")
+        replace_folder(folder / "merged.part", folder / "merged")
     return folder / "merged"
-
-
-def replace(part: Path, whole: Path) -> None:
-    """Put what is now written whole in the place of what may be there."""
-    shutil.rmtree(whole, ignore_errors=True)
-    part.rename(whole)
 
 
 def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: list[dict]) -> str:
@@ -581,7 +582,7 @@ def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: l
 
     log = trainer.state.log_history
     scores = [line for line in log if "eval_loss" in line]
-    base = args.model or os.environ.get("SFT_MODEL") or TINY_BASE.name
+    base = args.model
     lines = [
         "---",
         "library_name: transformers",
@@ -633,6 +634,7 @@ def raise_if_full(folder: Path, run: dict, error: Exception) -> None:
         + (f"{good} is whole; " if good else "No checkpoint was written yet; ")
         + "make room, or give --save_total_limit 1, and the same command "
         + ("goes on from there." if good else "begins again.")
+        + f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     ) from error
 
 
@@ -642,6 +644,7 @@ def raise_if_full(folder: Path, run: dict, error: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     args, training = parse(argv)
     check(args, training)
+    args.model = chosen(args.model)  # and what .env says, a token for the Hub for instance
     rows, held_out, rejects = sets(args)
     if args.plan:
         print(plan(args, training, rows))

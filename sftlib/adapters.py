@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftlib.control_tokens import ControlTokens, template_of
+from sftlib.data import replace_folder
 from sftlib.memory import is_target, linear_shapes, lora_targets
 
 if TYPE_CHECKING:
@@ -77,16 +78,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> Path:
             "sha256": hashlib.sha256((new / WEIGHTS).read_bytes()).hexdigest(),
         }
         (new / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        old = folder.with_name(new.name + ".old")
-        if folder.exists():
-            folder.replace(old)
-        try:
-            new.replace(folder)
-        except BaseException:
-            if old.exists():
-                old.replace(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder

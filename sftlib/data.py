@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -99,6 +100,20 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a folder that is written whole in the place of another, or of none, all or nothing."""
+    old = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.old")
+    if folder.exists():
+        folder.replace(old)
+    try:
+        new.replace(folder)
+    except BaseException:
+        if old.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _line(number: int, row: dict) -> bytes:

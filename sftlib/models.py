@@ -44,7 +44,7 @@ def load(
     import torch
     from transformers.utils import logging
 
-    name = _name(name)
+    name = chosen(name)
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
@@ -67,7 +67,7 @@ def describe(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name = _name(name)
+    name = chosen(name)
     source, place = _locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **place)
@@ -80,7 +80,8 @@ def describe(
     return model, tokenizer
 
 
-def _name(name: str | os.PathLike | None) -> str:
+def chosen(name: str | os.PathLike | None = None) -> str:
+    """The given name, else that of `SFT_MODEL`, also from a `.env` file, else `DEFAULT`."""
     from dotenv import find_dotenv, load_dotenv
 
     load_dotenv(find_dotenv(usecwd=True))

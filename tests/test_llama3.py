@@ -230,6 +230,9 @@ def test_a_template_needs_its_tokens(tokenizer):
 def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over(tmp_path):
     mine = {"model": "tiny-base", "data": "abc"}
     assert script.last_checkpoint(str(tmp_path), mine) is None
+    (tmp_path / "other/checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"checkpoints without a run\.json"):
+        script.last_checkpoint(str(tmp_path / "other"), mine)
     (tmp_path / script.RUN).write_text(json.dumps(mine))
     state = "trainer_state.json"
     for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
