@@ -654,15 +654,16 @@ def main(argv: list[str] | None = None) -> int:
     run = identity(args, rows)
     checkpoint = last_checkpoint(training.output_dir, run)
     if first:
+        print(f"{len(rows):,} conversations to train on, {len(held_out):,} held out")
+    trainer, asked, stopped = make_trainer(args, training, rows, held_out)
+    if first:  # not before: what is refused leaves no trace
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RUN).write_text(json.dumps(run, indent=2) + "\n")
-        print(f"{len(rows):,} conversations to train on, {len(held_out):,} held out")
         if rejects:
             write_jsonl(folder / "rejects.jsonl", rejects)
             print(f"{len(rejects)} cannot be used: {folder / 'rejects.jsonl'} says why")
         if checkpoint:
             print(f"Going on from {checkpoint}")
-    trainer, asked, stopped = make_trainer(args, training, rows, held_out)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         saved = None if stopped.received else save(trainer, args, folder)

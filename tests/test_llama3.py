@@ -186,7 +186,7 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
 def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         script.main([*arguments.split(), "--output_dir", str(tmp_path / "run")])
-    assert not list(tmp_path.glob("run/checkpoint*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
