@@ -245,6 +245,25 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
         script.last_checkpoint(str(tmp_path), mine | {"data": "xyz"})
 
 
+def test_a_run_is_known_by_its_model_method_template_and_data(facts):
+    args, rows = script.Llama3Arguments(model="tiny-base"), read_jsonl(facts)
+    mine = script.identity(args, rows)
+    assert mine == script.identity(args, list(rows))
+    others = [script.identity(args, rows[1:]), script.identity(args, rows[::-1])]
+    for changes in ({"model": "other"}, {"method": "full"}, {"lora_r": 8}, {"template": "own"}):
+        others.append(
+            script.identity(script.Llama3Arguments(**{"model": "tiny-base"} | changes), rows)
+        )
+    assert mine not in others
+
+
+def test_a_second_interrupt_stops_at_once():
+    stopped = script.interruptible()
+    stopped.note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.note(signal.SIGINT, None)
+
+
 @pytest.mark.slow
 def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserver, tmp_path):
     """A server that answers as the Hub does where a licence was not accepted."""

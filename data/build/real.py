@@ -23,6 +23,8 @@ from sftlib.evaluate import Answer, answers
 from sftlib.models import SMOLLM2, load
 from sftlib.runs import machine
 
+from tools.notebooks import NBCONVERT
+
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "runs" / "real.json"
 WORK = Path("work") / "real"
@@ -33,7 +35,12 @@ TOLD = (
 )
 SETTINGS = ["--model", SMOLLM2, "--method", "lora", "--per_device_train_batch_size", "8"]
 SETTINGS += ["--max_steps", "60", "--ask", "20", "--answer_tokens", "48"]
-LESSONS = ("01", "03", "04", "06")
+LESSONS = {  # and the cells whose tables are kept
+    "01": ("seeds-table",),
+    "03": ("bugs-table", "turns-table"),
+    "04": ("memory", "train"),
+    "06": (),
+}
 ASKED = 100  # held-out questions
 
 
@@ -111,8 +118,7 @@ def _log(folder: Path) -> list[dict]:
 def run_lesson(number: str) -> dict:
     """A lesson from top to bottom on this model; each cell that fails is said."""
     source = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
-    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
-    command += ["--allow-errors", "--output-dir", str(WORK.absolute()), str(source)]
+    command = [*NBCONVERT, "--allow-errors", "--output-dir", str(WORK.absolute()), str(source)]
     began = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"SFT_MODEL": SMOLLM2}, capture_output=True, text=True
@@ -126,12 +132,18 @@ def run_lesson(number: str) -> dict:
         for output in cell.get("outputs", ())
         if output["output_type"] == "error" and "raises-exception" not in cell["metadata"]
     ]
-    seconds = round(time.monotonic() - began)
     found = {
         "lesson": source.stem,
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - began),
         "cells": sum(cell["cell_type"] == "code" for cell in cells),
         "failed": failed,
+        "tables": {
+            cell["id"]: "".join(output["data"]["text/plain"])
+            for cell in cells
+            if cell["id"] in LESSONS[number]
+            for output in cell["outputs"]
+            if output["output_type"] == "execute_result"
+        },
     }
     print(found, flush=True)
     return found
@@ -160,5 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     main()
