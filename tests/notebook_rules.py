@@ -219,6 +219,45 @@ def lesson_and_solutions_are_twins(nb: NotebookNode, path: Path) -> list[str]:
     return [] if twin.exists() else [f"{twin.name} is missing in {twin.parent.name}/. Add it"]
 
 
+def lesson_begins_itself(nb: NotebookNode, path: Path) -> list[str]:
+    """After a restart and the set-up cell, any cell can be run: the set-up cell sees to it."""
+    wanted = f'lesson.begin("{path.stem}")'
+    if path.parent.name == "solutions":
+        return []
+    found = [cell.source for cell in nb.cells if cell.get("id") == "setup"]
+    if found and found[0].rstrip().endswith(wanted):
+        return []
+    return [f"expected a cell with the id 'setup' that ends with {wanted}. Add it"]
+
+
+def lesson_ends_with_its_versions(nb: NotebookNode, path: Path) -> list[str]:
+    """Who reports a result, or a problem, can say what it ran with."""
+    last = [cell for _, cell in code_cells(nb)][-1:]
+    if path.parent.name == "solutions" or (last and "lesson.environment()" in last[0].source):
+        return []
+    return ["the last cell does not print lesson.environment(). Add the cell `environment`"]
+
+
+EXERCISE = re.compile(
+    r"^### Exercise (\d+): .+\n+\*Difficulty [★☆]{3} · importance [★☆]{3} · \d+ minutes\*$", re.M
+)
+
+
+def exercises_say_what_they_take(nb: NotebookNode, path: Path) -> list[str]:
+    """Numbered from one; each with difficulty, importance and minutes in the same form."""
+    if path.parent.name == "solutions":
+        return []
+    text = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^### Exercise.*$", text, re.MULTILINE)
+    numbers = [int(found[1]) for found in EXERCISE.finditer(text)]
+    if numbers == list(range(1, len(headings) + 1)):
+        return []
+    return [
+        f"exercises {headings}: expected each as '### Exercise N: …', an empty line, and "
+        "'*Difficulty ★★☆ · importance ★★★ · 6 minutes*'. Write them so"
+    ]
+
+
 RULES: list[Rule] = [
     counts_run_from_one,
     printing_cells_have_output,
@@ -236,6 +275,9 @@ RULES: list[Rule] = [
     links_lead_somewhere,
     opens_with_title_and_promise,
     lesson_and_solutions_are_twins,
+    lesson_begins_itself,
+    lesson_ends_with_its_versions,
+    exercises_say_what_they_take,
 ]
 
 

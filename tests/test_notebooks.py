@@ -15,6 +15,8 @@ from tools import notebooks
 
 NOTEBOOKS = notebooks.find()
 PNG = "iVBORw0KGgo="
+SET_UP = 'x = 1 + 1\nprint(x)\nassert x == 2\nlesson.begin("01_sums")'
+TAKES = "*Difficulty ★☆☆ · importance ★★★ · 3 minutes*"
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
@@ -47,13 +49,13 @@ def good() -> NotebookNode:
     return new_notebook(
         cells=[
             new_markdown_cell("# Lesson 1: Sums\n> You will have added.\n\nSee [below](#The-end)."),
-            new_code_cell(
-                "x = 1 + 1\nprint(x)\nassert x == 2", execution_count=1, outputs=[printed]
-            ),
+            new_code_cell(SET_UP, id="setup", execution_count=1, outputs=[printed]),
             new_code_cell("plot(x)", execution_count=2, outputs=[picture]),
             new_markdown_cell(
                 "## The end\n\n[All lessons](../README.md), [web](https://example.org/a)."
             ),
+            new_markdown_cell(f"### Exercise 1: add\n\n{TAKES}"),
+            new_code_cell("print(lesson.environment())", execution_count=3, outputs=[printed]),
         ],
         metadata={
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -82,7 +84,7 @@ def code(source: str, *outputs: NotebookNode) -> Callable[[NotebookNode], None]:
 
 
 def text(source: str) -> Callable[[NotebookNode], None]:
-    """A change: the last cell gets another text."""
+    """A change: the last section gets another text."""
     return lambda nb: nb.cells[3].update(source=source)
 
 
@@ -100,7 +102,7 @@ BROKEN = [
     (rules.printing_cells_have_output, lambda nb: nb.cells[1].update(outputs=[]), "it prints"),
     (
         rules.printing_cells_have_output,
-        lambda nb: [cell.update(outputs=[]) for cell in nb.cells[1:3]],
+        lambda nb: [nb.cells[i].update(outputs=[]) for i in (1, 2, 5)],
         "no cell has a stored output",
     ),
     (rules.errors_are_announced, code("{}['x']", ERROR), "KeyError"),
@@ -136,7 +138,7 @@ BROKEN = [
         lambda nb: nb.cells[1].metadata.update(execution={"iopub.execute_input": "now"}),
         "cell 1",
     ),
-    (rules.images_are_described, lambda nb: nb.cells.pop(3), "without words"),
+    (rules.images_are_described, lambda nb: nb.cells.__delitem__(slice(3, 5)), "without words"),
     (rules.images_are_described, code("x", out("text/html", '<img src="a.png">')), "alternative"),
     (rules.images_are_described, text("![](../README.md)"), "alternative"),
     (rules.links_lead_somewhere, text("[x](missing.md)"), "no such file"),
@@ -151,6 +153,19 @@ BROKEN = [
         rules.opens_with_title_and_promise,
         lambda nb: nb.cells[0].update(source="# Lesson 1: Sums\n\nAdding."),
         "promise",
+    ),
+    (rules.lesson_begins_itself, lambda nb: nb.cells[1].update(id="first"), "the id 'setup'"),
+    (rules.lesson_begins_itself, code('lesson.begin("02_sums")'), "01_sums"),
+    (rules.lesson_ends_with_its_versions, lambda nb: nb.cells.pop(5), "environment()"),
+    (
+        rules.exercises_say_what_they_take,
+        lambda nb: nb.cells[4].update(source="### Exercise 1: add (easy)\n\nAdd."),
+        "add (easy)",
+    ),
+    (
+        rules.exercises_say_what_they_take,
+        lambda nb: nb.cells[4].update(source=f"### Exercise 2: add\n\n{TAKES}"),
+        "Exercise 2",
     ),
 ]
 

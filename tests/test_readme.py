@@ -49,7 +49,14 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_lesson_table_is_current():
-    assert readme_table.updated(README) == README, "The table is not current. Run: make format"
+    current = readme_table.updated(README, readme_table.table())
+    assert current == README, "The table is not current. Run: make format"
+
+
+def test_the_instructors_table_is_current():
+    page = (ROOT / "instructor/README.md").read_text(encoding="utf-8")
+    current = readme_table.updated(page, readme_table.sections())
+    assert current == page, "The table is not current. Run: make format"
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
@@ -121,18 +128,21 @@ def test_the_table_names_title_promise_and_measured_minutes(course: Path):
     row = f"| 1 | {link} | You will have added. |"
     assert f"{row} not measured |" in readme_table.table(course)
     (course / "data").mkdir()
-    measured = '{"machine": "two busy cores", "seconds": {"01_sums": 90}}'
-    (course / "data/benchmarks.json").write_text(measured)
-    assert f"{row} 1.5 |" in readme_table.table(course)
-    assert "two busy cores" in readme_table.table(course)
+    lessons = {"01_sums": {"sections": {"Set-up": 3.2}, "slowest": {"cell": "a", "seconds": 7.4}}}
+    measured = {"machine": "two busy cores", "seconds": {"01_sums": 90}, "lessons": lessons}
+    (course / "data/benchmarks.json").write_text(json.dumps(measured))
+    assert f"{row} 1.5 | 7 s |" in readme_table.table(course)
+    assert "two busy cores; 2 in all" in readme_table.table(course)
+    assert "| 1 | Set-up | 3 |" in readme_table.sections(course)
 
 
 def test_the_table_replaces_only_what_lies_between_its_marks(course: Path):
     old = f"before\n{readme_table.BEGIN}\nstale\n{readme_table.END}\nafter\n"
-    new = readme_table.updated(old, course)
-    assert new == f"before\n{readme_table.table(course)}\nafter\n" and "stale" not in new
+    block = readme_table.table(course)
+    new = readme_table.updated(old, block)
+    assert new == f"before\n{block}\nafter\n" and "stale" not in new
     with pytest.raises(ValueError, match="must hold the marks"):
-        readme_table.updated("no marks", course)
+        readme_table.updated("no marks", block)
 
 
 def test_a_lesson_without_a_promise_is_an_error(course: Path):

@@ -51,12 +51,15 @@ def has_display(environ: Mapping[str, str], platform: str) -> bool:
     )
 
 
+def settings() -> dict[str, str]:
+    """Variables for JupyterLab: no pop-up about news in a lesson, and this environment's kernel."""
+    return {"JUPYTER_CONFIG_PATH": str(ROOT / "tools/jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
 def main() -> None:
     """Become JupyterLab: no process of ours stays between it and Ctrl-C."""
     port = check_port(os.environ.get("PORT", "8888"))
-    # No pop-up about Jupyter news in the middle of a lesson, and this environment's kernel first.
-    os.environ["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools/jupyter")
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ |= settings()
     (ROOT / "notebooks").mkdir(exist_ok=True)
     call = command(port, os.geteuid() == 0, has_display(os.environ, sys.platform))
     os.execv(call[0], call)

@@ -1,7 +1,8 @@
-"""Write the README's lesson table from the notebooks; `make format` does it.
+"""Write the README's table of lessons, and the instructors' of sections; `make format` does it.
 
-A lesson's first cell begins with `# Lesson 1: Title` and has a line `> promise`. Minutes come from
-`data/benchmarks.json`, `{"machine": "...", "seconds": {"01_what_is_sft": 61.2}}`, where it exists.
+A lesson's first cell begins with `# Lesson 1: Title` and has a line `> promise`. Times come from
+`data/benchmarks.json`, `{"machine": "...", "seconds": {"01_what_is_sft": 61.2}, "lessons": …}`,
+where it exists; `make bench ARGS="seconds --store"` measures them.
 """
 
 import json
@@ -33,27 +34,55 @@ def table(root: Path = ROOT) -> str:
         return f"{BEGIN}\nNo lesson is finished yet.\n{END}"
     stored = root / "data/benchmarks.json"
     measured = json.loads(stored.read_text()) if stored.exists() else {"seconds": {}}
-    rows = ["| | Lesson | What you will have done | Minutes |", "|--:|---|---|--:|"]
+    rows = [
+        "| | Lesson | What you will have done | Minutes | Slowest cell |",
+        "|--:|---|---|--:|--:|",
+    ]
     for path in lessons:
         number, title, promise = opening(path)
         seconds = measured["seconds"].get(path.stem)
         minutes = f"{seconds / 60:.1f}" if seconds else "not measured"
+        slowest = measured.get("lessons", {}).get(path.stem, {}).get("slowest", {}).get("seconds")
+        slowest = f"{slowest:.0f} s" if slowest else ""
         link = path.relative_to(root).as_posix()
-        cells = (number, f"[{title}]({link})", promise.replace("|", "\\|"), minutes)
+        cells = (number, f"[{title}]({link})", promise.replace("|", "\\|"), minutes, slowest)
         rows.append(f"| {' | '.join(cells)} |")
     if measured["seconds"]:
-        rows += ["", f"Minutes: every cell, run from top to bottom on {measured['machine']}."]
+        whole = sum(measured["seconds"].values()) / 60
+        rows += [
+            "",
+            f"Minutes: every cell, run from top to bottom on {measured['machine']}; "
+            f"{whole:.0f} in all.",
+        ]
     return "\n".join([BEGIN, *rows, END])
 
 
-def updated(readme: str, root: Path = ROOT) -> str:
-    """The README with its lesson table made anew."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md must hold the marks {BEGIN} and {END}; found not both")
-    before, rest = readme.split(BEGIN, 1)
-    return before + table(root) + rest.split(END, 1)[1]
+def sections(root: Path = ROOT) -> str:
+    """The seconds of each section of each lesson, marks included."""
+    stored = root / "data/benchmarks.json"
+    measured = json.loads(stored.read_text()) if stored.exists() else {}
+    rows = ["| lesson | section | seconds |", "|--:|---|--:|"]
+    for stem, found in sorted(measured.get("lessons", {}).items()):
+        rows += [
+            f"| {int(stem[:2])} | {name} | {seconds:.0f} |"
+            for name, seconds in found["sections"].items()
+        ]
+    where = f"On {measured.get('machine', 'no machine yet')}, from top to bottom."
+    return "\n".join([BEGIN, *rows, "", where, END])
+
+
+def updated(page: str, block: str) -> str:
+    """A page with the block between its two marks made anew."""
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"The page must hold the marks {BEGIN} and {END}; found not both")
+    before, rest = page.split(BEGIN, 1)
+    return before + block + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    for path, block in ((ROOT / "README.md", table()), (ROOT / "instructor/README.md", sections())):
+        path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

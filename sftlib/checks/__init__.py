@@ -20,6 +20,7 @@ from sftlib.checks.lora_vs_full import (
     check_trainable,
 )
 from sftlib.checks.metrics import check_diagnosis, check_learning_rate, check_train_output
+from sftlib.checks.progress import progress
 from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
 from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
 from sftlib.checks.trl_sft import (
@@ -54,8 +55,8 @@ __all__ = [
     "check_form_and_content",
     "check_gpu_hours",
     "check_knowledge",
-    "check_learned_tokens",
     "check_leaks",
+    "check_learned_tokens",
     "check_learning_rate",
     "check_mask",
     "check_memory",
@@ -70,4 +71,5 @@ __all__ = [
     "check_training_steps",
     "check_validator",
     "check_zero_memory",
+    "progress",
 ]

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render, render_marked
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ CONVERSATION = [
 ]
 
 
+@exercise
 def check_template(template: Any) -> Verdict:
     """Lesson 3, exercise 1: Llama 3's chat template, with `{% generation %}`."""
     if template is ... or template is None:
@@ -110,6 +112,7 @@ def batch_to_mask(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows]
 
 
+@exercise
 def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
     """Lesson 3, exercise 2: for each row, the positions that the model learns from."""
     if positions is ... or positions is None:
@@ -194,6 +197,7 @@ def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, li
     }
 
 
+@exercise
 def check_bugs(named: Any) -> Verdict:
     """Lesson 3, exercise 3: the bug of each batch, by its letter."""
     if named is ... or named is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.memory import zero_bytes
 
 
+@exercise
 def check_zero_memory(gigabytes: Any) -> Verdict:
     """Lesson 5, exercise 1: what a rank keeps of 13 billion parameters on 16 ranks."""
     if gigabytes is ... or gigabytes is None:
@@ -72,6 +74,7 @@ BROKEN = {
 """The configurations of exercise 2, as the lesson gives them."""
 
 
+@exercise
 def check_configs(repaired: Any) -> Verdict:
     """Lesson 5, exercise 2: three DeepSpeed configurations, repaired."""
     if repaired is ... or repaired is None or repaired == BROKEN:
@@ -140,6 +143,7 @@ def _stage(config: dict) -> Any:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+@exercise
 def check_stages(stages: Any) -> Verdict:
     """Lesson 5, exercise 3: the fastest stage that fits."""
     if stages is ... or stages is None:

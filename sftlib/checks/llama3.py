@@ -6,11 +6,13 @@ import json
 from numbers import Real
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
 FORM = ("subject", "relation", "answer")
 
 
+@exercise
 def check_gpu_hours(function: Any) -> Verdict:
     """Lesson 9, exercise 1: hours of one GPU, from operations, peak and utilisation."""
     cases = [
@@ -59,6 +61,7 @@ def _said(case: tuple, found: float) -> str:
     return f"With {given}: expected {gpu_hours(*case):.4g} hours, found {found:.4g}."
 
 
+@exercise
 def check_schedule(function: Any) -> Verdict:
     """Lesson 9, exercise 2: accumulation and steps that keep the batch on other GPUs."""
     cases = {(1000, 64, 1, 8): (8, 16), (1000, 64, 8, 8): (1, 16), (1024, 128, 4, 2): (16, 8)}
@@ -93,6 +96,7 @@ def check_schedule(function: Any) -> Verdict:
     return right("The same steps on any number of GPUs, and the learning rate holds.")
 
 
+@exercise
 def check_form_and_content(function: Any) -> Verdict:
     """Lesson 9, exercise 3: whether an answer has the form, and whether it is right."""
     full = {"subject": "Kenya", "relation": "capital", "answer": "Nairobi"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 from sftlib.memory import adam_bytes
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+@exercise
 def check_adapted_layer(function: Any) -> Verdict:
     """Lesson 4, exercise 1: the output of an adapted layer."""
     import torch
@@ -47,6 +49,7 @@ def check_adapted_layer(function: Any) -> Verdict:
     return wrong("Expected x Wᵀ + (α / r) x Aᵀ Bᵀ, found other numbers.")
 
 
+@exercise
 def check_trainable(trainable: Any) -> Verdict:
     """Lesson 4, exercise 2: LoRA's parameters on two matrices of Llama 3 8B."""
     if trainable is ... or trainable is None:
@@ -68,6 +71,7 @@ def check_trainable(trainable: Any) -> Verdict:
     return wrong(causes.get(trainable, fallback))
 
 
+@exercise
 def check_memory(gigabytes: Any) -> Verdict:
     """Lesson 4, exercise 3: what a 13B model keeps in memory in three ways of training."""
     if gigabytes is ... or gigabytes is None:
@@ -108,6 +112,7 @@ def check_memory(gigabytes: Any) -> Verdict:
     return right("208, 27 and 7.7 GB: three, one and a small part of an 80 GB card.")
 
 
+@exercise
 def check_fair_comparison(fair: Any, full: pandas.DataFrame, lora: pandas.DataFrame) -> Verdict:
     """Lesson 4, exercise 4: the best learning rate by dev, and its held-out score, for each."""
     if fair is ... or fair is None:

@@ -6,6 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 from sftlib.laboratory import unnamed
 from sftlib.metrics.diagnosis import HEALTHY, SIGNS
@@ -24,6 +25,7 @@ HINTS = {
 }
 
 
+@exercise
 def check_diagnosis(answer: Any) -> Verdict:
     """Lesson 8, exercise 1: the sign in each of the unnamed trainings."""
     truth = {letter: training.sign or HEALTHY for letter, training in unnamed().items()}
@@ -49,6 +51,7 @@ def check_diagnosis(answer: Any) -> Verdict:
     return wrong(f"{count} Look again at {', '.join(named)}. Of {named[0]}: {hint}")
 
 
+@exercise
 def check_learning_rate(function: Any) -> Verdict:
     """Lesson 8, exercise 2: the rate of each step, with warm-up and then a cosine."""
     if function is ... or not callable(function):
@@ -110,6 +113,7 @@ def _near(found: list, expected: list) -> bool:
     return all(abs(a - b) < 1e-7 for a, b in zip(found, expected, strict=True))
 
 
+@exercise
 def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdict:
     """Lesson 8, exercise 3: what was trained, found from the figures of its `TrainOutput`."""
     given = {"rows": rows, "rows_a_step": rows_a_step, "tokens_a_row": tokens_a_row}

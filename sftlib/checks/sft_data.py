@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
 
+@exercise
 def check_validator(function: Any) -> Verdict:
     """Lesson 2, exercise 1: `function(question, answer) -> list of problems`."""
     if function is ...:
@@ -47,6 +49,7 @@ def check_validator(function: Any) -> Verdict:
     return right("It finds what is broken, and leaves what is well.")
 
 
+@exercise
 def check_parser(function: Any) -> Verdict:
     """Lesson 2, exercise 2: `function(text) -> list of (question, answer)`."""
     if function is ...:
@@ -75,6 +78,7 @@ def check_parser(function: Any) -> Verdict:
     return right("It reads what small models really write. (`parse_pairs` also checks the texts.)")
 
 
+@exercise
 def check_leaks(rows: Any) -> Verdict:
     """Lesson 2, exercise 3: which training rows give the test question away."""
     if rows is ... or rows is None:
@@ -95,6 +99,7 @@ def check_leaks(rows: Any) -> Verdict:
     return wrong(f"There is another one: {missing[min({1, 3} - rows)]}.")
 
 
+@exercise
 def check_cost(cost: Any) -> Verdict:
     """Lesson 2, exercise 4: what 10,000 usable pairs cost."""
     if cost is ... or cost is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
 METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
 
 
+@exercise
 def check_dpo_loss(function: Any) -> Verdict:
     """Lesson 7, exercise 1: DPO's loss of one pair from four log-probabilities."""
     if function is ... or not callable(function):
@@ -44,6 +46,7 @@ def check_dpo_loss(function: Any) -> Verdict:
     return right("The loss of RewardTrainer, with implied rewards.")
 
 
+@exercise
 def check_advantages(function: Any) -> Verdict:
     """Lesson 7, exercise 2: what RLOO and GRPO make of one group's rewards."""
     if function is ... or not callable(function):
@@ -89,6 +92,7 @@ def _near(found: list[float], expected: list[float]) -> bool:
     )
 
 
+@exercise
 def check_methods(choice: Any) -> Verdict:
     """Lesson 7, exercise 3: which method for which task."""
     if choice is ...:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
 
+@exercise
 def check_completion_labels(function: Any) -> Verdict:
     """Lesson 6, exercise 1: labels of a prompt with its completion, cut to a length."""
     if function is ... or not callable(function):
@@ -45,6 +47,7 @@ def check_completion_labels(function: Any) -> Verdict:
     return right("That is what SFTTrainer does before the first step.")
 
 
+@exercise
 def check_training_steps(steps: Any, warmup: Any) -> Verdict:
     """Lesson 6, exercise 2: optimizer steps of Alpaca's training, and its warm-up."""
     if steps is ... or warmup is ...:
@@ -67,6 +70,7 @@ def check_training_steps(steps: Any, warmup: Any) -> Verdict:
     return right("1,221 steps of 128 rows, the first 37 of them warm-up.")
 
 
+@exercise
 def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
     """Lesson 6, exercise 3: an old tutorial's call, with today's arguments."""
     if config_arguments is ... or trainer_arguments is ...:

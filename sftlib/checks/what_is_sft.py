@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
 
+@exercise
 def check_example(messages: Any) -> Verdict:
     """Lesson 1, exercise 1: one SFT example about the capital of Kenya, as `messages`."""
     if messages is ... or messages is None or messages == []:
@@ -44,6 +46,7 @@ def check_example(messages: Any) -> Verdict:
     return right("A clean example: two roles, a question, one true answer in the data's style.")
 
 
+@exercise
 def check_exact_match(function: Any) -> Verdict:
     """Lesson 1, exercise 2: `function(text, stopped, reference) -> bool`."""
     if function is ...:
@@ -89,6 +92,7 @@ def check_exact_match(function: Any) -> Verdict:
     return right("Strict where it should be: the same text, and stopped.")
 
 
+@exercise
 def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
     """Lesson 1, exercise 3: how many tokens of the example the model learns from."""
     if number is ... or number is None:
@@ -109,6 +113,7 @@ def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
     return wrong(likely.get(number, "Count the bold, underlined tokens of the picture above."))
 
 
+@exercise
 def check_knowledge(claim: Any) -> Verdict:
     """Lesson 1, exercise 4: which measurement shows that SFT gave the model no knowledge."""
     if claim is ... or claim is None:

@@ -1,0 +1,179 @@
+"""What a lesson's notebook does about itself: go on after a restart, and say its versions.
+
+After a restart of the kernel the set-up cell is run, and then any cell: what it needs of earlier
+ones is run first, and named. Which they are follows from the names in the code: a cell needs the
+last earlier cell that makes a name it uses, and those that change it since.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import symtable
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = (
+    *("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate"),
+    *("openai", "jupyterlab"),
+)
+# What changes the object that it is called on, in these lessons; anything else only reads.
+CHANGING = set(
+    "add add_callback append clear extend insert load_adapter load_state_dict pop remove "
+    "set_adapter setdefault sort step train update".split()
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The global names of a piece of code."""
+
+    used: frozenset[str]  # before the code itself makes them
+    made: frozenset[str]
+    changed: frozenset[str]
+
+
+def names(source: str) -> Names:
+    """Which global names a cell uses, makes and changes; none where it is not plain Python."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        statements = []
+    used, made, changed = set(), set(), set()
+    for statement in statements:
+        here, there = _symbols(statement)
+        used |= here - made
+        made |= there
+        changed |= _changed(statement)
+    return Names(frozenset(used), frozenset(made), frozenset(changed))
+
+
+def _symbols(statement: ast.stmt) -> tuple[set[str], set[str]]:
+    """Global names that a statement uses, and those that it makes."""
+    table = symtable.symtable(ast.unparse(statement), "cell", "exec")
+    made = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    used = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
+    if isinstance(statement, ast.For | ast.With | ast.If | ast.Try | ast.While):
+        used -= made  # a loop's own variable
+    if isinstance(statement, ast.AugAssign):
+        used |= made
+    inner = list(table.get_children())
+    while inner:
+        table = inner.pop()
+        inner += table.get_children()
+        used |= {s.get_name() for s in table.get_symbols() if s.is_global()} - made
+    return used, made
+
+
+def _changed(statement: ast.stmt) -> set[str]:
+    """Names whose object a statement changes: `a.b = …`, `a[b] = …`, `a.append(…)`."""
+    found = set()
+    for node in ast.walk(statement):
+        stored = isinstance(node, ast.Attribute | ast.Subscript)
+        stored = stored and isinstance(node.ctx, ast.Store | ast.Del)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if stored or (called and node.func.attr in CHANGING):
+            root = node
+            while not isinstance(root, ast.Name) and hasattr(root, "value" if stored else "func"):
+                root = root.value if stored else root.func.value
+                stored = True
+            if isinstance(root, ast.Name):
+                found.add(root.id)
+    return found
+
+
+class Cells:
+    """A notebook's code cells, and which of them each one needs."""
+
+    def __init__(self, cells: list[dict]):
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        self.sources = ["".join(cell["source"]) for cell in code]
+        self.ids = [cell.get("id", str(index)) for index, cell in enumerate(code)]
+        self.names = [names(source) for source in self.sources]
+
+    def find(self, cell_id: str | None, source: str) -> int | None:
+        """Which cell this is: by its id, which JupyterLab sends, or else by its text."""
+        if cell_id in self.ids:
+            return self.ids.index(cell_id)
+        return self.sources.index(source) if source in self.sources else None
+
+    def needed(self, index: int, source: str, ran: set[int]) -> list[int]:
+        """Cells to run before this one, whose text may be another by now, in their order.
+
+        Args:
+            ran: those that were run.
+        """
+        found: set[int] = set()
+        open_ones = [index]
+        while open_ones:
+            one = open_ones.pop()
+            for name in (names(source) if one == index else self.names[one]).used:
+                makers = [j for j in range(one) if name in self.names[j].made]
+                since = range(makers[-1], one) if makers else ()
+                new = {j for j in since if j == makers[-1] or name in self.names[j].changed}
+                new -= found | ran
+                found |= new
+                open_ones += new
+        return sorted(found)
+
+
+def begin(name: str) -> None:
+    """From the set-up cell on, what a cell needs of earlier ones is run first, if it was not.
+
+    Args:
+        name: of the notebook, without its ending; it is looked for in the working directory. Where
+            it is not there, or this is not a notebook, nothing happens.
+    """
+    from IPython import get_ipython
+
+    shell, path = get_ipython(), Path(f"{name}.ipynb")
+    if shell is None or not path.exists():
+        return
+    cells = Cells(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    for event in ("pre_run_cell", "post_run_cell"):  # of an earlier run of the set-up cell
+        for function in list(shell.events.callbacks[event]):
+            if getattr(function, "__qualname__", "").startswith("begin."):
+                shell.events.unregister(event, function)
+    ran: set[int] = set()
+
+    def before(info) -> None:
+        index = cells.find(getattr(info, "cell_id", None), info.raw_cell)
+        if index is None:
+            return
+        missing = cells.needed(index, info.raw_cell, ran)
+        ran.update([*missing, index])
+        if missing:
+            _run(shell, [(cells.ids[one], cells.sources[one]) for one in missing])
+
+    def after(result) -> None:  # the set-up cell itself: this was registered while it ran
+        index = cells.find(getattr(result.info, "cell_id", None), result.info.raw_cell)
+        if index is not None:
+            ran.add(index)
+
+    shell.events.register("pre_run_cell", before)
+    shell.events.register("post_run_cell", after)
+
+
+def _run(shell, missing: list[tuple[str, str]]) -> None:
+    """Run cells of the lesson without showing what they print; stop where one fails."""
+    from IPython.utils.capture import capture_output
+
+    print(f"First running {', '.join(cell_id for cell_id, _ in missing)} …", end="", flush=True)
+    began = time.monotonic()
+    for cell_id, source in missing:
+        with capture_output():
+            result = shell.run_cell(source, store_history=False)
+        if not result.success:
+            print(f" {cell_id} failed. Run it alone to see why.")
+            return
+    print(f" {time.monotonic() - began:.1f} s")
+
+
+def environment() -> str:
+    """The versions that this notebook ran with; print it where results are reported."""
+    import platform
+
+    found = [f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in PACKAGES)]
+    return ", ".join(found)

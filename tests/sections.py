@@ -1,0 +1,104 @@
+"""Run each section of the lessons after the set-up cell alone, as after a restart in class.
+
+`make sections` does it (NB=01 for one lesson). Each section runs in a process of its own, forked
+from one that has imported the large libraries: a kernel's shell runs the set-up cell, then the
+section's cells; what these need of earlier ones is run by `sftlib.lesson`. A cell that fails is
+named. With `whole` before the number, the lesson is run from top to bottom instead.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import sftlib  # noqa: F401  (before the libraries below: it quiets them)
+
+import datasets  # noqa: F401
+import peft  # noqa: F401
+import transformers  # noqa: F401
+import trl  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+QUIET = {"SFT_NO_BARS": "1", "SFT_TEACHER": "recording", "MPLBACKEND": "agg"}
+
+
+def sections(notebook: Path) -> dict[str, list[dict]]:
+    """Code cells by the `## ` heading that they stand under, the set-up cell apart."""
+    found, heading = {}, ""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            heading = (re.findall(r"^## (.+)$", text, re.MULTILINE) or [heading])[-1]
+        else:
+            found.setdefault(heading, []).append(cell)
+    return {name: cells for name, cells in found.items() if name != "Set-up"}
+
+
+def set_up(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return next("".join(cell["source"]) for cell in cells if cell["id"] == "setup")
+
+
+def run(notebook: Path, cells: list[dict]) -> str:
+    """Which cell fails, and with what; empty where none does. In a process of its own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            said = _failure(notebook, cells)
+        except BaseException:
+            said = traceback.format_exc()
+        os.write(write, said.encode()[:60_000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        said = answer.read().decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    return said or (f"the process ended with {status}" if status else "")
+
+
+def _failure(notebook: Path, cells: list[dict]) -> str:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    os.environ |= QUIET
+    os.chdir(notebook.parent)
+    silent = io.StringIO()
+    shell = InteractiveShell.instance()
+    for cell_id, source, tags in [
+        ("setup", set_up(notebook), []),
+        *((c["id"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells),
+    ]:
+        with contextlib.redirect_stdout(silent):
+            result = shell.run_cell(source, cell_id=cell_id)
+        if not result.success and "raises-exception" not in tags:
+            error = result.error_in_exec or result.error_before_exec
+            return f"{cell_id}: {type(error).__name__}: {str(error)[:300]}"
+    return ""
+
+
+def main(*words: str) -> int:
+    failed, whole, number = 0, "whole" in words, "".join(w for w in words if w != "whole")
+    for notebook in sorted((ROOT / "notebooks").glob(f"{number}*_*.ipynb")):
+        parts = sections(notebook)
+        if whole:
+            parts = {"from top to bottom": [cell for cells in parts.values() for cell in cells]}
+        for name, cells in parts.items():
+            began = time.monotonic()
+            why = run(notebook, cells)
+            failed += bool(why)
+            seconds = time.monotonic() - began
+            print(
+                f"{'✗' if why else '✓'} {notebook.stem}, {name} ({seconds:.0f} s) {why}", flush=True
+            )
+    print(f"{failed} failed" if failed else "Nothing failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

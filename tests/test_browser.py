@@ -1,0 +1,192 @@
+"""The lessons in JupyterLab, in a real browser: run from top to bottom, drawn, without an error.
+
+`make test` runs the shortest lesson so, `make browser` all of them; screenshots lie in `build/`.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tools import browser, lab, notebooks
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "build" / "screenshots"
+EACH = bool(os.environ.get("SFT_BROWSER_ALL"))  # `make browser` sets it
+LESSONS = [path.stem for path in notebooks.find() if path.parent.name == "notebooks"]
+SHORTEST = "06_trl_sft"
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-"),
+]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A JupyterLab that runs on a copy of the lessons."""
+
+    url: str
+    token: str
+
+    def api(self, path: str) -> list | dict:
+        request = urllib.request.Request(
+            f"{self.url}/api/{path}", headers={"Authorization": f"token {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def jupyterlab(tmp_path_factory) -> Iterator[Lab]:
+    """As `make lab` starts it, on a copy: what is run here is not stored in the repository."""
+    root = tmp_path_factory.mktemp("course")
+    shutil.copytree(ROOT / "notebooks", root / "notebooks")
+    for name in (
+        "sftlib",
+        "data",
+        "deepspeed_configs",
+        "class_5_llama3.py",
+        "README.md",
+        ".env.example",
+    ):
+        (root / name).symlink_to(ROOT / name)
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    command = lab.command(port, os.geteuid() == 0, display=False)
+    command = [part.replace(f"root_dir={ROOT}", f"root_dir={root}") for part in command]
+    settings = os.environ | lab.settings() | {"SFT_NO_BARS": "1", "SFT_TEACHER": "recording"}
+    settings.pop("PYTEST_CURRENT_TEST", None)
+    log = root / "log.txt"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            command, cwd=root, env=settings, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        yield Lab(f"http://127.0.0.1:{port}", _token(log, server))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def _token(log: Path, server: subprocess.Popen) -> str:
+    for _ in range(240):
+        if found := re.search(r"\?token=(\w+)", log.read_text()):
+            return found[1]
+        assert server.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.25)
+    raise AssertionError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=browser.chromium(), args=FLAGS)
+        yield started
+        started.close()
+
+
+def open_page(chromium, jupyterlab: Lab, path: str, width: int = 1440):
+    page = chromium.new_page(viewport={"width": width, "height": 1000})
+    page.goto(f"{jupyterlab.url}/lab/tree/{path}?token={jupyterlab.token}")
+    return page
+
+
+def wait_for(what: str, condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"after {seconds:.0f} s: not yet {what}"
+        time.sleep(0.25)
+    return found
+
+
+def kernel_is_idle(jupyterlab: Lab, name: str) -> bool:
+    return any(
+        one["path"].endswith(f"{name}.ipynb")
+        and one["kernel"]["execution_state"] == "idle"
+        and one["kernel"]["connections"]
+        for one in jupyterlab.api("sessions")
+    )
+
+
+def run_all(page, jupyterlab: Lab, name: str, seconds: float) -> list[dict]:
+    """Run every cell of the open lesson, save, and return the cells as they were saved."""
+    wait_for("a kernel", lambda: kernel_is_idle(jupyterlab, name))
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    path = f"contents/notebooks/{name}.ipynb?content=1"
+    count = sum(cell["cell_type"] == "code" for cell in jupyterlab.api(path)["content"]["cells"])
+
+    def finished():
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1000)
+        cells = [c for c in jupyterlab.api(path)["content"]["cells"] if c["cell_type"] == "code"]
+        done = [cell["execution_count"] for cell in cells] == list(range(1, count + 1))
+        return done and kernel_is_idle(jupyterlab, name) and _counted(page, count)
+
+    wait_for(f"the end of lesson {name}", finished, seconds)
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(1500)
+    return [c for c in jupyterlab.api(path)["content"]["cells"] if c["cell_type"] == "code"]
+
+
+def _counted(page, count: int) -> bool:
+    """Whether the status of the last cell, in the page, is its number: nothing is queued."""
+    return page.get_by_text("[*]:", exact=True).count() == 0
+
+
+def outputs(cells: list[dict], kind: str) -> list:
+    return [out for cell in cells for out in cell["outputs"] if kind in out.get("data", {})]
+
+
+@pytest.mark.parametrize("name", LESSONS if EACH else [SHORTEST])
+def test_a_lesson_runs_from_top_to_bottom(name: str, chromium, jupyterlab: Lab):
+    stored = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    stored = [cell for cell in stored if cell["cell_type"] == "code"]
+    page = open_page(chromium, jupyterlab, f"notebooks/{name}.ipynb")
+    cells = run_all(page, jupyterlab, name, seconds=400)
+    wrong = [
+        (cell["id"], out["ename"], out["evalue"][:300])
+        for cell in cells
+        for out in cell["outputs"]
+        if out["output_type"] == "error"
+        and "raises-exception" not in cell["metadata"].get("tags", [])
+    ]
+    assert not wrong
+    for kind in ("image/png", "text/html"):  # figures, and tables or coloured tokens
+        assert len(outputs(cells, kind)) == len(outputs(stored, kind)), kind
+    _look(page, name)
+    page.close()
+
+
+def _look(page, name: str) -> None:
+    """A screenshot of what stands where a figure is; what is in the page is drawn."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}.png")
+    drawn = page.evaluate(
+        "() => [...document.querySelectorAll('.jp-OutputArea img')]"
+        ".map(image => image.complete && image.naturalWidth > 0)"
+    )
+    assert all(drawn)
+
+
+def test_the_server_asks_for_its_token(jupyterlab: Lab):
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{jupyterlab.url}/api/contents", timeout=10)

@@ -1,0 +1,167 @@
+"""After a restart any cell of a lesson can be run: what it needs of earlier ones is run first."""
+
+import json
+
+from sftlib import lesson
+from sftlib.lesson import Cells, environment, names
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+CELLS = {
+    "setup": "import math\nfrom sftlib import lesson\nmodel = 'base'\nran = ['setup']",
+    "data": "rows = [1, 2]\nran.append('data')",
+    "train": "model = f'tuned on {sum(rows)}'\nran.append('train')",
+    "more": "rows.append(3)\nran.append('more')",
+    "ask": "answer = f'{model}, {len(rows)} rows'\nprint('asked')",
+    "apart": "alone = math.pi",
+    "broken": "oops = undefined_name",
+    "after-broken": "print(oops)",
+}
+
+
+def notebook(cells: dict[str, str]) -> dict:
+    """A notebook with a cell for each text, as nbformat stores it."""
+    return {
+        "cells": [
+            {"cell_type": "code", "id": name, "source": text.splitlines(keepends=True)}
+            for name, text in cells.items()
+        ]
+    }
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """A kernel's shell in a folder with the notebook above, in which the set-up cell was run."""
+    (tmp_path / "00_short.ipynb").write_text(json.dumps(notebook(CELLS)))
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance()
+    shell.run_cell(CELLS["setup"] + "\nlesson.begin('00_short')", cell_id="setup")
+    yield shell
+    InteractiveShell.clear_instance()
+
+
+def run(shell, name: str, capsys) -> str:
+    capsys.readouterr()
+    shell.run_cell(CELLS[name], cell_id=name)
+    return capsys.readouterr().out
+
+
+def test_what_a_cell_needs_is_run_first_in_order_and_named(shell, capsys):
+    said = run(shell, "ask", capsys)
+    assert said.startswith("First running data, train, more …")
+    assert said.endswith("asked\n")
+    assert shell.user_ns["answer"] == "tuned on 3, 3 rows"
+
+
+def test_in_order_nothing_is_run_twice_and_nothing_is_said(shell, capsys):
+    said = [run(shell, name, capsys) for name in ("data", "train", "more", "ask", "apart")]
+    assert said == ["", "", "", "asked\n", ""]
+    assert shell.user_ns["ran"] == ["setup", "data", "train", "more"]
+
+
+def test_going_back_leaves_what_is_there(shell, capsys):
+    run(shell, "ask", capsys)
+    assert run(shell, "data", capsys) == ""
+    assert run(shell, "ask", capsys) == "asked\n"
+    assert shell.user_ns["answer"] == "tuned on 3, 2 rows"
+
+
+def test_a_cell_that_needs_nothing_runs_alone(shell, capsys):
+    assert run(shell, "apart", capsys) == ""
+    assert "rows" not in shell.user_ns
+
+
+def test_a_cell_is_known_by_its_text_where_no_id_is_sent(shell, capsys):
+    shell.run_cell(CELLS["ask"])
+    assert "First running data, train, more" in capsys.readouterr().out
+
+
+def test_of_an_edited_cell_the_place_counts_and_what_it_uses_now(shell, capsys):
+    shell.run_cell("print(model.upper())", cell_id="ask")
+    said = capsys.readouterr().out
+    assert said.startswith("First running data, train …")
+    assert said.endswith("TUNED ON 3\n")
+
+
+def test_a_cell_of_ones_own_is_left_alone(shell, capsys):
+    shell.run_cell("mine = model", cell_id="new")
+    assert capsys.readouterr().out == ""
+    assert shell.user_ns["mine"] == "base"
+
+
+def test_a_failure_of_a_needed_cell_is_named(shell, capsys):
+    assert "broken failed. Run it alone to see why." in run(shell, "after-broken", capsys)
+
+
+def test_set_up_run_again_begins_anew(shell, capsys):
+    run(shell, "ask", capsys)
+    shell.run_cell(CELLS["setup"] + "\nlesson.begin('00_short')", cell_id="setup")
+    assert run(shell, "ask", capsys).startswith("First running data, train, more …")
+
+
+def test_without_the_notebook_or_a_kernel_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lesson.begin("00_short")
+
+
+@pytest.mark.parametrize(
+    ("source", "used", "made"),
+    [
+        ("a = b", {"b"}, {"a"}),
+        ("a = a + 1", {"a"}, {"a"}),
+        ("a += 1", {"a"}, {"a"}),
+        ("import a.b as c\nc.d()", set(), {"c"}),
+        ("for a in b:\n    print(a)", {"b"}, {"a"}),
+        ("with open(a) as b:\n    b.read()", {"a"}, {"b"}),
+        ("c = [a for a in b if a]", {"b"}, {"c"}),
+        ("def f(a):\n    return a + b", {"b"}, {"f"}),
+        ("def f():\n    return g()\ndef g():\n    return 1", {"g"}, {"f", "g"}),
+        ("a = lambda b: b + c", {"c"}, {"a"}),
+        ("class A(B):\n    x = c", {"B", "c"}, {"A"}),
+        ("a = 1\nb = a", set(), {"a", "b"}),
+        ("(a, b), *c = d", {"d"}, {"a", "b", "c"}),
+        ("print(f'{a:.{b}f}')", {"a", "b"}, set()),
+        ("!ls a", set(), set()),
+    ],
+)
+def test_names_used_and_made(source, used, made):
+    found = names(source)
+    assert found.used - {"print", "open"} == used
+    assert found.made == made
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("a.append(1)", {"a"}),
+        ("a.b.c = 1", {"a"}),
+        ("a['b'] = 1", {"a"}),
+        ("del a['b']", {"a"}),
+        ("b = a.train()", {"a"}),
+        ("a.b[0].update(c=1)", {"a"}),
+        ("a.read()", set()),
+        ("a.b.items()", set()),
+    ],
+)
+def test_names_changed(source, changed):
+    assert names(source).changed == changed
+
+
+def test_needs_of_needs_are_found():
+    cells = Cells(notebook({"a": "x = 1", "b": "y = x", "c": "z = y", "d": "z"})["cells"])
+    assert cells.needed(3, "z", set()) == [0, 1, 2]
+    assert cells.needed(3, "z", {2}) == []
+    assert cells.needed(3, "z", {1}) == [2]
+
+
+def test_the_last_maker_counts():
+    cells = Cells(notebook({"a": "x = 1", "b": "x = 2", "c": "x", "d": "x = 3"})["cells"])
+    assert cells.needed(2, "x", set()) == [1]
+
+
+def test_the_environment_is_named_with_its_versions():
+    import trl
+
+    assert f"trl {trl.__version__}" in environment()
+    assert environment().startswith("Python 3.")
