@@ -90,8 +90,8 @@ sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)
 	@$(VENV) python data/build/failures.py
 
 slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB=01 for one)
-	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps \
-		--requirement=requirements-slides.txt
+	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
+		--target=.venv/share/slides --requirement=requirements-slides.txt
 	@$(VENV) python tools/slides.py $(NB)
 
 real: teacher ## teach a real model of 135 M parameters, and run lessons on it

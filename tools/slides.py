@@ -11,7 +11,6 @@ import html
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from nbconvert.filters import ansi2html, markdown2html
@@ -21,6 +20,7 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "slides"
+PARTS = ROOT / ".venv" / "share" / "slides"  # apart from what the lessons use
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 FORMATTER = HtmlFormatter(style="default", nowrap=False)
@@ -59,6 +59,8 @@ def inlined(static: Path) -> tuple[str, str]:
 
 def prose(markdown: str) -> str:
     """Markdown as HTML; formulas as MathML, flow charts as boxes, links into the course as text."""
+    if str(PARTS) not in sys.path:
+        sys.path.append(str(PARTS))
     from latex2mathml.converter import convert
 
     kept: list[str] = []
@@ -174,13 +176,11 @@ def document(notebook: dict, page: str, css: str, programs: str) -> str:
 
 
 def main(number: str = "") -> int:
-    spec = find_spec("sphinx_revealjs")
-    if spec is None or find_spec("latex2mathml") is None:
-        print(
-            "Expected reveal.js in the environment, found none. Run: make slides", file=sys.stderr
-        )
+    static = PARTS / "sphinx_revealjs" / "_static" / "revealjs"
+    if not static.exists():
+        print(f"Expected reveal.js in {PARTS}, found none. Run: make slides", file=sys.stderr)
         return 1
-    css, programs = inlined(Path(spec.origin).parent / "_static" / "revealjs")
+    css, programs = inlined(static)
     TARGET.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "notebooks").glob(f"{number}*_*.ipynb")):
         page = ROOT / "instructor" / f"{path.stem}.md"
