@@ -262,7 +262,7 @@ def test_clean_agrees_with_the_rule(lesson: Path):
 def test_run_stores_outputs_or_leaves_the_file_alone(lesson: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(notebooks, "FOLDER", lesson.parent)
     nb = good()
-    del nb.cells[2]
+    del nb.cells[2:]
     nb.cells[1].source = "print(6 * 7)"
     nbformat.write(nb, lesson)
     assert notebooks.run(lesson)
