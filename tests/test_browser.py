@@ -139,7 +139,7 @@ def run_all(page, jupyterlab: Lab, name: str, seconds: float) -> list[dict]:
         page.wait_for_timeout(1000)
         cells = [c for c in jupyterlab.api(path)["content"]["cells"] if c["cell_type"] == "code"]
         done = [cell["execution_count"] for cell in cells] == list(range(1, count + 1))
-        return done and kernel_is_idle(jupyterlab, name) and _counted(page, count)
+        return done and kernel_is_idle(jupyterlab, name) and _nothing_waits(page)
 
     wait_for(f"the end of lesson {name}", finished, seconds)
     page.keyboard.press("Control+s")
@@ -147,8 +147,8 @@ def run_all(page, jupyterlab: Lab, name: str, seconds: float) -> list[dict]:
     return [c for c in jupyterlab.api(path)["content"]["cells"] if c["cell_type"] == "code"]
 
 
-def _counted(page, count: int) -> bool:
-    """Whether the status of the last cell, in the page, is its number: nothing is queued."""
+def _nothing_waits(page) -> bool:
+    """Whether no cell in the page is marked as running or queued."""
     return page.get_by_text("[*]:", exact=True).count() == 0
 
 

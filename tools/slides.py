@@ -106,7 +106,7 @@ def shown(output: dict) -> str:
         return f"<pre>{ansi2html(''.join(output['text']))}</pre>"
     if output["output_type"] == "error":
         return f"<pre>{html.escape(output['ename'])}: {html.escape(output['evalue'])}</pre>"
-    data = {kind: "".join(value) for kind, value in output["data"].items() if kind != "x"}
+    data = {kind: "".join(value) for kind, value in output["data"].items()}
     plain = html.escape(data.get("text/plain", ""))
     if "image/png" in data:
         picture = data["image/png"].replace("\n", "")
