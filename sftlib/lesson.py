@@ -2,13 +2,15 @@
 
 After a restart of the kernel the set-up cell is run, and then any cell: what it needs of earlier
 ones is run first, and named. Which they are follows from the names in the code: a cell needs the
-last earlier cell that makes a name it uses, and those that change it since.
+last earlier cell that makes a name it uses, and those that change it since. The same holds of the
+files that a cell writes.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import symtable
 import time
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ CHANGING = set(
 
 @dataclass(frozen=True)
 class Names:
-    """The global names of a piece of code."""
+    """The global names of a piece of code, and its files, a file as `/` and its name."""
 
     used: frozenset[str]  # before the code itself makes them
     made: frozenset[str]
@@ -36,16 +38,19 @@ class Names:
 
 
 def names(source: str) -> Names:
-    """Which global names a cell uses, makes and changes; none where it is not plain Python."""
+    """Which names and files a cell uses and makes, and which names it changes; magics are read."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
     try:
-        statements = ast.parse(source).body
+        statements = ast.parse(TransformerManager().transform_cell(source)).body
     except SyntaxError:
         statements = []
     used, made, changed = set(), set(), set()
     for statement in statements:
         here, there = _symbols(statement)
-        used |= here - made
-        made |= there
+        read, written = _files(statement)
+        used |= (here | read) - made
+        made |= there | written
         changed |= _changed(statement)
     return Names(frozenset(used), frozenset(made), frozenset(changed))
 
@@ -65,6 +70,36 @@ def _symbols(statement: ast.stmt) -> tuple[set[str], set[str]]:
         inner += table.get_children()
         used |= {s.get_name() for s in table.get_symbols() if s.is_global()} - made
     return used, made
+
+
+def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:
+    """Files that a statement may read, and those that it writes: in a call named save or write.
+
+    Of an IPython command, the names in braces, too.
+    """
+    read, written = set(), set()
+    for node in ast.walk(statement):
+        read |= _file(node)
+        if not isinstance(node, ast.Call):
+            continue
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called == "run_cell_magic" and node.args[0].value == "writefile":
+            script = node.args[2].value
+            read = {f"/{name}.py" for name in re.findall(r"^from (\w+) ", script, re.MULTILINE)}
+            read |= {name for name in names(script).used if name.startswith("/")}
+            return read, _file(node.args[1])
+        if called in ("run_line_magic", "system"):
+            read |= set(re.findall(r"\{(\w+)\}", node.args[-1].value))
+        if "save" in called or "write" in called:
+            written |= {name for part in ast.walk(node) for name in _file(part)}
+    return read - written, written
+
+
+def _file(node: ast.AST) -> set[str]:
+    """The file or folder that a text in the code names: nothing, or one."""
+    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    is_path = re.fullmatch(r"[\w./-]*(/[\w-]+|[\w-]\.[a-z]\w{0,10})", text)
+    return {"/" + text.rsplit("/", 1)[-1]} if is_path else set()
 
 
 def _changed(statement: ast.stmt) -> set[str]:

@@ -49,7 +49,7 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import injection  # noqa: E402
-from tools.notebooks import NBCONVERT  # noqa: E402
+from tools import notebooks  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "data" / "benchmarks.json"
@@ -289,7 +289,9 @@ def seconds() -> dict[str, float]:
 @functools.cache
 def lessons() -> dict[str, dict]:
     """Of every lesson: its seconds, those of each section, and of its slowest cell."""
-    timed = [part.replace("record_timing=False", "record_timing=True") for part in NBCONVERT]
+    timed = [
+        part.replace("record_timing=False", "record_timing=True") for part in notebooks.NBCONVERT
+    ]
     quiet = os.environ | {"SFT_TEACHER": "recording", "SFT_NO_BARS": "1"}
     found = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
@@ -305,11 +307,10 @@ def lessons() -> dict[str, dict]:
 
 def by_section(executed: Path) -> dict:
     """The seconds of each section, and of the slowest cell, of a notebook with its times."""
-    heading, sections, slowest = "", {}, {"cell": "", "seconds": 0.0}
-    for cell in json.loads(executed.read_text())["cells"]:
+    sections, slowest = {}, {"cell": "", "seconds": 0.0}
+    cells = [(name, cell) for name, part in notebooks.sections(executed).items() for cell in part]
+    for heading, cell in cells:
         if cell["cell_type"] == "markdown":
-            headings = re.findall(r"^## (.+)$", "".join(cell["source"]), re.MULTILINE)
-            heading = (headings or [heading])[-1]
             continue
         times = cell["metadata"]["execution"]
         begin, end = (

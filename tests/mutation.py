@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -31,6 +30,8 @@ import peft  # noqa: F401
 import pytest
 import transformers  # noqa: F401
 import trl  # noqa: F401
+
+from tests import copies
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "data" / "runs" / "mutation.json"
@@ -72,10 +73,10 @@ class Damage:
         return " ".join(before.split()), " ".join(after.split())
 
 
-def damages(file: Path) -> Iterator[Damage]:
+def damages(file: Path, root: Path) -> Iterator[Damage]:
     """Everything that can be damaged in a file."""
     text = file.read_text(encoding="utf-8")
-    name = file.relative_to(ROOT).as_posix()
+    name = file.relative_to(root).as_posix()
     starts = [0]
     for line in text.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
@@ -135,15 +136,15 @@ def damages(file: Path) -> Iterator[Damage]:
                 yield Damage(name, "key", begin(node), old, repr(node.value + "x"))
 
 
-def draw(count: int, seed: int) -> list[Damage]:
+def draw(root: Path, count: int, seed: int) -> list[Damage]:
     """`count` damages: files in turn, and in a file the kinds in turn."""
     rng = random.Random(seed)
     by_file = []
-    for file in sorted((ROOT / "sftlib").rglob("*.py")):
+    for file in sorted((root / "sftlib").rglob("*.py")):
         if file.name in LEFT_OUT:
             continue
         by_kind = defaultdict(list)
-        for damage in damages(file):
+        for damage in damages(file, root):
             by_kind[damage.kind].append(damage)
         for found in by_kind.values():
             rng.shuffle(found)
@@ -173,8 +174,8 @@ def tests_of(file: str) -> list[str]:
 
 def noticed(damage: Damage, copy: Path) -> tuple[bool, str]:
     """Whether a test fails in the damaged copy, and which."""
-    original = (ROOT / damage.file).read_text(encoding="utf-8")
     target, log = copy / damage.file, copy / "log.txt"
+    original = target.read_text(encoding="utf-8")
     target.write_text(damage.apply(original), encoding="utf-8")
     try:
         child = os.fork()
@@ -210,17 +211,6 @@ def _run_tests(copy: Path, files: list[str], log: Path) -> None:
     os._exit(int(pytest.main([*files, "-m", "not slow", "-x", "-q", "-p", "no:cacheprovider"])))
 
 
-def copied(folder: Path) -> Path:
-    """A copy of the repository with an `sftlib` of its own; the rest are links."""
-    for entry in ROOT.iterdir():
-        if entry.name in {"sftlib", "tests", "work", ".git"}:
-            continue
-        (folder / entry.name).symlink_to(entry)
-    for name in ("sftlib", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=120)
@@ -231,11 +221,11 @@ def main() -> int:
     sys.dont_write_bytecode = True
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(folder))
-        for damage in draw(args.count, args.seed):
+        copy = copies.course(Path(folder), "sftlib", "tests")
+        for damage in draw(copy, args.count, args.seed):
             if args.only not in damage.file:
                 continue
-            before, after = damage.lines((ROOT / damage.file).read_text(encoding="utf-8"))
+            before, after = damage.lines((copy / damage.file).read_text(encoding="utf-8"))
             began = time.monotonic()
             caught, by = noticed(damage, copy)
             why = HARMLESS.get((damage.file, before, after), "")

@@ -2,16 +2,16 @@
 
 `make sections` does it (NB=01 for one lesson). Each section runs in a process of its own, forked
 from one that has imported the large libraries: a kernel's shell runs the set-up cell, then the
-section's cells; what these need of earlier ones is run by `sftlib.lesson`. A cell that fails is
+section's cells; what these need of earlier ones is run by `sftlib.lesson`. Each begins in a copy of
+the course whose `work/` is empty, as on a machine that never ran the lesson. A cell that fails is
 named. With `whole` before the number, the lesson is run from top to bottom instead.
 """
 
 import contextlib
 import io
-import json
 import os
-import re
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -23,29 +23,20 @@ import peft  # noqa: F401
 import transformers  # noqa: F401
 import trl  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
+from tests import copies
+from tools import notebooks
+
 QUIET = {"SFT_NO_BARS": "1", "SFT_TEACHER": "recording", "MPLBACKEND": "agg"}
 
 
-def sections(notebook: Path) -> dict[str, list[dict]]:
-    """Code cells by the `## ` heading that they stand under, the set-up cell apart."""
-    found, heading = {}, ""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            heading = (re.findall(r"^## (.+)$", text, re.MULTILINE) or [heading])[-1]
-        else:
-            found.setdefault(heading, []).append(cell)
-    return {name: cells for name, cells in found.items() if name != "Set-up"}
-
-
-def set_up(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return next("".join(cell["source"]) for cell in cells if cell["id"] == "setup")
-
-
 def run(notebook: Path, cells: list[dict]) -> str:
-    """Which cell fails, and with what; empty where none does. In a process of its own."""
+    """Which cell fails, and with what; empty where none does. In a copy of the course."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copies.course(Path(folder), "notebooks")
+        return _forked(copy / "notebooks" / notebook.name, cells)
+
+
+def _forked(notebook: Path, cells: list[dict]) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -70,24 +61,29 @@ def _failure(notebook: Path, cells: list[dict]) -> str:
     os.chdir(notebook.parent)
     silent = io.StringIO()
     shell = InteractiveShell.instance()
-    for cell_id, source, tags in [
-        ("setup", set_up(notebook), []),
-        *((c["id"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells),
-    ]:
+    for cell in cells:
         with contextlib.redirect_stdout(silent):
-            result = shell.run_cell(source, cell_id=cell_id)
-        if not result.success and "raises-exception" not in tags:
+            result = shell.run_cell("".join(cell["source"]), cell_id=cell["id"])
+        if not result.success and "raises-exception" not in cell["metadata"].get("tags", []):
             error = result.error_in_exec or result.error_before_exec
-            return f"{cell_id}: {type(error).__name__}: {str(error)[:300]}"
+            return f"{cell['id']}: {type(error).__name__}: {str(error)[:300]}"
     return ""
 
 
 def main(*words: str) -> int:
     failed, whole, number = 0, "whole" in words, "".join(w for w in words if w != "whole")
-    for notebook in sorted((ROOT / "notebooks").glob(f"{number}*_*.ipynb")):
-        parts = sections(notebook)
+    for notebook in notebooks.find(number):
+        if notebook.parent != notebooks.FOLDER:  # solutions have no sections
+            continue
+        parts = {
+            name: [cell for cell in cells if cell["cell_type"] == "code"]
+            for name, cells in notebooks.sections(notebook).items()
+        }
+        set_up = parts.pop("Set-up")
+        parts = {name: set_up + cells for name, cells in parts.items() if cells}
         if whole:
-            parts = {"from top to bottom": [cell for cells in parts.values() for cell in cells]}
+            later = [cell for cells in parts.values() for cell in cells[len(set_up) :]]
+            parts = {"from top to bottom": set_up + later}
         for name, cells in parts.items():
             began = time.monotonic()
             why = run(notebook, cells)

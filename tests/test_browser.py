@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import copies
 from tools import browser, lab, notebooks
 
 ROOT = Path(__file__).parents[1]
@@ -54,17 +54,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def jupyterlab(tmp_path_factory) -> Iterator[Lab]:
     """As `make lab` starts it, on a copy: what is run here is not stored in the repository."""
-    root = tmp_path_factory.mktemp("course")
-    shutil.copytree(ROOT / "notebooks", root / "notebooks")
-    for name in (
-        "sftlib",
-        "data",
-        "deepspeed_configs",
-        "class_5_llama3.py",
-        "README.md",
-        ".env.example",
-    ):
-        (root / name).symlink_to(ROOT / name)
+    root = copies.course(tmp_path_factory.mktemp("course"), "notebooks")
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]

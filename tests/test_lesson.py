@@ -123,12 +123,31 @@ def test_without_the_notebook_or_a_kernel_nothing_happens(tmp_path, monkeypatch)
         ("(a, b), *c = d", {"d"}, {"a", "b", "c"}),
         ("print(f'{a:.{b}f}')", {"a", "b"}, set()),
         ("!ls a", set(), set()),
+        ("!ls {a}", {"a"}, set()),
+        ("if a:\n    %run b --x {c}/d", {"a", "c"}, set()),
+        ("torch.save(a, work / 'b.pt')", {"torch", "a", "work"}, {"/b.pt"}),
+        ("f = save_adapter(a, '../work/b')", {"save_adapter", "a"}, {"f", "/b"}),
+        ("load(work / 'b.pt', '../work/c', 'd')", {"load", "work", "/b.pt", "/c"}, set()),
+        ("'a sentence with a full stop.'", set(), set()),
+        ("%%writefile ../work/a.py\nfrom b import c\nd(x / 'e.pt')", {"/b.py", "/e.pt"}, {"/a.py"}),
     ],
 )
 def test_names_used_and_made(source, used, made):
     found = names(source)
-    assert found.used - {"print", "open"} == used
+    assert found.used - {"print", "open", "get_ipython"} == used
     assert found.made == made
+
+
+def test_a_script_that_a_cell_wrote_is_written_first_with_what_it_reads():
+    texts = {
+        "data": "work = 'w'\ntorch.save(1, f'{work}/' + 'rows.pt')",
+        "common": "%%writefile w/common.py\nrows = load('rows.pt')",
+        "script": "%%writefile w/script.py\nfrom common import rows",
+        "other": "%%writefile w/other.py\nfrom common import rows",
+        "run": "launch('w/script.py')",
+    }
+    cells = Cells(notebook(texts)["cells"])
+    assert cells.needed(4, texts["run"], set()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

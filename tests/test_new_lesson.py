@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests import copies
 from tests import notebook_rules as rules
 from tools import notebooks
 from tools.new_lesson import main, new_lesson, with_check
@@ -21,12 +21,7 @@ INIT = (ROOT / "sftlib/checks/__init__.py").read_text(encoding="utf-8")
 @pytest.fixture
 def course(tmp_path: Path) -> Path:
     """A copy of what a new lesson touches, and links to what it uses."""
-    for name in ("notebooks", "sftlib"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.part")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
-    for name in ("data", "README.md"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
+    return copies.course(tmp_path, "notebooks", "sftlib")
 
 
 def test_the_title_and_the_names_stand_where_they_belong(course: Path):

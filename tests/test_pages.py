@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from tests.notebook_rules import broken, links
-from tools import glossary
+from tools import glossary, notebooks
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -31,8 +31,7 @@ def text(cell: dict) -> str:
 
 def sections(lesson: Path) -> list[str]:
     """The headings `## …` of a lesson, in their order."""
-    markdown = "\n\n".join(text(c) for c in cells(lesson) if c["cell_type"] == "markdown")
-    return re.findall(r"^## (.+)$", markdown, re.MULTILINE)
+    return list(notebooks.sections(lesson))[1:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

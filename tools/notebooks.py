@@ -4,7 +4,9 @@
 run to run; `verify` fails where `clean` would change something.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +37,20 @@ def find(number: str = "", folder: Path = FOLDER) -> list[Path]:
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.name.startswith(number.zfill(2) if number.isdecimal() else number)
     )
+
+
+def sections(path: Path) -> dict[str, list[dict]]:
+    """A notebook's cells by the `## ` heading that they stand under; the title's heading is empty.
+
+    A cell with several headings counts to its last.
+    """
+    found: dict[str, list[dict]] = {"": []}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = "".join(cell["source"])
+            found |= {heading: [] for heading in re.findall(r"^## (.+)$", text, re.MULTILINE)}
+        found[next(reversed(found))].append(cell)
+    return found
 
 
 def clean(paths: list[Path], verify: bool = False) -> int:

@@ -130,7 +130,8 @@ def run_lesson(number: str) -> dict:
         f"{cell['id']}: {output['ename']}: {' '.join(output['evalue'].split())[:200]}"
         for cell in cells
         for output in cell.get("outputs", ())
-        if output["output_type"] == "error" and "raises-exception" not in cell["metadata"]
+        if output["output_type"] == "error"
+        and "raises-exception" not in cell["metadata"].get("tags", [])
     ]
     found = {
         "lesson": source.stem,
