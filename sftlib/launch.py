@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sftlib import progress_bars
+from sftlib import progress_bar
 from sftlib.data import read_jsonl, write_jsonl
 
 GRACE = 10.0  # seconds in which ranks may end by themselves after one has failed
@@ -313,16 +313,7 @@ def _owned(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _clock(ranks: int):
     """Shows lines as they come and, where bars are shown, the seconds that have passed."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        desc=f"{ranks} ranks",
-        bar_format="{desc}: {elapsed}",
-        leave=False,
-        mininterval=1,
-        file=sys.stdout,
-        disable=not progress_bars(),
-    )
+    bar = progress_bar(desc=f"{ranks} ranks", bar_format="{desc}: {elapsed}", mininterval=1)
 
     def tick(lines: list[str]) -> None:
         for line in lines:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sftlib import progress_bar
+
 import torch
 from torch.nn.functional import log_softmax
 
@@ -266,7 +268,8 @@ def train(
         weight_decay=0.0,
     )
     history = []
-    for chosen in _batches(len(rows), config.batch_size, config.steps):
+    batches = _batches(len(rows), config.batch_size, config.steps)
+    for chosen in progress_bar(batches, total=config.steps, unit="step"):
         batch = rollout(policy, reference, tokenizer, [rows[i] for i in chosen], reward, config)
         history.append(_summary(batch) | _update(policy, optimizer, batch, config))
     return history

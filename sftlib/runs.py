@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftlib import progress_bars
+from sftlib import progress_bar
 from sftlib.adapters import control_token_rows
 
 if TYPE_CHECKING:
@@ -192,14 +192,12 @@ def sweep(
     """
     from sftlib.data import read_jsonl
 
-    from tqdm import tqdm
-
     path, runs = Path(path), list(dict.fromkeys(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = read_jsonl(path) if path.exists() and runs else []
     known = {_settings(row, type(runs[0])): row for row in stored}
     todo = [run for run in runs if run not in known]
-    for run in tqdm(todo, unit="run", disable=not progress_bars()):
+    for run in progress_bar(todo, unit="run"):
         measured = (measure or train_and_measure)(run, **options)
         rounded = {n: round(x, 5) if isinstance(x, float) else x for n, x in measured.items()}
         known[run] = asdict(run) | rounded

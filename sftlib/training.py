@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sftlib import progress_bars
+from sftlib import progress_bar, progress_bars
 from sftlib.adapters import check_lora
 
 if TYPE_CHECKING:
@@ -171,15 +171,12 @@ def _warn_of_cuts(labels: Iterable[list[int]], max_length: int) -> None:
 
 def _one_line_bar() -> TrainerCallback:
     """A bar with the latest loss, in place of a table that grows by a row a step."""
-    import sys
-
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
             if state.is_world_process_zero:
-                self.bar = tqdm(total=state.max_steps, unit="step", leave=False, file=sys.stdout)
+                self.bar = progress_bar(total=state.max_steps, unit="step")
 
         def on_log(self, args, state, control, logs=None, **_):
             if state.is_world_process_zero and "loss" in (logs or {}):

@@ -306,8 +306,11 @@ def lessons() -> dict[str, dict]:
 
 
 def by_section(executed: Path) -> dict:
-    """The seconds of each section, and of the slowest cell, of a notebook with its times."""
-    sections, slowest = {}, {"cell": "", "seconds": 0.0}
+    """Of a notebook with its times: the seconds of each section, and the slowest cell.
+
+    `long` names all cells above half a minute.
+    """
+    sections, slowest, long = {}, {"cell": "", "seconds": 0.0}, []
     cells = [(name, cell) for name, part in notebooks.sections(executed).items() for cell in part]
     for heading, cell in cells:
         if cell["cell_type"] == "markdown":
@@ -321,7 +324,8 @@ def by_section(executed: Path) -> dict:
         sections[heading] = round(sections.get(heading, 0.0) + spent, 1)
         if spent > slowest["seconds"]:
             slowest = {"cell": cell["id"], "seconds": spent}
-    return {"sections": sections, "slowest": slowest}
+        long += [cell["id"]] if spent > 30 else []
+    return {"sections": sections, "slowest": slowest, "long": long}
 
 
 # --- 4. Data -------------------------------------------------------------------------------------

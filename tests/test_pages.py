@@ -106,3 +106,34 @@ def test_an_instructors_page_names_cells_that_there_are(lesson: Path):
     table = page[page.index("## What students predict wrongly") : page.index("## Questions to ask")]
     named = set(re.findall(r"\(`([a-z][\w-]*)`\)", table))
     assert named and named <= {cell["id"] for cell in cells(lesson)}
+
+
+# --- Times ---------------------------------------------------------------------------------------
+
+MEASURED = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))["lessons"]
+SAID = {  # seconds from, to
+    "less than a minute": (0, 60),
+    "about a minute": (30, 75),
+    "a good minute": (50, 90),
+    "a minute and a half": (60, 120),
+    "about two minutes": (75, 150),
+}
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_a_lesson_takes_the_time_that_it_says(lesson: Path):
+    title = text(cells(lesson)[0])
+    said = re.search(r"\*\*Takes\*\* (.+?) of computing on two CPU cores", title)[1]
+    least, most = SAID[said]
+    assert least <= sum(MEASURED[lesson.stem]["sections"].values()) <= most
+
+
+def test_all_lessons_together_take_at_most_fifteen_minutes():
+    assert set(MEASURED) == {lesson.stem for lesson in LESSONS}
+    assert sum(sum(one["sections"].values()) for one in MEASURED.values()) <= 15 * 60
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_a_cell_that_takes_long_shows_how_far_it_is(lesson: Path):
+    sources = {cell["id"]: text(cell) for cell in cells(lesson)}
+    assert all("progress_bar(" in sources[name] for name in MEASURED[lesson.stem]["long"])

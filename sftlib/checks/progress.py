@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Callable
 from datetime import date
@@ -22,7 +23,13 @@ EXERCISES: dict[tuple[int, int], str] = {}  # lesson and number of each exercise
 
 def exercise(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
     """A check that notes when it is passed; its docstring begins with `Lesson 1, exercise 2: …`."""
-    lesson, number, task = re.match(r"Lesson (\d+), exercise (\d+): (.+)", check.__doc__).groups()
+    found = re.match(r"Lesson (\d+), exercise (\d+): (.+)", check.__doc__ or "")
+    if not found:
+        raise ValueError(
+            f"Expected a docstring of {check.__name__} that begins with 'Lesson 1, exercise 2: …', "
+            f"found {check.__doc__!r}."
+        )
+    lesson, number, task = found.groups()
     EXERCISES[int(lesson), int(number)] = task.rstrip(".")
 
     @functools.wraps(check)
@@ -42,16 +49,19 @@ def _note(lesson: int, number: int) -> None:
     solved = _solved()
     if (lesson, number) not in solved:
         solved[lesson, number] = date.today().isoformat()
-        SOLVED.parent.mkdir(exist_ok=True)
+        SOLVED.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"lesson": a, "exercise": b, "on": day} for (a, b), day in sorted(solved.items())]
         write_jsonl(SOLVED, rows)
 
 
 def _solved() -> dict[tuple[int, int], str]:
-    from sftlib.data import read_jsonl
-
-    rows = read_jsonl(SOLVED) if SOLVED.exists() else []
-    return {(row["lesson"], row["exercise"]): row["on"] for row in rows}
+    """The day of each solved exercise; a damaged line is left out."""
+    found = {}
+    for line in SOLVED.read_text(encoding="utf-8").splitlines() if SOLVED.exists() else ():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            found[row["lesson"], row["exercise"]] = row["on"]
+    return found
 
 
 def progress() -> pd.DataFrame:

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from sftlib import progress_bars
+from sftlib import progress_bar
 from sftlib.data import read_jsonl, write_jsonl
 from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable
 from sftlib.teacher.pairs import PAIR_SCHEMA, Pair, PairError, parse_pairs
@@ -357,10 +356,7 @@ def _drop_torn_line(path: Path) -> None:
 @contextlib.contextmanager
 def _bar(n: int, result: Generated) -> Iterator[Callable[[], None]]:
     """A progress bar of accepted pairs with the running cost; silent where bars are off."""
-    from tqdm import tqdm
-
-    off = not progress_bars()
-    with tqdm(total=n, unit="pair", disable=off, leave=False, file=sys.stdout) as bar:
+    with progress_bar(total=n, unit="pair") as bar:
 
         def show() -> None:
             bar.n = min(len(result.rows), n)

@@ -1,0 +1,123 @@
+"""Progress: bars on long work, and which exercises are solved."""
+
+import sys
+
+from sftlib import checks, progress_bar
+from sftlib.checks.progress import EXERCISES, exercise, progress
+from sftlib.checks.verdict import NOT_ATTEMPTED, right, wrong
+
+import pytest
+
+module = sys.modules["sftlib.checks.progress"]  # its function has the same name
+
+
+def somebody_comes(monkeypatch):
+    """From now on no variable says that outputs are compared or stored."""
+    for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def solved(tmp_path, monkeypatch):
+    """The file of solved exercises, in a folder that is not there yet."""
+    monkeypatch.setattr(module, "SOLVED", tmp_path / "work" / "progress.jsonl")
+    return module.SOLVED
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two exercises of one lesson, whose answers pass where they are right."""
+    monkeypatch.setattr(module, "EXERCISES", {})
+
+    def check(number):
+        def check_it(answer):
+            if answer is ...:
+                return NOT_ATTEMPTED
+            return right("Yes.") if answer == number else wrong("No.")
+
+        check_it.__doc__ = f"Lesson 1, exercise {number}: find the number {number}."
+        return exercise(check_it)
+
+    return check(1), check(2)
+
+
+# --- Bars ----------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_shown_to_people_and_goes_when_the_work_is_done(monkeypatch, capsys):
+    somebody_comes(monkeypatch)
+    assert list(progress_bar(range(3), unit="step")) == [0, 1, 2]
+    shown = capsys.readouterr().out
+    assert "0/3" in shown and "step/s" in shown and shown.endswith("\r")
+
+
+@pytest.mark.parametrize("name", ["CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"])
+def test_no_bar_where_outputs_are_compared_or_stored(name, monkeypatch, capsys):
+    somebody_comes(monkeypatch)
+    monkeypatch.setenv(name, "1")
+    assert list(progress_bar(range(3))) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+# --- Exercises -----------------------------------------------------------------------------------
+
+
+def test_what_passes_is_noted_and_shown(two, solved, monkeypatch):
+    somebody_comes(monkeypatch)
+    first, second = two
+    assert list(progress().solved) == ["○ ○"]
+    assert progress().loc["lesson 1", "next"] == "1: find the number 1"
+    assert not first(7) and not second(...) and not solved.exists()
+    assert first(1)
+    assert list(progress().solved) == ["✓ ○"]
+    assert progress().loc["lesson 1", "next"] == "2: find the number 2"
+    assert second(2)
+    assert progress().loc["lesson 1"].tolist() == ["✓ ✓", "all done"]
+
+
+def test_an_exercise_is_noted_once_and_stays_solved(two, solved, monkeypatch):
+    somebody_comes(monkeypatch)
+    first, _ = two
+    first(1)
+    before = solved.read_bytes()
+    first(1)
+    first(7)
+    assert solved.read_bytes() == before and before.count(b"\n") == 1
+
+
+def test_runs_without_a_reader_note_nothing(two, solved):
+    assert two[0](1) and not solved.exists()  # pytest sets its variable
+
+
+def test_a_note_that_cannot_be_written_is_no_error(two, solved, monkeypatch):
+    somebody_comes(monkeypatch)
+    solved.parent.write_text("a file where the folder should be")
+    assert two[0](1)
+    assert not solved.exists()
+
+
+def test_a_damaged_line_costs_no_other(two, solved, monkeypatch):
+    somebody_comes(monkeypatch)
+    two[0](1)
+    with solved.open("a") as file:
+        file.write('{"lesson": 1, "exerc')
+    assert list(progress().solved) == ["✓ ○"]
+    assert two[1](2) and list(progress().solved) == ["✓ ✓"]
+
+
+def test_a_check_without_its_lesson_is_refused():
+    def check_it(answer):
+        """Some exercise."""
+
+    with pytest.raises(ValueError, match="Lesson 1, exercise 2"):
+        exercise(check_it)
+
+
+def test_each_check_of_the_lessons_has_its_place():
+    named = [name for name in checks.__all__ if name.startswith("check_")]
+    assert len(EXERCISES) == len(named)
+    lessons = {lesson for lesson, _ in EXERCISES}
+    assert lessons == set(range(1, 10))
+    for lesson in lessons:
+        numbers = sorted(number for one, number in EXERCISES if one == lesson)
+        assert numbers == list(range(1, len(numbers) + 1))
