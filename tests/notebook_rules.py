@@ -93,6 +93,49 @@ INSTALLS = re.compile(
 )
 
 
+NUMBER = re.compile(r"(?<![\w.,⁻-])(\d[\d,]*(?:\.\d+)?)(?!\w|\.\d)")
+COUNTED = re.compile(  # names of things, not measurements
+    r"(sections?|lessons?|tables?|exercises?|Llama|GPT-|ZeRO-|stages?|TRL|version) ?[\d., and]+",
+    re.IGNORECASE,
+)
+NOT_PROSE = re.compile(r"\]\([^)]*\)|`[^`]*`|\$[^$]*\$|&#\d+;")
+
+
+def numbers_in_prose_are_printed(nb: NotebookNode, path: Path) -> list[str]:
+    """A figure in the text stands in a cell's code or output, or its line names a source.
+
+    Looked at are numbers above ten and those with decimals; one that a cell shows in full may be
+    rounded, or in other units. The title, exercises and pitfalls are left out.
+    """
+    if path.parent.name == "solutions":  # they repeat what an exercise says
+        return []
+    shown = {
+        float(number.replace(",", "")) * unit
+        for _, cell in code_cells(nb)
+        for part in (cell.source, *map(readable, cell.outputs))
+        for number in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", re.sub(r"<[^>]+>", " ", part))
+        for unit in (1, 100, 0.01, 1e3, 1e6, 1e9, 1e-3, 1e-6, 1e-9)
+    }
+    problems = []
+    for i, cell in enumerate(nb.cells):
+        name = cell.get("id", "")
+        if cell.cell_type == "code" or i == 0 or name.startswith(("ex", "pitfalls")):
+            continue
+        for line in cell.source.splitlines():
+            if "http" in line or line.startswith("#"):
+                continue
+            for number in NUMBER.findall(COUNTED.sub("", NOT_PROSE.sub("", line))):
+                value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
+                if value <= 10 and not digits or 1990 < value < 2030:  # a few; a year
+                    continue
+                near = (
+                    round(one, digits) == value or abs(one - value) < value / 200 for one in shown
+                )
+                if not any(near):
+                    problems.append(f"cell {i}, {name}: {number}. Print it, or name its source")
+    return problems
+
+
 def no_absolute_path(nb: NotebookNode, path: Path) -> list[str]:
     """A path of the author's machine exists on no other."""
     return [
@@ -264,6 +307,7 @@ RULES: list[Rule] = [
     errors_are_announced,
     nothing_on_stderr,
     claims_are_checked,
+    numbers_in_prose_are_printed,
     no_absolute_path,
     no_secret,
     no_install_no_login,

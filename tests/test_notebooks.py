@@ -108,6 +108,8 @@ BROKEN = [
     (rules.errors_are_announced, code("{}['x']", ERROR), "KeyError"),
     (rules.nothing_on_stderr, code("warn()", STDERR), "UserWarning"),
     (rules.claims_are_checked, code("print(2)"), "asserts"),
+    (rules.numbers_in_prose_are_printed, text("It gains 17 % here."), "17"),
+    (rules.numbers_in_prose_are_printed, text("A loss of 2.1, then 2.0."), "2.1"),
     (rules.no_absolute_path, code("open('/home/me/a')"), "/home"),
     (rules.no_absolute_path, code("import sys; sys.path.append('/root')"), "/root"),
     (rules.no_absolute_path, code(r"open('C:\Users\me')"), "source"),
@@ -217,6 +219,13 @@ def test_every_rule_was_broken_once():
         (
             rules.links_lead_somewhere,
             text("## The end\n[x](../README.md#two-words), `[y](z)`, [w](01_sums.ipynb#The-end)"),
+        ),
+        (
+            rules.numbers_in_prose_are_printed,
+            text(
+                "2 and 2.0, 0.02 or 200 %; section 17, `18`, $19$, in 2024, a few: 7.\n"
+                "\n21 % ([Doe 2024](https://example.org/a))"
+            ),
         ),
         (rules.printing_cells_have_output, code("if False:\n    print(1)", STDERR)),
     ],
