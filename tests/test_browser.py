@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +26,20 @@ PICTURES = ROOT / "build" / "screenshots"
 EACH = bool(os.environ.get("SFT_BROWSER_ALL"))  # `make browser` sets it
 LESSONS = [path.stem for path in notebooks.find() if path.parent.name == "notebooks"]
 SHORTEST = "06_trl_sft"
+HEIGHT = 2400  # pixels: few screenfuls to a lesson
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 )
+
+MARKED = "text-decoration:underline"  # how `viz` marks a token that is learned
+SCROLL = """top => {
+  const all = [...document.querySelectorAll('.jp-WindowedPanel-outer')];
+  const outer = all.find(one => one.scrollHeight > one.clientHeight) || all[0];
+  outer.scrollTop = top;
+  return outer.scrollHeight - outer.clientHeight / 2;
+}"""
+SEEN = (ROOT / "tests" / "seen.js").read_text(encoding="utf-8")
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,11 +55,22 @@ class Lab:
     token: str
 
     def api(self, path: str) -> list | dict:
+        return json.loads(self._send("GET", f"api/{path}"))
+
+    def theme(self, name: str) -> None:
+        """From the next page on."""
+        plugin = "@jupyterlab/apputils-extension:themes"
+        self._send("PUT", f"lab/api/settings/{plugin}", {"raw": json.dumps({"theme": name})})
+
+    def _send(self, method: str, path: str, body: dict | None = None) -> bytes:
         request = urllib.request.Request(
-            f"{self.url}/api/{path}", headers={"Authorization": f"token {self.token}"}
+            f"{self.url}/{path}",
+            method=method,
+            data=json.dumps(body).encode() if body else None,
+            headers={"Authorization": f"token {self.token}"},
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +83,7 @@ def jupyterlab(tmp_path_factory) -> Iterator[Lab]:
     command = lab.command(port, os.geteuid() == 0, display=False)
     command = [part.replace(f"root_dir={ROOT}", f"root_dir={root}") for part in command]
     settings = os.environ | lab.settings() | {"SFT_NO_BARS": "1", "SFT_TEACHER": "recording"}
+    settings |= {f"JUPYTERLAB_{it}_DIR": str(root / it) for it in ("SETTINGS", "WORKSPACES")}
     settings.pop("PYTEST_CURRENT_TEST", None)
     log = root / "log.txt"
     with log.open("w") as out:
@@ -94,7 +117,7 @@ def chromium():
 
 
 def open_page(chromium, jupyterlab: Lab, path: str, width: int = 1440):
-    page = chromium.new_page(viewport={"width": width, "height": 1000})
+    page = chromium.new_page(viewport={"width": width, "height": HEIGHT})
     page.goto(f"{jupyterlab.url}/lab/tree/{path}?token={jupyterlab.token}")
     return page
 
@@ -162,21 +185,69 @@ def test_a_lesson_runs_from_top_to_bottom(name: str, chromium, jupyterlab: Lab):
     assert not wrong
     for kind in ("image/png", "text/html"):  # figures, and tables or coloured tokens
         assert len(outputs(cells, kind)) == len(outputs(stored, kind)), kind
-    _look(page, name)
+    figures, tokens = look_through(page, name)
     page.close()
+    assert figures == len(outputs(stored, "image/png"))
+    coloured = [
+        one for one in outputs(stored, "text/html") if MARKED in "".join(one["data"]["text/html"])
+    ]
+    assert (tokens > 0) == bool(coloured)
+
+    if not EACH:
+        return
+    jupyterlab.theme("JupyterLab Dark")
+    try:
+        page = open_page(chromium, jupyterlab, f"notebooks/{name}.ipynb", width=800)
+        assert look_through(page, f"{name}-dark") == (figures, tokens)
+        assert page.evaluate("document.body.dataset.jpThemeLight") == "false"
+        page.close()
+    finally:
+        jupyterlab.theme("JupyterLab Light")
 
 
-def _look(page, name: str) -> None:
-    """A screenshot of what stands where a figure is; what is in the page is drawn."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PICTURES / f"{name}.png")
-    drawn = page.evaluate(
-        "() => [...document.querySelectorAll('.jp-OutputArea img')]"
-        ".map(image => image.complete && image.naturalWidth > 0)"
-    )
-    assert all(drawn)
+def look_through(page, name: str) -> tuple[int, int]:
+    """Scroll from the top to the end, with a screenshot of each screenful.
+
+    Figures are drawn, nothing is cut off at the side, and coloured text can be read.
+
+    Returns:
+        How many figures there were, and how many marked tokens.
+    """
+    folder = PICTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    page.wait_for_selector(".jp-Notebook .jp-MarkdownCell", timeout=60_000)
+    page.wait_for_timeout(2000)
+    if page.locator(".jp-SideBar .lm-mod-current[data-id='filebrowser']").count():
+        page.keyboard.press("Control+b")  # in a narrow window the list of files is in the way
+    figures, tokens, top, end = set(), set(), 0, 1
+    while top < end:
+        end = page.evaluate(SCROLL, top)
+        page.wait_for_timeout(500)
+        page.screenshot(path=folder / f"{top:06}.png")
+        seen = page.evaluate(SEEN)
+        assert not seen["wrong"], f"{name}, {top} pixels down: {seen['wrong'][:5]}"
+        figures |= set(seen["figures"])
+        tokens |= set(seen["tokens"])
+        top += HEIGHT - 200
+    return len(figures), len(tokens)
 
 
 def test_the_server_asks_for_its_token(jupyterlab: Lab):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{jupyterlab.url}/api/contents", timeout=10)
+
+
+def test_pages_beside_the_lessons_open_as_pages_not_as_source(chromium, jupyterlab: Lab):
+    page = open_page(chromium, jupyterlab, "notebooks/01_what_is_sft.ipynb")
+    shown = page.get_by_role("link", name="this index").locator("visible=true")  # not another tab's
+    shown.click()
+    viewer = page.locator(".jp-MarkdownViewer h1")
+    viewer.wait_for(timeout=60_000)
+    assert viewer.inner_text().startswith("When something goes wrong")
+    page.close()
+    page = open_page(chromium, jupyterlab, "notebooks/glossary.md")
+    page.locator(".jp-MarkdownViewer h3").first.wait_for(timeout=60_000)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / "glossary.png")
+    page.close()
