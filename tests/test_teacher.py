@@ -19,7 +19,7 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
-from sftlib.data import read_jsonl
+from sftlib.data import read_jsonl, write_jsonl
 from sftlib.teacher import (
     Completion,
     PairError,
@@ -32,6 +32,7 @@ from sftlib.teacher import (
 )
 from sftlib.teacher.recording import Recorder, Replay
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -362,6 +363,13 @@ def test_a_recording_answers_as_the_server_did(serve, settled, tmp_path):
     assert [replayed.ask(ASK, seed=1), replayed.ask(ASK, seed=2)] == said
     with pytest.raises(TeacherError, match="not in the recording.*make teacher"):
         replayed.ask(ASK, seed=3)
+
+
+def test_a_recorded_request_is_found_in_whatever_order_its_keys_come(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    write_jsonl(path, [{"request": {"model": "m", "seed": 1}, "response": {"id": "x"}}])
+    asked = httpx2.Request("POST", "http://t/v1", json={"seed": 1, "model": "m"})
+    assert Replay(path).handle_request(asked).json() == {"id": "x"}
 
 
 def test_the_shipped_recording_is_readable_and_its_teacher_named(settled):
