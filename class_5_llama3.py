@@ -658,7 +658,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer, asked, stopped = make_trainer(args, training, rows, held_out)
     if first:  # not before: what is refused leaves no trace
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN).write_text(json.dumps(run, indent=2) + "\n")
+        write_jsonl(folder / RUN, [run])
         if rejects:
             write_jsonl(folder / "rejects.jsonl", rejects)
             print(f"{len(rejects)} cannot be used: {folder / 'rejects.jsonl'} says why")

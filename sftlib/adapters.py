@@ -137,6 +137,11 @@ def _read(folder: Path) -> tuple[dict, dict[str, list[int]], dict]:
             )
     size = (folder / WEIGHTS).stat().st_size
     config = _json(folder / CONFIG)
+    if "peft_type" not in config:
+        raise ValueError(
+            f"Expected the peft_type, such as LORA, in {folder / CONFIG}, found "
+            f"{', '.join(sorted(config)[:12]) or 'nothing'}. {AGAIN}"
+        )
     try:
         with safe_open(folder / WEIGHTS, "pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118

@@ -81,8 +81,17 @@ def lora_targets(
         target_modules: `"all-linear"`, the last parts of names, or a pattern for whole names.
 
     Raises:
-        ValueError: nothing has such a name; or the rank is below 1 or above that of a matrix.
+        ValueError: nothing has such a name; the pattern is none; or the rank is below 1 or above
+            that of a matrix.
     """
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"Expected a regular expression as target_modules, found {target_modules!r}: "
+                f"{error}. For some layers by name, give a list."
+            ) from error
     given = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if given else linear_shapes(model_or_shapes)
     targets = {n: shape for n, shape in shapes.items() if is_target(n, target_modules)}

@@ -203,6 +203,15 @@ def test_json_that_is_damaged_is_told_with_its_file(saved, file, text):
         load_adapter(base(), saved)
 
 
+def test_a_config_that_is_none_of_an_adapter_is_told_with_what_it_holds(saved):
+    (saved / CONFIG).write_text("{}")
+    with pytest.raises(ValueError, match="Expected the peft_type.*found nothing. Copy the adapter"):
+        load_adapter(base(), saved)
+    (saved / CONFIG).write_text('{"r": 4, "bias": "none"}')
+    with pytest.raises(ValueError, match="found bias, r. Copy the adapter"):
+        load_adapter(base(), saved)
+
+
 @pytest.mark.parametrize("origin", [True, False])
 @pytest.mark.parametrize(
     ("changes", "found"),

@@ -141,6 +141,11 @@ def test_names_that_fit_nothing_are_named_beside_those_that_there_are(target_mod
     assert idle in message and "k, o, q, v" in message and "all-linear" in message
 
 
+def test_a_pattern_that_is_none_is_refused_with_its_fault():
+    with pytest.raises(ValueError, match=r"found '\*\.q': nothing to repeat at position 0"):
+        lora_targets(GPT3, 8, "*.q")
+
+
 def test_a_name_is_a_whole_part_of_a_name():
     shapes = {"h.0.q": (4, 4), "h.0.uq": (4, 4), "h.1.q": (4, 4)}
     assert set(lora_targets(shapes, 1, ["q"])) == {"h.0.q", "h.1.q"}
