@@ -72,6 +72,15 @@ def test_without_the_converter_the_command_is_said(tmp_path, monkeypatch):
         export.to_gguf(TINY_BASE, tmp_path / "m.gguf")
 
 
+def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="Expected a GGUF file, found none at"):
+        monkeypatch.setattr(serving, "installed", lambda: True)
+        serving.start(tmp_path / "m.gguf", "mine")
+    (tmp_path / "m.gguf").write_text("no model")  # and where the server is missing: ImportError
+    with pytest.raises(RuntimeError, match="The server of mine did not start. It ended with:\n.+"):
+        serving.start(tmp_path / "m.gguf", "mine")
+
+
 def test_a_pre_tokenizer_is_known_by_its_rule_or_refused(tmp_path):
     assert export.pre_tokenizer(TINY_BASE) == "smollm"
     llama3_like.tokenizer().save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from tests import copies
 from tests import notebook_rules as rules
 from tools import notebooks
 
@@ -28,12 +29,12 @@ def test_notebook_obeys(path: Path, rule: rules.Rule):
 
 @pytest.mark.slow
 def test_lesson_5_shows_stored_runs_where_deepspeed_cannot_run(tmp_path: Path):
-    lesson = next(path for path in NOTEBOOKS if path.name == "05_deepspeed.ipynb")
-    command = [*notebooks.NBCONVERT, f"--output-dir={tmp_path}", str(lesson)]
+    lesson = copies.course(tmp_path, "notebooks") / "notebooks" / "05_deepspeed.ipynb"
+    command = [*notebooks.NBCONVERT, "--inplace", str(lesson)]
     stored = os.environ | {"SFT_DEEPSPEED": "stored"}
     stored.pop("PYTEST_CURRENT_TEST", None)
     subprocess.run(command, env=stored, check=True, capture_output=True)
-    nb = nbformat.read(tmp_path / lesson.name, 4)
+    nb = nbformat.read(lesson, 4)
     said = [rules.readable(output) for _, _, output in rules.outputs(nb)]
     launches = sum(cell.source.count("stored=") for _, cell in rules.code_cells(nb))
     assert launches == 5 == sum("A stored run, since SFT_DEEPSPEED" in text for text in said)

@@ -28,7 +28,9 @@ def test_axes_carry_title_labels_and_units(monkeypatch):
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
     viz.curves({"a": ([1], [1.0]), "b": ([1], [2.0])}, "Title", "alt")
     viz.compare(pd.DataFrame({"x": [0.5], "y": [0.999]}, index=["set"]), "Bars", "alt")
-    curves, bars = (figure.axes[0] for figure in figures)
+    viz.curves({"alone": ([1], [1.0])}, "Title", "alt")
+    curves, bars, alone = (figure.axes[0] for figure in figures)
+    assert alone.get_legend() is None  # the title says what it is
     assert (curves.get_title(), curves.get_xlabel()) == ("Title", "optimizer step")
     assert curves.get_ylabel() == "loss (nats a token)" and curves.get_legend()
     assert bars.get_ylabel() == "share of prompts (%)"
