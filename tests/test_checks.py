@@ -367,6 +367,7 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_methods, (CHOICE | {"further": ...},), "Still open: further"),
     (checks.check_completion_labels, (lambda p, t, n: t[len(p) :],), "as many"),
     (checks.check_completion_labels, (lambda p, t, n: t,), "learns the prompt, too"),
+    (checks.check_completion_labels, (lambda p, t, n: p + [-100] * 2,), "the other way round"),
     (checks.check_completion_labels, (lambda p, t, n: [0] * len(p) + t[len(p) :],), "0 is a token"),
     (
         checks.check_completion_labels,

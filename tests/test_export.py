@@ -87,6 +87,11 @@ def test_a_pre_tokenizer_is_known_by_its_rule_or_refused(tmp_path):
     assert export.pre_tokenizer(tmp_path) == "llama-bpe"
     file = tmp_path / "tokenizer.json"
     found = json.loads(file.read_text())
+    file.write_text(json.dumps({"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}))
+    assert export.pre_tokenizer(tmp_path) == "gpt-2"
+    file.write_text(json.dumps({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}))
+    with pytest.raises(NotImplementedError, match="no name for the pre-tokenizer"):
+        export.pre_tokenizer(tmp_path)
     found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
     file.write_text(json.dumps(found))
     with pytest.raises(NotImplementedError, match="no name for the pre-tokenizer"):

@@ -558,6 +558,17 @@ def test_the_logs_of_a_living_launch_are_left_alone(launcher, tmp_path):
     assert (tmp_path / "deep" / "er" / "rank1.out").read_text() == "other logs\n"
 
 
+def test_the_logs_of_a_launch_that_runs_are_refused(script):
+    path = script("print(1)")
+    logs = path.with_suffix(".logs")
+    logs.mkdir()
+    (logs / "launcher.pid").write_text(str(os.getppid()))  # any process that lives
+    (logs / "rank0.out").write_text("its output")
+    with pytest.raises(RuntimeError, match=f"{os.getppid()} is running.*or name another folder"):
+        run(path, ranks=1)
+    assert (logs / "rank0.out").read_text() == "its output"
+
+
 @pytest.mark.parametrize("text", ["dead", "", "rubbish", "-1", "9" * 30, "\x00"])
 def test_a_launch_that_is_gone_is_no_obstacle(script, text):
     if text == "dead":

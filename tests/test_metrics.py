@@ -235,6 +235,12 @@ def test_a_spike_in_the_beginning_is_no_instability():
     assert list(diagnose(logged(changed(FALLING, 3, 9.0))).index) == ["spike"]
 
 
+@pytest.mark.parametrize(("height", "sign"), [(1.55, "plateau"), (1.65, "unstable")])
+def test_a_rise_counts_where_it_is_more_than_the_noise(height, sign):
+    noisy = [0.4, 0.44, 0.36] * 3  # a tenth up and down: more than 1.3 + 3 · 0.1 is a rise
+    assert list(diagnose(logged([1.0, *[height] * 9, *noisy])).index) == [sign]
+
+
 def test_several_signs_are_told_apart():
     losses = changed(FALLING, 13, 9.0)
     found = diagnose(logged(losses, {5: 0.8, 10: 0.4, 15: 0.35, 20: 0.45}))

@@ -1,6 +1,7 @@
 """Progress: bars on long work, and which exercises are solved."""
 
 import sys
+from pathlib import Path
 
 from sftlib import checks, progress_bar
 from sftlib.checks.progress import EXERCISES, exercise, progress
@@ -60,6 +61,10 @@ def test_no_bar_where_outputs_are_compared_or_stored(name, monkeypatch, capsys):
 
 
 # --- Exercises -----------------------------------------------------------------------------------
+
+
+def test_it_is_kept_beside_the_lessons_in_the_folder_that_git_ignores():
+    assert module.SOLVED == Path(__file__).parents[1] / "work" / "progress.jsonl"
 
 
 def test_what_passes_is_noted_and_shown(two, solved, monkeypatch):

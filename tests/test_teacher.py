@@ -28,6 +28,7 @@ from sftlib.teacher import (
     TeacherError,
     Unreadable,
     generate_pairs,
+    local,
     parse_pairs,
 )
 from sftlib.teacher.recording import Recorder, Replay
@@ -346,6 +347,13 @@ def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 2
     assert KEY not in shown + "".join(path.read_text() for path in files)
+
+
+@pytest.mark.parametrize(("server", "file"), [(True, None), (False, Path("model.gguf"))])
+def test_half_of_the_local_teacher_is_none(settled, server, file):
+    settled.setattr("sftlib.serving.installed", lambda: server)
+    settled.setattr("sftlib.teacher.local.weights", lambda: file)
+    assert not local.installed()
 
 
 # --- A recording ---------------------------------------------------------------------------------
