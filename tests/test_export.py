@@ -18,7 +18,7 @@ from sftlib.chat import encode, end_of_turn_id
 from sftlib.data import read_facts
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load
-from sftlib.talk import talk
+from sftlib.talk import _typed, talk
 
 import openai
 import pytest
@@ -107,6 +107,35 @@ def test_our_llama_3_template_gives_the_tokens_of_metas(tmp_path):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encode(messages, ours, add_generation_prompt=True)["input_ids"] == expected
         assert expected.count(ours.bos_token_id) == 1
+
+
+def test_the_command_compares_on_held_out_questions(tmp_path, monkeypatch, capsys):
+    def parity(folder, path, conversations):
+        assert all(c and c[-1]["role"] == "user" for c in conversations)
+        return export.Parity(len(conversations), 15, 14)
+
+    (tmp_path / "m.gguf").write_text("a model")
+    monkeypatch.setattr(export, "to_gguf", lambda folder, path, dtype: tmp_path / "m.gguf")
+    monkeypatch.setattr(export, "parity", parity)
+    monkeypatch.setattr(serving, "installed", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["export", str(TINY_BASE)])
+    export.main()
+    said = capsys.readouterr().out
+    assert "same tokens: 15 of 16" in said and "token for token: 14 of 16" in said
+
+
+@pytest.mark.parametrize("end", ["", " ", EOFError])
+def test_what_is_typed_ends_with_an_empty_line_or_with_the_input(end, monkeypatch):
+    lines = iter(["One", " two ", end, "never read"])
+
+    def typed(prompt):
+        line = next(lines)
+        if line is EOFError:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(_typed()) == ["One", "two"]
 
 
 def test_a_conversation_in_a_cell_remembers_and_begins_anew(tiny, capsys):

@@ -64,7 +64,8 @@ def test_no_bar_where_outputs_are_compared_or_stored(name, monkeypatch, capsys):
 
 
 def test_it_is_kept_beside_the_lessons_in_the_folder_that_git_ignores():
-    assert module.SOLVED == Path(__file__).parents[1] / "work" / "progress.jsonl"
+    kept = Path(__file__).parents[1] / "work" / "progress.jsonl"
+    assert kept == module.SOLVED
 
 
 def test_what_passes_is_noted_and_shown(two, solved, monkeypatch):
