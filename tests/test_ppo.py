@@ -230,6 +230,13 @@ def test_the_seed_decides(tuned):
     assert one == other != third
 
 
+def test_people_see_how_far_it_is(tuned, monkeypatch, capsys):
+    for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"):
+        monkeypatch.delenv(name, raising=False)
+    trained(tuned, steps=1)
+    assert "0/1" in capsys.readouterr().out
+
+
 def test_a_value_stands_before_its_token():
     model, _ = load()
     policy = ppo.PolicyWithValue(model)
