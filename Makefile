@@ -2,8 +2,6 @@
 
 PORT ?= 8888
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
-# Two workers with a thread each: on two cores that is faster than one with two
-TESTS := OMP_NUM_THREADS=1 python -m pytest --numprocesses=2 --dist=loadfile
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg
 NOTEBOOKS := tools/notebooks.py
@@ -38,14 +36,14 @@ serving: setup ## install what takes a finetuned model out and serves it (lesson
 
 test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
 	@$(VENV) python tools/browser.py
-	@$(VENV) $(TESTS) $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
 
 browser: setup ## run every lesson in JupyterLab in a browser; screenshots in build/screenshots/
 	@$(VENV) python tools/browser.py
 	@$(VENV) SFT_BROWSER_ALL=1 python -m pytest tests/test_browser.py $(ARGS)
 
 quick: setup ## run the fast unit tests alone
-	@$(VENV) $(TESTS) -m "not slow" tests $(ARGS)
+	@$(VENV) python -m pytest -m "not slow" tests $(ARGS)
 
 lint: setup ## check code and notebooks: style, layout, spelling, clean metadata
 	@$(VENV) ruff check

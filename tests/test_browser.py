@@ -238,6 +238,7 @@ def test_the_server_asks_for_its_token(jupyterlab: Lab):
         urllib.request.urlopen(f"{jupyterlab.url}/api/contents", timeout=10)
 
 
+@pytest.mark.skipif(not EACH, reason="`make browser` runs it")
 def test_pages_beside_the_lessons_open_as_pages_not_as_source(chromium, jupyterlab: Lab):
     page = open_page(chromium, jupyterlab, "notebooks/01_what_is_sft.ipynb")
     shown = page.get_by_role("link", name="this index").locator("visible=true")  # not another tab's

@@ -26,7 +26,7 @@ from tests import llama3_like
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2")
-SHORT = ("--ask", "8", "--per_device_train_batch_size", "8", "--num_train_epochs", "1")
+SHORT = ("--ask", "2", "--per_device_train_batch_size", "8", "--num_train_epochs", "1")
 
 
 @pytest.fixture
