@@ -414,6 +414,27 @@ def test_ranks_that_lost_the_failing_one_come_last_and_in_short(script):
     ]
 
 
+def test_a_failed_script_ends_with_the_code_that_python_itself_would_give(script, tmp_path):
+    command = [sys.executable, "-m", "sftlib.rank", str(script("raise ValueError('bad batch')"))]
+    notes = {"SFT_RANK_NOTES": str(tmp_path / "rank0")}
+    assert subprocess.run(command, env=os.environ | notes, capture_output=True).returncode == 1
+
+
+def test_a_rank_that_only_followed_is_told_last_though_it_ended_first(script):
+    path = script(
+        """
+    import os, time
+    if os.environ["RANK"] == "0":
+        raise RuntimeError("Connection closed by peer")
+    time.sleep(1)
+    raise ValueError("bad batch")
+    """
+    )
+    first, second = failures(path, ranks=2)
+    assert first.startswith("rank 1: ValueError: bad batch")
+    assert second.startswith(f"rank 0: {LOST}")
+
+
 def test_ranks_that_still_wait_for_a_failed_one_are_stopped(script, monkeypatch):
     monkeypatch.setattr(launch_module, "GRACE", 0.5)
     path = script(
