@@ -76,7 +76,7 @@ bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps 
 audit: setup ## known vulnerabilities of the pinned packages (asks the index about each)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \
 		--target=work/audit pip-audit
-	@$(VENV) PYTHONPATH=work/audit python -m pip_audit --no-deps --disable-pip \
+	@$(VENV) PYTHONPATH=work/audit python -m pip_audit --strict --no-deps --disable-pip \
 		--requirement=constraints.txt
 
 newest: setup ## which lessons break with the newest releases (KEEP="torch" stays at its pin)
