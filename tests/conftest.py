@@ -19,3 +19,14 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(TINY_BASE)
+
+
+@pytest.fixture
+def somebody_comes(monkeypatch):
+    """Call it in a test: from then on no variable says that outputs are compared or stored."""
+
+    def come():  # not before: pytest sets its own variable again when the test begins
+        for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"):
+            monkeypatch.delenv(name, raising=False)
+
+    return come

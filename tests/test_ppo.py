@@ -230,9 +230,8 @@ def test_the_seed_decides(tuned):
     assert one == other != third
 
 
-def test_people_see_how_far_it_is(tuned, monkeypatch, capsys):
-    for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"):
-        monkeypatch.delenv(name, raising=False)
+def test_people_see_how_far_it_is(tuned, somebody_comes, capsys):
+    somebody_comes()
     trained(tuned, steps=1)
     assert "0/1" in capsys.readouterr().out
 

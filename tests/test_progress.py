@@ -12,12 +12,6 @@ import pytest
 module = sys.modules["sftlib.checks.progress"]  # its function has the same name
 
 
-def somebody_comes(monkeypatch):
-    """From now on no variable says that outputs are compared or stored."""
-    for name in ("CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def solved(tmp_path, monkeypatch):
     """The file of solved exercises, in a folder that is not there yet."""
@@ -45,16 +39,16 @@ def two(monkeypatch):
 # --- Bars ----------------------------------------------------------------------------------------
 
 
-def test_a_bar_is_shown_to_people_and_goes_when_the_work_is_done(monkeypatch, capsys):
-    somebody_comes(monkeypatch)
+def test_a_bar_is_shown_to_people_and_goes_when_the_work_is_done(somebody_comes, capsys):
+    somebody_comes()
     assert list(progress_bar(range(3), unit="step")) == [0, 1, 2]
     shown = capsys.readouterr().out
     assert "0/3" in shown and "step/s" in shown and shown.endswith("\r")
 
 
 @pytest.mark.parametrize("name", ["CI", "PYTEST_CURRENT_TEST", "SFT_NO_BARS"])
-def test_no_bar_where_outputs_are_compared_or_stored(name, monkeypatch, capsys):
-    somebody_comes(monkeypatch)
+def test_no_bar_where_outputs_are_compared_or_stored(name, somebody_comes, monkeypatch, capsys):
+    somebody_comes()
     monkeypatch.setenv(name, "1")
     assert list(progress_bar(range(3))) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
@@ -68,8 +62,8 @@ def test_it_is_kept_beside_the_lessons_in_the_folder_that_git_ignores():
     assert kept == module.SOLVED
 
 
-def test_what_passes_is_noted_and_shown(two, solved, monkeypatch):
-    somebody_comes(monkeypatch)
+def test_what_passes_is_noted_and_shown(two, solved, somebody_comes):
+    somebody_comes()
     first, second = two
     assert list(progress().solved) == ["○ ○"]
     assert progress().loc["lesson 1", "next"] == "1: find the number 1"
@@ -81,8 +75,8 @@ def test_what_passes_is_noted_and_shown(two, solved, monkeypatch):
     assert progress().loc["lesson 1"].tolist() == ["✓ ✓", "all done"]
 
 
-def test_an_exercise_is_noted_once_and_stays_solved(two, solved, monkeypatch):
-    somebody_comes(monkeypatch)
+def test_an_exercise_is_noted_once_and_stays_solved(two, solved, somebody_comes):
+    somebody_comes()
     first, _ = two
     first(1)
     before = solved.read_bytes()
@@ -95,15 +89,15 @@ def test_runs_without_a_reader_note_nothing(two, solved):
     assert two[0](1) and not solved.exists()  # pytest sets its variable
 
 
-def test_a_note_that_cannot_be_written_is_no_error(two, solved, monkeypatch):
-    somebody_comes(monkeypatch)
+def test_a_note_that_cannot_be_written_is_no_error(two, solved, somebody_comes):
+    somebody_comes()
     solved.parent.write_text("a file where the folder should be")
     assert two[0](1)
     assert not solved.exists()
 
 
-def test_a_damaged_line_costs_no_other(two, solved, monkeypatch):
-    somebody_comes(monkeypatch)
+def test_a_damaged_line_costs_no_other(two, solved, somebody_comes):
+    somebody_comes()
     two[0](1)
     with solved.open("a") as file:
         file.write('{"lesson": 1, "exerc')
