@@ -65,7 +65,7 @@ new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A ti
 	@$(VENV) python tools/new_lesson.py "$(NAME)" "$(TITLE)"
 
 sections: setup ## run each section after the set-up cell alone (NB=01 for one lesson)
-	@$(VENV) python -m tests.sections $(NB)
+	@$(VENV) SFT_NO_BARS=1 python -m tests.sections $(NB)
 
 mutation: setup ## damage sftlib in many small ways, and count how many the quick tests notice
 	@$(VENV) python -m tests.mutation $(ARGS)

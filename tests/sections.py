@@ -26,7 +26,7 @@ import trl  # noqa: F401
 from tests import copies
 from tools import notebooks
 
-QUIET = {"SFT_NO_BARS": "1", "SFT_TEACHER": "recording", "MPLBACKEND": "agg"}
+QUIET = {"SFT_TEACHER": "recording", "MPLBACKEND": "agg"}
 
 
 def run(notebook: Path, cells: list[dict]) -> str:
@@ -79,12 +79,12 @@ def main(*words: str) -> int:
             name: [cell for cell in cells if cell["cell_type"] == "code"]
             for name, cells in notebooks.sections(notebook).items()
         }
-        set_up = parts.pop("Set-up")
-        parts = {name: set_up + cells for name, cells in parts.items() if cells}
         if whole:
-            later = [cell for cells in parts.values() for cell in cells[len(set_up) :]]
-            parts = {"from top to bottom": set_up + later}
-        for name, cells in parts.items():
+            runs = {"from top to bottom": sum(parts.values(), [])}
+        else:
+            set_up = parts.pop("Set-up")
+            runs = {name: set_up + cells for name, cells in parts.items() if cells}
+        for name, cells in runs.items():
             began = time.monotonic()
             why = run(notebook, cells)
             failed += bool(why)

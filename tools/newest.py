@@ -28,10 +28,29 @@ def wanted(pinned: dict[str, str], keep: Collection[str]) -> list[str]:
     return [f"{name}=={version}" if name in keep else name for name, version in pinned.items()]
 
 
+def changes(pinned: dict[str, str], frozen: str) -> list[str]:
+    """What `pip freeze` says of the pinned packages, where it is not the pin."""
+    now = {_same(name): version.split("+")[0] for name, version in pins(frozen).items()}
+    found = {name: now.get(_same(name), "not installed") for name in pinned}
+    return [f"{name} {pin} → {found[name]}" for name, pin in pinned.items() if found[name] != pin]
+
+
+def _same(name: str) -> str:
+    """A package's name as the index compares it: case and separators do not count."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def command(python: str | Path) -> list[str]:
+    """What runs a lesson without comparing its outputs; the notebook's path comes last."""
+    lax = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
+    return [str(python), "-m", "pytest", *lax, "-q", "-p", "no:cacheprovider"]
+
+
 def first_failure(report: str) -> str:
     """The first cell that failed, and its error, from what pytest printed; empty where none did."""
-    cell = re.search(r"^_+ (?:\S*::)?(Cell \d+) _+$", report, re.MULTILINE)
-    error = re.search(r"^(\w+(?:Error|Exception|Warning)\b.*)$", report, re.MULTILINE)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", report)  # IPython's colours
+    cell = re.search(r"^_+ (?:\S*::)?(Cell \d+) _+$", plain, re.MULTILINE)
+    error = re.search(r"^([\w.]+(?:Error|Exception|Exit|Warning): .*)$", plain, re.MULTILINE)
     found = [match[1][:200] for match in (cell, error) if match]
     return ": ".join(found)
 
@@ -45,26 +64,21 @@ def main(*keep: str) -> int:
         return 2
     python = PLACE / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(PLACE)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, *packages], check=True)
-    subprocess.run([*pip, "--no-deps", "--editable", "."], cwd=ROOT, check=True)
-    frozen = subprocess.run(
-        [str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True
-    )
-    now = {name.lower(): version for name, version in pins(frozen.stdout).items()}
-    for name, version in pinned.items():
-        newest = now.get(name.lower().replace("_", "-"), "?").split("+")[0]
-        if newest != version:
-            print(f"{name} {version} → {newest}", flush=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--upgrade", "pip"], check=True)
+    if code := subprocess.run([*pip, "install", "--quiet", *packages]).returncode:
+        print("The newest releases do not install together: pip says why above.", file=sys.stderr)
+        return code
+    frozen = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True)
+    changed = changes(pinned, frozen.stdout) or ["Each pin is the newest release"]
+    print(*changed, sep="\n", flush=True)
 
     broken = 0
-    settings = os.environ | {"PATH": f"{PLACE / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    check = [str(python), "-m", "pytest", "--nbval-lax", "--nbval-current-env"]
-    check += ["--nbval-cell-timeout=600", "-q", "-p", "no:cacheprovider"]
+    path = f"{PLACE / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    settings = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
     for lesson in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         done = subprocess.run(
-            [*check, str(lesson)], cwd=ROOT, env=settings, capture_output=True, text=True
+            [*command(python), str(lesson)], cwd=ROOT, env=settings, capture_output=True, text=True
         )
         broken += done.returncode != 0
         why = first_failure(done.stdout) or done.stdout[-300:] if done.returncode else ""
