@@ -355,10 +355,12 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     frozen = 0 if args.method == "full" else total
     half = training.bf16 or args.plan_gib > 0  # of another machine: with GPUs that have bfloat16
     dtype = "bfloat16" if half else "float32"
-    states = zero_bytes(trained, args.plan_gpus, stage(training), dtype, frozen)
-    weights = states.weights
-    if args.method == "qlora":
-        weights = round(frozen * 0.52 + 2 * trained)
+    # What is trained lies in float32, unless DeepSpeed keeps a copy in it, or TRL casts
+    own = dtype if training.deepspeed or args.method == "qlora" else "float32"
+    states = zero_bytes(trained, args.plan_gpus, stage(training), own)
+    base = zero_bytes(0, args.plan_gpus, stage(training), dtype, frozen).weights
+    weights = states.weights + (round(frozen * 0.52) if args.method == "qlora" else base)
+    copies = 2 * trained if own != dtype else 0  # autocast's, kept from forward to backward
     lengths = [
         len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]
     ]
@@ -375,14 +377,15 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     a_step *= args.plan_gpus
     steps = round(-(-len(rows) // a_step) * training.num_train_epochs)
     tokens = round(sum(lengths) * training.num_train_epochs)
-    need = weights + states.gradients + states.optimizer + activations
     have = args.plan_gib * 2**30 or _memory()
     gib = {
         "weights": weights,
         "gradients": states.gradients,
         "optimizer": states.optimizer,
+        **({f"copies in {dtype} to compute with": copies} if copies else {}),
         f"activations ({training.per_device_train_batch_size} × {longest} tokens)": activations,
     }
+    need = sum(gib.values())
     one, more = ("GPU", "GPUs") if torch.cuda.is_available() or half else ("process", "processes")
     where = f"on each of {args.plan_gpus} {more}" if args.plan_gpus > 1 else f"on 1 {one}"
     epochs = f"{training.num_train_epochs:g} epoch{'s' * (training.num_train_epochs != 1)}"
@@ -392,7 +395,7 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         f"conversations   {len(rows):,}, {tokens:,} tokens in {epochs}",
         f"steps           {steps:,} of {a_step} conversations",
         f"operations      {6 * total * tokens:.2e} (6 · parameters · tokens, an upper bound)",
-        f"{where} (ZeRO stage {stage(training)}, {dtype}):",
+        f"{where} (ZeRO stage {stage(training)}, computed in {dtype}):",
     ]
     lines += [f"    {size / 2**30:8.2f} GiB  {name}" for name, size in gib.items()]
     lines.append(f"    {need / 2**30:8.2f} GiB  in all, of {have / 2**30:.1f} GiB")

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 FACTS = Path(__file__).parents[1] / "data" / "facts"
-MIXTURE = FACTS.parent / "mixture.jsonl"  # what lesson 2 makes, and later lessons train on
+MIXTURE = FACTS.parent / "mixture.jsonl"  # what lesson 2 makes of all its sources
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

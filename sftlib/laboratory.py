@@ -144,7 +144,7 @@ def no_clipping(plan: Plan) -> None:
 # --- What goes wrong with the labels -------------------------------------------------------------
 
 
-@failure("starts above chance")
+@failure("starts near chance")
 def labels_shifted(plan: Plan) -> None:
     """Labels shifted by one place, as if the trainer did not do that itself."""
     plan.relabel = lambda row: row | {"labels": [IGNORED, *row["labels"][:-1]]}

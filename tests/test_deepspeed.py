@@ -441,3 +441,28 @@ def test_deepspeed_on_two_nodes_gives_the_losses_of_launch(namespaces, launched,
         f"--master_addr $MASTER_ADDR --master_port $MASTER_PORT {RANKS}/launched.py"
     )
     assert losses(run(TWO_NODES, "sh", "-c", command)) == launched
+
+
+SCALER = """
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
+from sftlib.rank import without_builds
+without_builds()
+import torch
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.utils.logging import set_log_level_from_string
+loss_scaler.dist.get_rank = lambda: 0
+scaler = loss_scaler.DynamicLossScaler(4, 1000, 1, 1, True, dtype=torch.half)
+scaler.update_scale(True)
+print("halved to", scaler.cur_scale, flush=True)
+set_log_level_from_string("info")  # what "log_level" in the file does
+scaler.update_scale(True)
+scaler.update_scale(True)
+"""
+
+
+def test_an_overflow_is_told_at_level_info_and_ends_the_run_at_the_smallest_scale():
+    done = subprocess.run([sys.executable, "-c", SCALER], capture_output=True, text=True, cwd=ROOT)
+    said = done.stdout + done.stderr
+    assert "halved to 2" in said and "Current loss scale already at minimum" in done.stderr
+    assert said.count("OVERFLOW! Rank 0 Skipping step.") == 1, said

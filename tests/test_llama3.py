@@ -18,6 +18,7 @@ from sftlib.models import TINY_BASE, load
 
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 import class_5_llama3 as script
@@ -106,6 +107,29 @@ def test_the_plan_of_llama_3_8b_is_that_of_the_paper(tmp_path, capsys):
     assert "8,030,261,248, of which 8,030,261,248 are trained" in said
     sizes = [float(line.split()[0]) for line in said.splitlines() if "GiB  " in line][:3]
     assert sum(sizes) == pytest.approx(16 * 8_030_261_248 / 8 / 2**30, abs=0.02)
+
+    script.main(["--plan", "--model", str(tmp_path), "--plan_gib", "80", "--method", "full"])
+    said = capsys.readouterr().out
+    sizes = [float(line.split()[0]) for line in said.splitlines() if "GiB  " in line][:4]
+    a_byte = 8_030_261_248 / 2**30  # float32 weights, gradients, moments, autocast's copies
+    assert sizes == pytest.approx([4 * a_byte, 4 * a_byte, 8 * a_byte, 2 * a_byte], abs=0.01)
+
+
+def test_autocast_keeps_a_copy_of_each_weight_until_the_backward_pass(tiny):
+    model, _ = tiny
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+    copies = {}
+
+    def note(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in shapes:
+            copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.autograd.graph.saved_tensors_hooks(note, note), torch.autocast("cpu"):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.isfinite()
+    assert sum(copies.values()) == pytest.approx(2 * model.num_parameters(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def _stage(config: dict) -> Any:
 
 @exercise
 def check_stages(stages: Any) -> Verdict:
-    """Lesson 5, exercise 3: the fastest stage that fits."""
+    """Lesson 5, exercise 3: the lowest stage that fits."""
     if stages is ... or stages is None:
         return NOT_ATTEMPTED
     # billions of parameters, GPUs, the answer
@@ -167,6 +167,6 @@ def check_stages(stages: Any) -> Verdict:
         if found < best:
             return wrong(f"{name}: stage {found} keeps {needs:.0f} GB a GPU; 64 are free.")
         if found > best:
-            why = "gradients each time" if best == 1 else "more"
-            return wrong(f"{name}: stage {found} fits, but sends {why}; a lower one fits, too.")
+            why = "sends gradients each time" if best == 1 else "has to gather weights"
+            return wrong(f"{name}: stage {found} fits, but {why}; a lower one fits, too.")
     return right("As little ZeRO as fits.")

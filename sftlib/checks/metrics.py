@@ -15,7 +15,7 @@ HINTS = {
     "not a number": "Does each of its lines go on to the last step?",
     "no gradient": "Look at grad_norm, right at the bottom.",
     "out of scale": "Compare the training loss with the evaluation loss.",
-    "starts above chance": "Compare its first loss with ln(vocabulary).",
+    "starts near chance": "Compare its first loss with ln(vocabulary).",
     "unstable": "Does the loss ever stand clearly above where it began?",
     "barely learning": "How far does the loss fall, from the first step to the last?",
     "plateau": "Compare where its loss ends with where those of the others end.",

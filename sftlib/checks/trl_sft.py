@@ -96,7 +96,18 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
         "max_length": 512,
         "packing": True,
     }
-    given = {name: value for name, value in config_arguments.items() if name != "output_dir"}
+    as_before = {  # what plain TrainingArguments set by default, and SFTConfig does not
+        "learning_rate": 5e-5,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 500,
+    }
+    given = {
+        name: value
+        for name, value in config_arguments.items()
+        if name != "output_dir" and (name not in as_before or as_before[name] != value)
+    }
     if cause := _differ(given, expected, "SFTConfig"):
         return wrong(cause)
     objects = {

@@ -1,8 +1,8 @@
 """What a log says about a training: signs that something is wrong, in plain words.
 
 Each rule looks for one sign. Their thresholds were chosen on some of the laboratory's trainings and
-measured on others (`data/build/failures.py`, lesson 8). They are rules of thumb, not theorems,
-except one: where every best guess is right, the loss cannot exceed the entropy.
+measured on others (`data/build/failures.py`, lesson 8). They are rules of thumb. Behind one stands
+a theorem: where every best guess is right, the loss cannot exceed the entropy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNS = {
     "not a number": "the loss or grad_norm is NaN or infinite",
     "no gradient": "grad_norm is 0",
     "out of scale": "the training loss is a multiple of the evaluation loss all along",
-    "starts above chance": "the first loss is above ln(vocabulary), what guessing would cost",
+    "starts near chance": "the first loss is near ln(vocabulary), the cost of guessing, or above",
     "unstable": "the loss rises clearly above where it began",
     "barely learning": "the loss falls by less than a sixth",
     "plateau": "the loss falls, and then stays where much is still guessed wrong",
@@ -78,7 +78,7 @@ def _findings(log: Any) -> Iterator[Finding]:
         yield broken
         return  # nothing after it means anything
     rows = table(log)
-    for rule in (_no_gradient, _out_of_scale, _starts_above_chance):
+    for rule in (_no_gradient, _out_of_scale, _starts_near_chance):
         if found := rule(rows):
             yield found
             return  # it explains what the next rules would see
@@ -101,8 +101,8 @@ def _not_a_number(rows: list[dict]) -> Finding | None:
                     f"{name} is {row[name]} at step {row['step']:.0f}.",
                     "A division by zero (a batch in which no label counts), an overflow (fp16, a "
                     "learning rate that is too high) or a broken input. From then on all weights "
-                    "are broken. The loss may look fine: Transformers writes 0 in place of NaN "
-                    "unless logging_nan_inf_filter=False.",
+                    "are broken. The loss may look fine: Transformers puts the mean of the other "
+                    "logged steps in place of NaN, or 0, unless logging_nan_inf_filter=False.",
                     "Look at the labels of that step's batch; bf16 in place of fp16; a lower "
                     "learning rate. Begin anew from a checkpoint before that step.",
                 )
@@ -155,7 +155,8 @@ def _out_of_scale(rows: pandas.DataFrame) -> Finding | None:
 _OF_TRL = ("mean_token_accuracy", "entropy")
 
 
-def _starts_above_chance(rows: pandas.DataFrame) -> Finding | None:
+def _starts_near_chance(rows: pandas.DataFrame) -> Finding | None:
+    # below, 8 nats are the border: a log does not say how large the vocabulary is
     first = rows.loss.dropna()[:3].median()
     accuracy, entropy = (_values(rows, name)[:3].median() for name in _OF_TRL)
     known = not math.isnan(accuracy) and not math.isnan(entropy)
@@ -165,7 +166,7 @@ def _starts_above_chance(rows: pandas.DataFrame) -> Finding | None:
         f", with an entropy of {entropy:.1f} and {accuracy:.0%} of guesses right" if known else ""
     )
     return Finding(
-        "starts above chance",
+        "starts near chance",
         f"The first losses are about {first:.1f} nats a token{sure if known else ''}.",
         "Guessing costs ln(vocabulary), 10.8 for GPT-2 and 11.8 for Llama 3; a pretrained model "
         "begins far below. This one is wrong almost everywhere: labels shifted twice, a tokenizer "
