@@ -77,7 +77,7 @@ audit: setup ## known vulnerabilities of the pinned packages (asks the index abo
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \
 		--target=work/audit pip-audit
 	@$(VENV) PYTHONPATH=work/audit python -m pip_audit --strict --no-deps --disable-pip \
-		--requirement=constraints.txt
+		$(addprefix --requirement=,constraints.txt $(wildcard requirements-*.txt))
 
 newest: setup ## which lessons break with the newest releases (KEEP="torch" stays at its pin)
 	@$(VENV) python tools/newest.py $(KEEP)
@@ -100,7 +100,7 @@ real: teacher ## teach a real model of 135 M parameters, and run lessons on it
 recording: teacher ## record the local teacher for lesson 2 again
 	@$(VENV) python data/build/recording.py
 
-clean: ## remove the environment and everything that can be made again
-	rm -rf .venv .venv.lock work .hypothesis .pytest_cache .ruff_cache build *.egg-info
+clean: ## remove the environment and what was built; work/, with your models, stays
+	rm -rf .venv .venv.lock work/newest work/audit .hypothesis .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

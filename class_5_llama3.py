@@ -29,7 +29,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from sftlib import progress_bars
@@ -64,15 +64,17 @@ class Llama3Arguments:
     )
     data: str = option(
         os.path.relpath(FACTS / "sft.jsonl"),
-        "Conversations: .jsonl, .json (also .gz) or .parquet in any published format, or a "
-        "dataset on the Hub.",
+        "Conversations: .jsonl, .json (also .gz) or .parquet, or a dataset on the Hub; with "
+        "messages, prompt and completion, chosen and rejected, or as Alpaca, Dolly, ShareGPT or "
+        "OASST.",
     )
     held_out: str = option(
         "", "Conversations to evaluate on: such a file, or the share of the data that is kept back."
     )
     template: str = option(
         "auto",
-        "auto: Llama 3's, if the tokenizer has its tokens, else the model's own, else ChatML.",
+        "auto: Llama 3's, if the tokenizer has its tokens; else the model's own, or ChatML where "
+        "that is ChatML without marks, or none. own: the model's, to the letter.",
         choices=["auto", "llama3", "chatml", "own"],
     )
     lora_r: int = option(16, "Rank of the adapters.")
@@ -160,6 +162,13 @@ def _help(parser) -> str:
 
 def check(args: Llama3Arguments, training) -> None:
     """Raise where arguments contradict each other, before anything is loaded."""
+    for one in fields(args):  # a file of settings is read without this check
+        choices = one.metadata.get("choices")
+        if choices and getattr(args, one.name) not in choices:
+            found = getattr(args, one.name)
+            raise ValueError(
+                f"Expected one of {', '.join(choices)} for {one.name}, found {found!r}."
+            )
     usual = {one.name: one.default for one in fields(Llama3Arguments)}
     set_there = [name for name in ("lora_r", "lora_alpha") if getattr(args, name) != usual[name]]
     if args.method == "full" and (set_there or not args.merge):
@@ -221,18 +230,25 @@ def sets(args: Llama3Arguments) -> tuple[list[dict], list[dict], list[dict]]:
     try:
         share = float(held_out)
     except ValueError:
-        return found.rows, _some(held_out).rows, found.rejects
+        held = _some(held_out)
+        return found.rows, held.rows, found.rejects + held.rejects
     if not 0 < share < 1:
         raise ValueError(
             f"Expected a file or a share between 0 and 1 for --held_out, found {share}."
         )
-    kept, held = split(found.rows, lambda row: row["messages"][0]["content"], share)
+    kept, held = split(found.rows, first_question, share)
     return kept, held, found.rejects
 
 
+def first_question(row: dict) -> str:
+    """What the user says first; a system message may stand before it in all conversations."""
+    return next(m["content"] for m in row["messages"] if m["role"] == "user")
+
+
 def _some(source: str) -> Converted:
-    """The conversations of a source that has any."""
+    """The conversations of a source that has any; rejects say of which source they are."""
     found = conversations(source)
+    found = replace(found, rejects=[{"source": source} | one for one in found.rejects])
     if not found.rows:
         why = [f"line {one['line']}: {one['reason']}" for one in found.rejects[:1]]
         raise ValueError(
@@ -269,7 +285,7 @@ def load_model(args: Llama3Arguments, training):
     # All parameters in bfloat16 would lose small updates; DeepSpeed keeps its own float32 copy.
     whole = args.method == "full" and not training.deepspeed
     model, tokenizer = load(args.model, dtype=torch.float32 if whole else None, **options)
-    set_template(tokenizer, args.template)
+    set_template(tokenizer, args)
     model.generation_config.eos_token_id = ends(tokenizer)
     return model, tokenizer
 
@@ -280,8 +296,14 @@ def ends(tokenizer) -> list[int]:
     return [token for token in found if token is not None]
 
 
-def set_template(tokenizer, choice: str) -> None:
-    known = tokenizer.get_vocab()
+def set_template(tokenizer, args: Llama3Arguments) -> None:
+    from sftlib.chat import training_template
+    from sftlib.models import own_template
+
+    choice, known = args.template, tokenizer.get_vocab()
+    if choice == "own":
+        tokenizer.chat_template = own_template(args.model)
+        training_template(tokenizer)  # raises where it does not say what the assistant's tokens are
     needs = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
     if choice == "auto" and "<|eot_id|>" in known:
         choice = "llama3"
@@ -347,7 +369,7 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
 
     unset_hf_deepspeed_config()  # or stage 3 would divide the model that has no weights
     model, tokenizer = describe(args.model)
-    set_template(tokenizer, args.template)
+    set_template(tokenizer, args)
     total = model.num_parameters()
     trained = total
     if args.method != "full":
@@ -538,16 +560,28 @@ def _whole(checkpoint: Path) -> bool:
     return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*"))
 
 
-def identity(args: Llama3Arguments, rows: list[dict]) -> dict:
-    """What a checkpoint must agree with."""
+def identity(args: Llama3Arguments, training, rows: list[dict]) -> dict:
+    """What a checkpoint must agree with: what decides what is learned, as it was asked for."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    adapters = args.method != "full"
+    rows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return {
         "model": args.model,
         "method": args.method,
-        "lora_r": args.lora_r if args.method != "full" else 0,
+        "lora_r": args.lora_r if adapters else 0,
+        "lora_alpha": args.lora_alpha if adapters else 0,
         "template": args.template,
         "data": digest[:16],
+        "rows_a_step": rows_a_step * training.world_size,  # also on another number of GPUs
+        "lr_scheduler_type": str(training.lr_scheduler_type.value),
+        **{name: getattr(training, name) for name in SETTINGS},
     }
+
+
+SETTINGS = (  # of TRL's; the rest may change between two calls
+    *("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "max_length", "packing"),
+    "seed",
+)
 
 
 # --- Saving --------------------------------------------------------------------------------------
@@ -568,8 +602,9 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
     if args.method == "full" or not args.merge:
         return folder / name
     unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
-    if first:  # from the base as it was, not as it was quantised
-        base, _ = load(args.model)
+    if first:  # from the base as it was, not as it was quantised; the GPU has no room for both
+        print(f"The adapter is in {folder / name}. Merging it, on the CPU (--no_merge: not)")
+        base, _ = load(args.model, device="cpu")
         tokenizer = trainer.processing_class
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
         merged.generation_config.eos_token_id = ends(tokenizer)
@@ -654,7 +689,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     first = training.process_index == 0
     folder = Path(training.output_dir)
-    run = identity(args, rows)
+    run = identity(args, training, rows)
     checkpoint = last_checkpoint(training.output_dir, run)
     if first:
         print(f"{len(rows):,} conversations to train on, {len(held_out):,} held out")
@@ -725,8 +760,9 @@ def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
 
 
 def _size(model) -> int:
-    """Number of parameters, also of those that ZeRO-3 has divided."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    """Number of parameters, also of those that ZeRO-3 has divided, or that are packed in 4 bits."""
+    divided = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
+    return sum(divided) if divided else model.num_parameters()
 
 
 def samples(rows: list[dict], given: list, count: int = 3) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftlib.data import write_jsonl
-from sftlib.formats import FORMATS, RecordError, to_messages
-from sftlib.validation import briefly
+from sftlib.formats import FORMATS, RecordError, oasst_trees, to_messages
+from sftlib.validation import MAPPINGS, briefly
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ def convert(path: str | os.PathLike, rejects: str | os.PathLike | None = None) -
     Reads JSON lines (`.jsonl`) and JSON arrays (`.json`), also gzipped (`.gz`), and Parquet, with
     records of any format of `to_messages`. A record that is broken in any way is listed and never
     stops the rest. In an array, reading goes on at the next record: the next object at the first
-    one's indentation, or (in one line) with its first key, or of a known format.
+    one's indentation, or (in one line) with its first key, or of a known format. OASST's table, one
+    message a row, becomes trees first.
 
     Args:
         rejects: where to write the rejects too, as JSON lines.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither JSON lines nor a JSON array, or its gzip data is damaged.
+        ValueError: the file is neither JSON lines nor a JSON array, or its gzip data is damaged;
+            or a message of OASST's table is missing.
     """
     path = Path(path)
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -71,7 +73,7 @@ def convert_records(records: Iterable[Mapping]) -> Converted:
 
 def _converted(parts: Parts) -> Converted:
     found = Converted([], [])
-    for line, text, record in parts:
+    for line, text, record in _trees(parts):
         try:
             if isinstance(record, RecordError):
                 raise record
@@ -79,6 +81,21 @@ def _converted(parts: Parts) -> Converted:
         except RecordError as error:
             found.rejects.append({"line": line, "reason": str(error), "text": _excerpt(text)})
     return found
+
+
+def _trees(parts: Parts) -> Iterable[tuple[int, str, object]]:
+    """OASST's messages as trees, each at the line of its first one; anything else as it is."""
+    parts = list(parts)
+    sound = [part for part in parts if isinstance(part[2], MAPPINGS)]
+    if not sound or not all(part[2].keys() >= _MESSAGE for part in sound):
+        return parts
+    trees = oasst_trees(record for *_, record in sound)
+    places = {record["message_id"]: (line, text) for line, text, record in sound}
+    broken = [part for part in parts if not isinstance(part[2], MAPPINGS)]
+    return broken + [(*places[tree["prompt"]["message_id"]], tree) for tree in trees]
+
+
+_MESSAGE = {"message_id", "parent_id", "text"}
 
 
 def _read(path: Path) -> bytes:

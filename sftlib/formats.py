@@ -43,9 +43,11 @@ def to_messages(record: object) -> dict:
     | ShareGPT | `conversations` of `from`, `value` | human → user, gpt → assistant |
     | OASST1 | `message_tree_id`, `prompt` | the path of best-ranked replies (rank 0 is best) |
     | HH-RLHF | `chosen`, `rejected` | the turns of `chosen` |
+    | preferences | `chosen`, `rejected`: messages; perhaps `prompt` | the prompt and `chosen` |
+    | prompt and completion | `prompt`, `completion`: texts, or messages | one after the other |
     | Alpaca | `instruction`, `output`, perhaps `input` | instruction, a blank line, input → user |
     | Dolly | `instruction`, `response`, perhaps `context` | the same with the context |
-    | pairs | `question`, `answer`; or `prompt`, `completion` | two messages |
+    | pairs | `question`, `answer` | two messages |
 
     Other keys are ignored. Whitespace around a text is removed, nothing else is changed. Messages
     after the last answer are left out, since nothing can be learned from them. In a tree, deleted
@@ -133,6 +135,37 @@ def _role(number: int, item: object, key: str, roles: dict[str, str]) -> str:
     return roles[name]
 
 
+def _conversational(*keys: str) -> Callable[[Mapping], Turns]:
+    """A reader of records with lists of messages under these keys, one after the other."""
+
+    def read(record: Mapping) -> Turns:
+        return [turn for key in keys for turn in _chat(key)(record)]
+
+    return read
+
+
+def _chat(key: str) -> Callable[[Mapping], Turns]:
+    return _list(key, "role", "content", {role: role for role in ROLES})
+
+
+def _completion(record: Mapping) -> Turns:
+    if isinstance(record["prompt"], list):
+        return _conversational("prompt", "completion")(record)
+    return _pair("prompt", "completion")(record)
+
+
+def _preference(record: Mapping) -> Turns:
+    """HH-RLHF's text; or messages, whose prompt may stand in front of them or by itself."""
+    if not isinstance(record["chosen"], list):
+        return _hh(record)
+    prompt, turns = record.get("prompt"), _chat("chosen")(record)
+    if isinstance(prompt, list):
+        return _chat("prompt")(record) + turns
+    if isinstance(prompt, str) and turns and turns[0][0] == "assistant":
+        return [("user", prompt), *turns]
+    return turns
+
+
 def _hh(record: Mapping) -> Turns:
     before, *parts = HH_TURN.split("\n\n" + _text(record, "chosen"))
     if before or not parts:
@@ -182,14 +215,14 @@ def _rank(reply: Mapping) -> float:
 FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping], Turns]], ...] = tuple(
     (frozenset(keys.split()), read)
     for keys, read in (
-        ("messages", _list("messages", "role", "content", {role: role for role in ROLES})),
+        ("messages", _chat("messages")),
         ("conversations", _list("conversations", "from", "value", SHAREGPT_ROLES)),
         ("message_tree_id prompt", _tree),
-        ("chosen rejected", _hh),
+        ("chosen rejected", _preference),
         ("instruction output", _pair("instruction", "output", "input")),
         ("instruction response", _pair("instruction", "response", "context")),
         ("question answer", _pair("question", "answer")),
-        ("prompt completion", _pair("prompt", "completion")),
+        ("prompt completion", _completion),
     )
 )
 

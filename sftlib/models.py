@@ -22,7 +22,10 @@ SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load(
-    name: str | os.PathLike | None = None, dtype: torch.dtype | None = None, **options: Any
+    name: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for chat: with a pad token and a chat template.
 
@@ -31,6 +34,7 @@ def load(
             the Hugging Face Hub. Without it the environment variable `SFT_MODEL` (also from a
             `.env` file) decides, and without that `DEFAULT`.
         dtype: of the weights; float32 on a CPU (bfloat16 is slower there), bfloat16 on a GPU.
+        device: where the weights go, such as `cpu`; to the GPU, where there is one.
         options: for `from_pretrained`, for instance a `quantization_config`.
 
     Only safetensors (or the GGUF file of `smollm2-135m`) are read, and no code of the repository
@@ -54,8 +58,8 @@ def load(
         logging.disable_progress_bar()  # it is there in a tenth of a second
     source, place = _locate(name)
     model, tokenizer = _read(name, source, dtype, place | options)
-    if gpu and "quantization_config" not in options:
-        model.to("cuda")
+    if gpu and device != "cpu" and "quantization_config" not in options:
+        model.to(device or "cuda")
     _prepare_for_chat(model, tokenizer)
     return model, tokenizer
 
@@ -78,6 +82,22 @@ def describe(
         model = AutoModelForCausalLM.from_config(config)
     _prepare_for_chat(model, tokenizer)
     return model, tokenizer
+
+
+def own_template(name: str | os.PathLike | None = None) -> str:
+    """The chat template that the model was published with, which `load` may have replaced.
+
+    Raises:
+        ValueError: it has none.
+    """
+    from transformers import AutoTokenizer
+
+    name = chosen(name)
+    source, place = _locate(name)
+    template = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place).chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"Expected a model with one chat template, found none in {name!r}.")
+    return template
 
 
 def chosen(name: str | os.PathLike | None = None) -> str:

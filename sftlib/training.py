@@ -47,7 +47,7 @@ def defaults() -> dict[str, Any]:
     return {
         "output_dir": tempfile.gettempdir() + "/sftlib",
         "use_cpu": not gpu,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         "assistant_only_loss": True,
         "per_device_train_batch_size": 32,
         "learning_rate": FULL_LEARNING_RATE,

@@ -61,7 +61,7 @@ def test_an_unfinished_environment_is_found(monkeypatch):
 def test_other_versions_are_found(monkeypatch):
     monkeypatch.setattr(environment, "plan", lambda root: environment.Plan("keep"))
     monkeypatch.setattr(doctor, "inside", lambda code: "trl 0.9.0, expected 1.16.0\n")
-    said(doctor.packages(), False, "trl 0.9.0, expected 1.16.0", "make clean setup")
+    said(doctor.packages(), False, "trl 0.9.0, expected 1.16.0", "rm -rf .venv && make setup")
     monkeypatch.setattr(doctor, "inside", lambda code: None)
     said(doctor.packages(), False, "does not start")
 

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from sftlib.conversion import convert
+from sftlib.conversion import convert, convert_records
 from sftlib.data import read_facts, read_jsonl
 from sftlib.formats import RecordError, oasst_trees, to_messages
 from sftlib.validation import problems
@@ -33,6 +33,10 @@ def tree(*replies: dict, **more) -> dict:
 
 def sharegpt(*turns: tuple[str, object]) -> dict:
     return {"id": "a_0", "conversations": [{"from": name, "value": text} for name, text in turns]}
+
+
+def turn(role: str, text: str) -> dict:
+    return {"role": role, "content": text}
 
 
 def hh(chosen: object) -> dict:
@@ -74,6 +78,11 @@ TWO_TURNS = "\n\nHuman: Q\n\nAssistant: A\n\nB\n\nHuman: R\n\nAssistant: S"
         ({"instruction": "Q", "response": "A"}, ["Q", "A"]),
         ({"question": "Q", "answer": "A"}, ["Q", "A"]),
         ({"prompt": "Q", "completion": " A"}, ["Q", "A"]),
+        ({"prompt": [turn("user", "Q")], "completion": [turn("assistant", "A")]}, ["Q", "A"]),
+        (hh([turn("user", "Q"), turn("assistant", "A")]), ["Q", "A"]),
+        (hh([turn("assistant", "A")]) | {"prompt": [turn("user", "Q")]}, ["Q", "A"]),
+        (hh([turn("assistant", "A")]) | {"prompt": "Q"}, ["Q", "A"]),
+        (hh([turn("user", "Q"), turn("assistant", "A")]) | {"prompt": "Q"}, ["Q", "A"]),
         (hh("\n\nHuman: Q\n\nAssistant: A"), ["Q", "A"]),
         (hh(TWO_TURNS), ["Q", "A\n\nB", "R", "S"]),
         (hh("\n\nHuman: Q\n\nAssistant: A\n\nHuman: R"), ["Q", "A"]),
@@ -137,11 +146,13 @@ HUGE = 10**6000  # its repr raises, since Python limits the conversion of intege
         ({"question": "Q", "answer": "A <|im_end|>"}, r"Message 2 .* token '<\|im_end\|>'"),
         ({"question": "[inst] Q", "answer": "A"}, r"Message 1 .* token '\[inst\]'"),
         ({"question": "Q", "answer": "a\ud83d"}, r"Message 2 has half a character .*\\ud83d"),
-        ({"prompt": [{"role": "user"}], "completion": "A"}, "text under 'prompt', found .* list"),
+        ({"prompt": [{"role": "user"}], "completion": "A"}, "Expected text under 'content'"),
         (hh("Once upon a time"), "Expected 'Human:' at the beginning of 'chosen', found 'Once"),
         (hh("\n\nHuman: Q\n\nAssistant:"), "Message 2 is empty"),
         (hh("\n\nHuman: Q\n\nHuman: R\n\nAssistant: A"), "Messages 1 and 2 come from the user"),
-        (hh(["Q"]), "Expected text under 'chosen'"),
+        (hh(3), "Expected text under 'chosen'"),
+        (hh(["Q"]), "Expected an object as message 1, found 'Q'"),
+        ({"prompt": chat("Q")["messages"], "completion": "A"}, "list of messages, found 'A'"),
         (sharegpt(("gpt", "A")), "Message 1 comes from the assistant: begin with the user"),
         (sharegpt(("human", "Q"), ("system", "S"), ("gpt", "A")), "only the first message may"),
         (sharegpt(("human", "Q"), ("claude", "A")), "one of human, user, .* found 'claude'"),
@@ -254,6 +265,18 @@ def test_a_table_with_a_loose_message_is_refused(rows, reason):
 
 
 # --- convert -------------------------------------------------------------------------------------
+
+
+def test_a_table_of_messages_becomes_trees_and_a_broken_line_stays_a_reject(tmp_path):
+    rows = [row("a", role="prompter"), row("b", "a", rank=1), row("c", "a", rank=0)]
+    lines = [json.dumps(rows[0]), "{", *map(json.dumps, rows[1:])]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    found = convert(tmp_path / "table.jsonl")
+    assert found.rows == [chat("a", "c")] and [r["line"] for r in found.rejects] == [2]
+    assert convert_records(rows).rows == [chat("a", "c")]
+    mixed = convert_records([*rows, chat("Q", "A")])  # no table
+    assert mixed.rows == [chat("Q", "A")] and len(mixed.rejects) == 3
+
 
 GOOD = {"instruction": "Q", "input": "", "output": "A"}
 

@@ -1,5 +1,6 @@
 """The script for practitioners: each of its ways on the tiny base; what it says to bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from sftlib.chat import LLAMA3
+from sftlib.chat import CHATML, LLAMA3
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load
@@ -19,7 +20,8 @@ from sftlib.models import TINY_BASE, load
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from trl.chat_template_utils import qwen2_5_chat_template
 
 import class_5_llama3 as script
 from tests import llama3_like
@@ -169,6 +171,29 @@ def test_parquet_is_read_and_its_broken_rows_are_numbered(tmp_path):
     assert [reject["line"] for reject in found.rejects] == [2]
 
 
+def test_one_system_message_for_all_does_not_decide_what_is_held_out(tmp_path):
+    rows = [{"messages": row["messages"]} for row in read_facts("sft")[:200]]
+    system = {"role": "system", "content": "Answer in one sentence."}
+    write_jsonl(tmp_path / "all.jsonl", [{"messages": [system, *r["messages"]]} for r in rows])
+    args = script.Llama3Arguments(data=str(tmp_path / "all.jsonl"), held_out="0.1")
+    kept, held, _ = script.sets(args)
+    assert 10 <= len(held) <= 30 and len(kept) + len(held) == 200
+    assert not set(map(script.first_question, kept)) & set(map(script.first_question, held))
+
+
+def test_rejects_of_the_held_out_file_are_told_too(facts, tmp_path):
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(facts.read_text().splitlines()[0] + '\n{"text": "?"}\n')
+    _, held, rejects = script.sets(script.Llama3Arguments(data=str(facts), held_out=str(exam)))
+    assert len(held) == 1 and [(r["source"], r["line"]) for r in rejects] == [(str(exam), 2)]
+
+
+def test_a_choice_in_a_file_of_settings_is_checked(tmp_path):
+    (tmp_path / "my.yaml").write_text("method: Full\n")
+    with pytest.raises(ValueError, match="one of full, lora, qlora for method, found 'Full'"):
+        script.check(*script.parse(["--config", str(tmp_path / "my.yaml")]))
+
+
 def test_held_out_conversations_share_no_question_with_the_others(facts):
     args = script.Llama3Arguments(data=str(facts), held_out="0.2")
     rows, held_out, _ = script.sets(args)
@@ -238,9 +263,9 @@ def test_four_bits_need_a_gpu(facts, tmp_path):
 
 
 def test_a_template_needs_its_tokens(tokenizer):
-    script.set_template(tokenizer, "auto")
+    script.set_template(tokenizer, script.Llama3Arguments(template="auto"))
     assert tokenizer.chat_template == LLAMA3
-    script.set_template(tokenizer, "chatml")
+    script.set_template(tokenizer, script.Llama3Arguments(template="chatml"))
     assert "im_start" in tokenizer.chat_template
 
     class Other:
@@ -248,7 +273,46 @@ def test_a_template_needs_its_tokens(tokenizer):
             return {"a": 0}
 
     with pytest.raises(ValueError, match=r"Expected a tokenizer with <\|eot_id\|>"):
-        script.set_template(Other(), "llama3")
+        script.set_template(Other(), script.Llama3Arguments(template="llama3"))
+
+
+def test_the_models_own_template_is_kept_to_the_letter_or_refused(tmp_path, tiny):
+    model, tokenizer = load()
+    model.save_pretrained(tmp_path)
+    args = script.Llama3Arguments(model=str(tmp_path), template="own")
+    unmarked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    for template, words in ((qwen2_5_chat_template, ""), (unmarked, "marks the assistant's")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        _, loaded = load(tmp_path)
+        assert loaded.chat_template == CHATML
+        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+            script.set_template(loaded, args)
+        assert loaded.chat_template == template
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="Expected a model with one chat template"):
+        script.set_template(loaded, args)
+
+
+def test_packed_weights_are_counted_as_what_they_stand_for(tiny):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed, _ = load(quantization_config=four_bits)
+    assert sum(p.numel() for p in packed.parameters()) < 0.7 * tiny[0].num_parameters()
+    assert script._size(packed) == script._size(tiny[0]) == tiny[0].num_parameters()
+
+
+def test_a_model_can_stay_on_the_cpu_beside_a_full_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: moved.append(place))
+    load(dtype=torch.float32, device="cpu")
+    assert moved == []
+    load(dtype=torch.float32)
+    assert moved == ["cuda"]
 
 
 def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over(tmp_path):
@@ -269,16 +333,26 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
         script.last_checkpoint(str(tmp_path), mine | {"data": "xyz"})
 
 
-def test_a_run_is_known_by_its_model_method_template_and_data(facts):
-    args, rows = script.Llama3Arguments(model="tiny-base"), read_jsonl(facts)
-    mine = script.identity(args, rows)
-    assert mine == script.identity(args, list(rows))
-    others = [script.identity(args, rows[1:]), script.identity(args, rows[::-1])]
-    for changes in ({"model": "other"}, {"method": "full"}, {"lora_r": 8}, {"template": "own"}):
-        others.append(
-            script.identity(script.Llama3Arguments(**{"model": "tiny-base"} | changes), rows)
-        )
-    assert mine not in others
+def test_a_run_is_known_by_what_decides_what_is_learned(facts):
+    rows = read_jsonl(facts)
+
+    def identity(*arguments, rows=rows):
+        return script.identity(*script.parse(["--model", "tiny-base", *arguments]), rows)
+
+    mine = identity()
+    assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3")
+    assert mine == identity(
+        "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"
+    )
+    others = [identity(rows=rows[1:]), identity(rows=rows[::-1])]
+    for name, value in {
+        **{"model": "other", "method": "full", "lora_r": "8", "lora_alpha": "8"},
+        **{"template": "own", "learning_rate": "1e-3", "num_train_epochs": "2", "max_steps": "9"},
+        **{"max_length": "64", "packing": "true", "seed": "1", "warmup_steps": "3"},
+        **{"per_device_train_batch_size": "8", "lr_scheduler_type": "linear"},
+    }.items():
+        others.append(identity(f"--{name}", value))
+    assert all(other != mine for other in others)
 
 
 def test_a_second_interrupt_stops_at_once():
@@ -458,6 +532,7 @@ def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(
     ]
     assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
     assert {rank.environ()["WORLD_SIZE"] for rank in ranks} == {"2"}
+    assert {rank.environ()["SRUN_CPUS_PER_TASK"] for rank in ranks} == {"1"}
     ranks[0].terminate()  # one alone is told; both must save, and stop
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 130 and "Stopped and saved at step" in said, said

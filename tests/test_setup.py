@@ -206,15 +206,23 @@ def test_changed_requirements_call_pip_but_keep_the_environment(finished: Path, 
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, environment.SetupError])
-def test_an_interrupted_install_is_noticed(finished: Path, monkeypatch, stop: type):
+@pytest.mark.parametrize(
+    ("said", "action"), [("Installing collected packages", "make"), ("Collecting", "install")]
+)
+def test_an_interrupted_update_is_noticed_and_one_that_changed_nothing_goes_on(
+    finished: Path, monkeypatch, stop: type, said: str, action: str
+):
     def interrupted(*_: object) -> None:
+        (finished / ".venv/setup.log").write_text(f"{said}: trl\n")
         raise stop
 
     (finished / "requirements.txt").write_text("# changed\n")
     with monkeypatch.context() as broken, pytest.raises(stop):
         broken.setattr(environment, "run", interrupted)
         environment.ensure(finished)
-    assert "did not finish" in environment.plan(finished).reason
+    todo = environment.plan(finished)
+    assert todo.action == action
+    assert ("did not finish" in todo.reason) == (action == "make")
 
 
 def test_progress_says_how_far_pip_is(project: Path):

@@ -53,10 +53,11 @@ def packages() -> Finding:
         return Finding(False, f"packages are to be installed ({todo.reason}). Run: make setup")
     said = inside(VERSIONS)
     if said is None:
-        return Finding(False, "the environment does not start. Run: make clean setup")
+        return Finding(False, "the environment does not start. Run: rm -rf .venv && make setup")
     if wrong := said.splitlines():
         return Finding(
-            False, f"other versions than pinned: {'; '.join(wrong[:3])}. Run: make clean setup"
+            False,
+            f"other versions than pinned: {'; '.join(wrong[:3])}. Run: rm -rf .venv && make setup",
         )
     return Finding(True, "packages as pinned")
 
@@ -140,7 +141,7 @@ def training() -> Finding:
     try:
         said = json.loads((found or "").splitlines()[-1])
     except (IndexError, ValueError):
-        return Finding(False, "no kernel started. Run: make clean setup")
+        return Finding(False, "no kernel started. Run: rm -rf .venv && make setup")
     if said["error"]:
         return Finding(False, f"a kernel started, training failed: {said['error']}")
     return Finding(

@@ -176,16 +176,33 @@ def install(root: Path, todo: Plan, lock: IO[str]) -> None:
     """Install the pins, then stamp the environment as complete."""
     if todo.action == "install":
         say(f"Updating .venv: {todo.reason}.")
-    (root / ".venv/sft-stamp.json").unlink(missing_ok=True)
+    stamp = root / ".venv/sft-stamp.json"
+    if stamp.exists():
+        os.replace(stamp, stamp.with_suffix(".before"))
     pip = [str(root / ".venv/bin/python"), "-m", "pip", "install"]
     say("Fetching and installing the packages. The first time, this takes some minutes.")
     started = time.monotonic()
-    run([*pip, "--constraint=constraints.txt", "pip"], root, lock)
-    # From 24.1 on, pip can write its progress in a form that is made to be read by a program.
-    raw = ["--progress-bar=raw"] if re.search(r"\braw\b", output([*pip, "--help"]) or "") else []
-    run([*pip, *raw, "--requirement=requirements.txt"], root, lock)
+    try:
+        run([*pip, "--constraint=constraints.txt", "pip"], root, lock)
+        # From 24.1 on, pip can write its progress in a form that is made to be read by a program.
+        raw = (
+            ["--progress-bar=raw"] if re.search(r"\braw\b", output([*pip, "--help"]) or "") else []
+        )
+        run([*pip, *raw, "--requirement=requirements.txt"], root, lock)
+    except BaseException:
+        untouched(root)
+        raise
     write_stamp(root)
+    stamp.with_suffix(".before").unlink(missing_ok=True)
     say(f"The environment is ready ({time.monotonic() - started:.0f} s).")
+
+
+def untouched(root: Path) -> None:
+    """Give a failed update its stamp back, if nothing was installed: the next one goes on there."""
+    before, log = root / ".venv/sft-stamp.before", root / ".venv/setup.log"
+    began = log.exists() and "Installing collected packages" in log.read_text(errors="replace")
+    if before.exists() and not began:
+        os.replace(before, before.with_suffix(".json"))
 
 
 def run(command: list[str], root: Path, lock: IO[str] | None) -> None:

@@ -3,6 +3,8 @@
 The token stays on: JupyterLab makes a new random one at each start and prints the whole address.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import socket

@@ -81,8 +81,8 @@ def main(*keep: str) -> int:
             [*command(python), str(lesson)], cwd=ROOT, env=settings, capture_output=True, text=True
         )
         broken += done.returncode != 0
-        why = first_failure(done.stdout) or done.stdout[-300:] if done.returncode else ""
-        print(f"{'✗' if why else '✓'} {lesson.stem} {why}", flush=True)
+        why = first_failure(done.stdout) or (done.stdout + done.stderr)[-300:]
+        print(f"✗ {lesson.stem} {why}" if done.returncode else f"✓ {lesson.stem}", flush=True)
     print(f"{broken} lessons break" if broken else "Every lesson runs with the newest releases")
     return int(broken > 0)
 
