@@ -73,8 +73,8 @@ class Llama3Arguments:
     )
     template: str = option(
         "auto",
-        "auto: Llama 3's, if the tokenizer has its tokens; else the model's own, or ChatML where "
-        "that is ChatML without marks, or none. own: the model's, to the letter.",
+        "auto: Llama 3's, if the tokenizer has its tokens; else the model's own; ChatML, if it has "
+        "none, or ChatML that does not mark the answers. own: the model's, to the letter.",
         choices=["auto", "llama3", "chatml", "own"],
     )
     lora_r: int = option(16, "Rank of the adapters.")
@@ -603,7 +603,7 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
         return folder / name
     unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
     if first:  # from the base as it was, not as it was quantised; the GPU has no room for both
-        print(f"The adapter is in {folder / name}. Merging it, on the CPU (--no_merge: not)")
+        print(f"The adapter is in {folder / name}; --no_merge would leave out the merged model.")
         base, _ = load(args.model, device="cpu")
         tokenizer = trainer.processing_class
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()

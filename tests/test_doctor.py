@@ -1,5 +1,6 @@
 """`make doctor` finds what is wrong with a machine, says what to do, and changes nothing."""
 
+import ast
 import re
 import shutil
 import socket
@@ -49,6 +50,13 @@ def test_a_taken_port_is_found(monkeypatch):
 def test_no_display_is_no_fault(monkeypatch):
     monkeypatch.setattr(doctor.lab, "has_display", lambda environ, platform: False)
     said(doctor.browser(), None, "open the address")
+
+
+@pytest.mark.parametrize("tool", [doctor, doctor.lab, environment])
+def test_what_an_old_python_runs_it_can_read(tool):
+    text = Path(tool.__file__).read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 8))
+    assert "from __future__ import annotations" in text  # or `list[str]` would be computed
 
 
 def test_an_unfinished_environment_is_found(monkeypatch):

@@ -185,9 +185,8 @@ def install(root: Path, todo: Plan, lock: IO[str]) -> None:
     try:
         run([*pip, "--constraint=constraints.txt", "pip"], root, lock)
         # From 24.1 on, pip can write its progress in a form that is made to be read by a program.
-        raw = (
-            ["--progress-bar=raw"] if re.search(r"\braw\b", output([*pip, "--help"]) or "") else []
-        )
+        options = output([*pip, "--help"]) or ""
+        raw = ["--progress-bar=raw"] if re.search(r"\braw\b", options) else []
         run([*pip, *raw, "--requirement=requirements.txt"], root, lock)
     except BaseException:
         untouched(root)
