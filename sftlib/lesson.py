@@ -9,6 +9,7 @@ files that a cell writes.
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 import symtable
@@ -57,7 +58,8 @@ def names(source: str) -> Names:
 
 def _symbols(statement: ast.stmt) -> tuple[set[str], set[str]]:
     """Global names that a statement uses, and those that it makes."""
-    table = symtable.symtable(ast.unparse(statement), "cell", "exec")
+    source = ast.unparse(_Generators().visit(copy.deepcopy(statement)))
+    table = symtable.symtable(source, "cell", "exec")
     made = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     used = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
     if isinstance(statement, ast.For | ast.With | ast.If | ast.Try | ast.While):
@@ -70,6 +72,20 @@ def _symbols(statement: ast.stmt) -> tuple[set[str], set[str]]:
         inner += table.get_children()
         used |= {s.get_name() for s in table.get_symbols() if s.is_global()} - made
     return used, made
+
+
+class _Generators(ast.NodeTransformer):
+    """Comprehensions as generators: from Python 3.12 on, the others have no scope of their own."""
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp) -> ast.GeneratorExp:
+        self.generic_visit(node)
+        return ast.GeneratorExp(node.elt, node.generators)
+
+    visit_SetComp = visit_ListComp
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.GeneratorExp:
+        self.generic_visit(node)
+        return ast.GeneratorExp(ast.Tuple([node.key, node.value], ast.Load()), node.generators)
 
 
 def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:

@@ -115,6 +115,8 @@ def test_without_the_notebook_or_a_kernel_nothing_happens(tmp_path, monkeypatch)
         ("for a in b:\n    print(a)", {"b"}, {"a"}),
         ("with open(a) as b:\n    b.read()", {"a"}, {"b"}),
         ("c = [a for a in b if a]", {"b"}, {"c"}),
+        ("d = {a: c for a, c in b.items()} | {a for a in e}", {"b", "e"}, {"d"}),
+        ("f(a, [a for a in b])", {"f", "a", "b"}, set()),
         ("def f(a):\n    return a + b", {"b"}, {"f"}),
         ("def f():\n    return g()\ndef g():\n    return 1", {"g"}, {"f", "g"}),
         ("a = lambda b: b + c", {"c"}, {"a"}),
