@@ -197,6 +197,10 @@ def stage(training) -> int:
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
+def rows_a_step(training, ranks: int) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
+
+
 # --- Data ----------------------------------------------------------------------------------------
 
 
@@ -395,8 +399,7 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         0 if args.method == "full" else args.lora_r,
         training.activation_checkpointing,
     )
-    a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    a_step *= args.plan_gpus
+    a_step = rows_a_step(training, args.plan_gpus)
     steps = round(-(-len(rows) // a_step) * training.num_train_epochs)
     tokens = round(sum(lengths) * training.num_train_epochs)
     have = args.plan_gib * 2**30 or _memory()
@@ -564,7 +567,6 @@ def identity(args: Llama3Arguments, training, rows: list[dict]) -> dict:
     """What a checkpoint must agree with: what decides what is learned, as it was asked for."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     adapters = args.method != "full"
-    rows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return {
         "model": args.model,
         "method": args.method,
@@ -572,7 +574,7 @@ def identity(args: Llama3Arguments, training, rows: list[dict]) -> dict:
         "lora_alpha": args.lora_alpha if adapters else 0,
         "template": args.template,
         "data": digest[:16],
-        "rows_a_step": rows_a_step * training.world_size,  # also on another number of GPUs
+        "rows_a_step": rows_a_step(training, training.world_size),  # also on more or fewer GPUs
         "lr_scheduler_type": str(training.lr_scheduler_type.value),
         **{name: getattr(training, name) for name in SETTINGS},
     }

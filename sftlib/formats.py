@@ -135,22 +135,13 @@ def _role(number: int, item: object, key: str, roles: dict[str, str]) -> str:
     return roles[name]
 
 
-def _conversational(*keys: str) -> Callable[[Mapping], Turns]:
-    """A reader of records with lists of messages under these keys, one after the other."""
-
-    def read(record: Mapping) -> Turns:
-        return [turn for key in keys for turn in _chat(key)(record)]
-
-    return read
-
-
 def _chat(key: str) -> Callable[[Mapping], Turns]:
     return _list(key, "role", "content", {role: role for role in ROLES})
 
 
 def _completion(record: Mapping) -> Turns:
     if isinstance(record["prompt"], list):
-        return _conversational("prompt", "completion")(record)
+        return _chat("prompt")(record) + _chat("completion")(record)
     return _pair("prompt", "completion")(record)
 
 

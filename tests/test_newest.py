@@ -44,4 +44,5 @@ def test_the_first_cell_that_breaks_is_named_with_its_error(tmp_path, cells, fou
     command = [*newest.command(sys.executable), "--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert bool(done.returncode) == bool(found), done.stdout
-    assert newest.first_failure(done.stdout).startswith(found) if found else True
+    said = newest.first_failure(done.stdout)
+    assert said.startswith(found) and bool(said) == bool(found)

@@ -23,6 +23,7 @@ from tools import environment, lab
 ROOT = environment.ROOT
 MEMORY_GB = 4.0  # free; the greediest lesson, two ranks of DeepSpeed beside the notebook, takes 3
 WORK_GB = 1.0  # free; what the lessons write under work/
+ANEW = "Run: rm -rf .venv && make setup"
 SIGNS = {True: "✓", False: "✗", None: "○"}
 
 
@@ -53,12 +54,9 @@ def packages() -> Finding:
         return Finding(False, f"packages are to be installed ({todo.reason}). Run: make setup")
     said = inside(VERSIONS)
     if said is None:
-        return Finding(False, "the environment does not start. Run: rm -rf .venv && make setup")
+        return Finding(False, f"the environment does not start. {ANEW}")
     if wrong := said.splitlines():
-        return Finding(
-            False,
-            f"other versions than pinned: {'; '.join(wrong[:3])}. Run: rm -rf .venv && make setup",
-        )
+        return Finding(False, f"other versions than pinned: {'; '.join(wrong[:3])}. {ANEW}")
     return Finding(True, "packages as pinned")
 
 
@@ -141,7 +139,7 @@ def training() -> Finding:
     try:
         said = json.loads((found or "").splitlines()[-1])
     except (IndexError, ValueError):
-        return Finding(False, "no kernel started. Run: rm -rf .venv && make setup")
+        return Finding(False, f"no kernel started. {ANEW}")
     if said["error"]:
         return Finding(False, f"a kernel started, training failed: {said['error']}")
     return Finding(
