@@ -29,7 +29,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 from sftlib import progress_bars
@@ -69,12 +71,18 @@ class Llama3Arguments:
         "OASST.",
     )
     held_out: str = option(
-        "", "Conversations to evaluate on: such a file, or the share of the data that is kept back."
+        "",
+        "Conversations to evaluate on: such a file or dataset, or the share of the data that is "
+        "kept back.",
     )
+    data_config: str = option("", "Of a dataset on the Hub: its configuration, if it has several.")
+    data_split: str = option("train", "Of a dataset on the Hub: the split to train on.")
+    held_out_split: str = option("train", "The same of a dataset given with --held_out.")
     template: str = option(
         "auto",
         "auto: Llama 3's, if the tokenizer has its tokens; else the model's own; ChatML, if it has "
-        "none, or ChatML that does not mark the answers. own: the model's, to the letter.",
+        "none, or ChatML that does not mark the answers. own: the model's, to the letter. chatml: "
+        "with new tokens, if it lacks them.",
         choices=["auto", "llama3", "chatml", "own"],
     )
     lora_r: int = option(16, "Rank of the adapters.")
@@ -117,6 +125,8 @@ def parse(argv: list[str] | None = None):
         "learning_rate": None,  # by method and size, see `learning_rate`
         "per_device_train_batch_size": 16,
         "max_length": None,  # the model's context, at most LONGEST
+        "activation_checkpointing": None,  # or its older name, gradient_checkpointing, is not heard
+        "gradient_checkpointing": None,
         "eval_strategy": "steps",
         "eval_steps": 0.25,
         "save_strategy": "steps",
@@ -179,6 +189,13 @@ def check(args: Llama3Arguments, training) -> None:
             "Expected ZeRO-1 or 2 for --method qlora, found stage 3: it would divide weights of 4 "
             "bits that are packed. They fit on each GPU: --deepspeed deepspeed_configs/zero2.json."
         )
+    instead = {
+        "chat_template_path": "--template",
+        "resume_from_checkpoint": "the same --output_dir, whose last checkpoint goes on by itself",
+    }
+    for name, other in instead.items():
+        if getattr(training, name):
+            raise ValueError(f"Expected {other}, found --{name}, which this script does not use.")
     if args.patience and training.eval_strategy == "no":
         raise ValueError("Expected evaluations for --patience, found --eval_strategy no.")
     for name in ("lora_r", "answer_tokens", "plan_gpus"):
@@ -191,10 +208,14 @@ def check(args: Llama3Arguments, training) -> None:
 
 def stage(training) -> int:
     """DeepSpeed's ZeRO stage; 0 without it."""
+    return _zero(training).get("stage", 0)
+
+
+def _zero(training) -> dict:
+    """The part `zero_optimization` of DeepSpeed's configuration; empty without one."""
     if not training.deepspeed:
-        return 0
-    settings = json.loads(Path(training.deepspeed).read_text())
-    return settings.get("zero_optimization", {}).get("stage", 0)
+        return {}
+    return json.loads(Path(training.deepspeed).read_text()).get("zero_optimization", {})
 
 
 def rows_a_step(training, ranks: int) -> int:
@@ -204,7 +225,7 @@ def rows_a_step(training, ranks: int) -> int:
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def conversations(source: str) -> Converted:
+def conversations(source: str, config: str = "", split: str = "train") -> Converted:
     """The conversations of a file or of a dataset on the Hub, and what could not be used."""
     if Path(source).is_file():
         return convert(source)
@@ -217,7 +238,13 @@ def conversations(source: str) -> Converted:
     if not hub_answers():  # then its cache alone, at once
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return convert_records(load_dataset(source, split="train"))
+        return convert_records(load_dataset(source, config or None, split=split))
+    except ValueError as error:  # it is there
+        raise ValueError(
+            f"Expected a configuration and a split that {source!r} has, found {config!r} and "
+            f"{split!r}: {' '.join(str(error).split())[:300]} Give --data_config, --data_split or "
+            "--held_out_split."
+        ) from error
     except Exception as error:
         raise OSError(
             f"Expected a file, or a dataset on the Hub, found neither for {source!r} "
@@ -228,19 +255,25 @@ def conversations(source: str) -> Converted:
 
 def sets(args: Llama3Arguments) -> tuple[list[dict], list[dict], list[dict]]:
     """Conversations to train on, those held out, and the rejects."""
-    found = _some(args.data)
+    found = _some(args.data, args.data_config, args.data_split)
     by_default = args.data == Llama3Arguments.data and not args.held_out
     held_out = str(FACTS / "heldout.jsonl") if by_default else args.held_out or "0.1"
     try:
         share = float(held_out)
     except ValueError:
-        held = _some(held_out)
+        held = _some(held_out, args.data_config, args.held_out_split)
         return found.rows, held.rows, found.rejects + held.rejects
     if not 0 < share < 1:
         raise ValueError(
             f"Expected a file or a share between 0 and 1 for --held_out, found {share}."
         )
-    kept, held = split(found.rows, first_question, share)
+    if len(found.rows) < 2:
+        raise ValueError(
+            f"Expected at least two conversations in {args.data}, found one: none could be held "
+            "out. Give --held_out a file."
+        )
+    one_question = len({first_question(row) for row in found.rows}) == 1
+    kept, held = split(found.rows, str if one_question else first_question, share)
     return kept, held, found.rejects
 
 
@@ -249,9 +282,9 @@ def first_question(row: dict) -> str:
     return next(m["content"] for m in row["messages"] if m["role"] == "user")
 
 
-def _some(source: str) -> Converted:
+def _some(source: str, config: str, split: str) -> Converted:
     """The conversations of a source that has any; rejects say of which source they are."""
-    found = conversations(source)
+    found = conversations(source, config, split)
     found = replace(found, rejects=[{"source": source} | one for one in found.rejects])
     if not found.rows:
         why = [f"line {one['line']}: {one['reason']}" for one in found.rejects[:1]]
@@ -289,20 +322,22 @@ def load_model(args: Llama3Arguments, training):
     # All parameters in bfloat16 would lose small updates; DeepSpeed keeps its own float32 copy.
     whole = args.method == "full" and not training.deepspeed
     model, tokenizer = load(args.model, dtype=torch.float32 if whole else None, **options)
-    set_template(tokenizer, args)
-    model.generation_config.eos_token_id = ends(tokenizer)
+    set_template(model, tokenizer, args)
+    model.generation_config.eos_token_id = ends(model, tokenizer)
     return model, tokenizer
 
 
-def ends(tokenizer) -> list[int]:
-    """Where generation stops: at the end of a text, and at that of a turn."""
-    found = dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer)])
+def ends(model, tokenizer) -> list[int]:
+    """Where generation stops: at the end of a text, at that of a turn, and where it did before."""
+    before = model.generation_config.eos_token_id
+    before = before if isinstance(before, list) else [before]
+    found = dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer), *before])
     return [token for token in found if token is not None]
 
 
-def set_template(tokenizer, args: Llama3Arguments) -> None:
+def set_template(model, tokenizer, args: Llama3Arguments) -> None:
     from sftlib.chat import training_template
-    from sftlib.models import own_template
+    from sftlib.models import own_template, prepare_for_chat
 
     choice, known = args.template, tokenizer.get_vocab()
     if choice == "own":
@@ -312,12 +347,13 @@ def set_template(tokenizer, args: Llama3Arguments) -> None:
     if choice == "auto" and "<|eot_id|>" in known:
         choice = "llama3"
     if choice in needs:
-        if needs[choice] not in known:
+        if choice == "llama3" and needs[choice] not in known:
             raise ValueError(
                 f"Expected a tokenizer with {needs[choice]} for --template {choice}, found none. "
                 "Use --template auto."
             )
         tokenizer.chat_template = {"llama3": LLAMA3, "chatml": CHATML}[choice]
+        prepare_for_chat(model, tokenizer)  # adds ChatML's tokens where they are missing
 
 
 def adapter(args: Llama3Arguments, model, tokenizer):
@@ -365,7 +401,7 @@ def learning_rate(args: Llama3Arguments, parameters: int) -> float:
 def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     """What the training would need, from shapes alone."""
     from sftlib.chat import encode_batch
-    from sftlib.memory import activation_bytes, lora_parameters, zero_bytes
+    from sftlib.memory import activation_bytes, lora_parameters, nf4_bytes, zero_bytes
     from sftlib.models import describe
 
     import torch
@@ -373,7 +409,7 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
 
     unset_hf_deepspeed_config()  # or stage 3 would divide the model that has no weights
     model, tokenizer = describe(args.model)
-    set_template(tokenizer, args)
+    set_template(model, tokenizer, args)
     total = model.num_parameters()
     trained = total
     if args.method != "full":
@@ -385,12 +421,13 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     own = dtype if training.deepspeed or args.method == "qlora" else "float32"
     states = zero_bytes(trained, args.plan_gpus, stage(training), own)
     base = zero_bytes(0, args.plan_gpus, stage(training), dtype, frozen).weights
-    weights = states.weights + (round(frozen * 0.52) if args.method == "qlora" else base)
+    weights = states.weights + (nf4_bytes(model) if args.method == "qlora" else base)
     copies = 2 * trained if own != dtype else 0  # autocast's, kept from forward to backward
     lengths = [
         len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]
     ]
-    longest = min(max(lengths), longest_allowed(model, training))
+    limit = longest_allowed(model, training)
+    longest = limit if training.packing else min(max(lengths), limit)
     activations = activation_bytes(
         model.config,
         training.per_device_train_batch_size,
@@ -400,7 +437,11 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         training.activation_checkpointing,
     )
     a_step = rows_a_step(training, args.plan_gpus)
-    steps = round(-(-len(rows) // a_step) * training.num_train_epochs)
+    count, kind = len(rows), "conversations"
+    if training.packing:
+        count, kind = -(-sum(min(n, limit) for n in lengths) // limit), "packed rows"
+    steps = round(-(-count // a_step) * training.num_train_epochs)
+    steps = training.max_steps if training.max_steps > 0 else steps
     tokens = round(sum(lengths) * training.num_train_epochs)
     have = args.plan_gib * 2**30 or _memory()
     gib = {
@@ -410,6 +451,8 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         **({f"copies in {dtype} to compute with": copies} if copies else {}),
         f"activations ({training.per_device_train_batch_size} × {longest} tokens)": activations,
     }
+    moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    elsewhere = {moved[key]: gib.pop(moved[key]) for key in moved if key in _zero(training)}
     need = sum(gib.values())
     one, more = ("GPU", "GPUs") if torch.cuda.is_available() or half else ("process", "processes")
     where = f"on each of {args.plan_gpus} {more}" if args.plan_gpus > 1 else f"on 1 {one}"
@@ -418,11 +461,12 @@ def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
         f"parameters      {total:,}, of which {trained:,} are trained"
         + (" (adapters, on top)" if frozen else ""),
         f"conversations   {len(rows):,}, {tokens:,} tokens in {epochs}",
-        f"steps           {steps:,} of {a_step} conversations",
+        f"steps           {steps:,} of {a_step} {kind}",
         f"operations      {6 * total * tokens:.2e} (6 · parameters · tokens, an upper bound)",
         f"{where} (ZeRO stage {stage(training)}, computed in {dtype}):",
     ]
     lines += [f"    {size / 2**30:8.2f} GiB  {name}" for name, size in gib.items()]
+    lines += [f"    {x / 2**30:8.2f} GiB  {name}, offloaded" for name, x in elsewhere.items()]
     lines.append(f"    {need / 2**30:8.2f} GiB  in all, of {have / 2**30:.1f} GiB")
     fits = need < 0.9 * have
     lines.append(
@@ -447,29 +491,32 @@ def _memory() -> int:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def asking(tokenizer, rows: list[dict], answer_tokens: int):
+def asking(trainer, rows: list[dict], answer_tokens: int):
     """At each evaluation the model answers held-out questions: the loss alone can deceive.
 
-    On all ranks, which under ZeRO-3 each hold a part of the weights.
+    On all ranks, which under ZeRO-3 each hold a part of the weights; as many at once as are trained
+    on, so that the memory for that is enough.
     """
     from sftlib.evaluate import answers, exact_match, stops
 
     from transformers import TrainerCallback
 
     class Asking(TrainerCallback):
-        given: list = []
+        def __init__(self):
+            self.rows = rows
+            self.given = {}  # the answers after each step that was evaluated
 
         def on_evaluate(self, args, state, control, model=None, metrics=None, **_):
             if not rows:
                 return
             questions = [row["messages"][:-1] for row in rows]
-            self.given = answers(model, tokenizer, questions, answer_tokens, batch_size=32)
-            scores = {
-                "eval_exact_match": exact_match(self.given, rows),
-                "eval_stops": stops(self.given),
-            }
+            batch = args.per_device_train_batch_size
+            given = answers(model, trainer.processing_class, questions, answer_tokens, batch)
+            self.given[state.global_step] = given
+            scores = {"eval_exact_match": exact_match(given, rows), "eval_stops": stops(given)}
             metrics.update(scores)
             state.log_history[-1].update(scores)  # the evaluation's own line
+            trainer.callback_handler.on_log(args, state, control, scores)  # and for trackers
             if state.is_world_process_zero:
                 loss = metrics["eval_loss"]
                 print(
@@ -529,6 +576,7 @@ def interruptible():
 
 
 RUN = "run.json"
+SEEN_WITHIN = 90  # seconds after which a network's disk shows a new file on all nodes
 
 
 def last_checkpoint(folder: str, identity: dict) -> str | None:
@@ -589,6 +637,13 @@ SETTINGS = (  # of TRL's; the rest may change between two calls
 # --- Saving --------------------------------------------------------------------------------------
 
 
+def _saved(args: Llama3Arguments) -> list[str]:
+    """The folders that the script makes; the last one is that of what can be asked."""
+    if args.method == "full":
+        return ["model"]
+    return ["adapter", "merged"] if args.merge else ["adapter"]
+
+
 def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
     """The adapter or the model, and the merged model; the folder of what can be asked."""
     from sftlib.models import load
@@ -597,23 +652,29 @@ def save(trainer, args: Llama3Arguments, folder: Path) -> Path:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     first = trainer.is_world_process_zero()
-    name = "model" if args.method == "full" else "adapter"
+    name = _saved(args)[0]
     trainer.save_model(str(folder / f"{name}.part"))  # on all ranks: each may hold a part
     if first:
         replace_folder(folder / f"{name}.part", folder / name)
-    if args.method == "full" or not args.merge:
+    if _saved(args)[-1] == name:
         return folder / name
     unset_hf_deepspeed_config()  # or stage 3 would wait for the other ranks to load, too
     if first:  # from the base as it was, not as it was quantised; the GPU has no room for both
         print(f"The adapter is in {folder / name}; --no_merge would leave out the merged model.")
-        base, _ = load(args.model, device="cpu")
-        tokenizer = trainer.processing_class
+        base, tokenizer = load(args.model, device="cpu")
+        set_template(base, tokenizer, args)
         merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
-        merged.generation_config.eos_token_id = ends(tokenizer)
+        merged.generation_config.eos_token_id = ends(base, tokenizer)
         merged.save_pretrained(folder / "merged.part")
         tokenizer.save_pretrained(folder / "merged.part")
         replace_folder(folder / "merged.part", folder / "merged")
     return folder / "merged"
+
+
+def kept_step(trainer) -> int:
+    """After which step the weights were as they are saved: the one with the lowest loss."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return best or trainer.state.global_step
 
 
 def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: list[dict]) -> str:
@@ -622,6 +683,11 @@ def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: l
 
     log = trainer.state.log_history
     scores = [line for line in log if "eval_loss" in line]
+    learned = "the assistant's" if training.assistant_only_loss else "all"
+
+    def share(line: dict, name: str) -> str:
+        return f"{line[name]:.1%}" if name in line else "–"
+
     base = args.model
     lines = [
         "---",
@@ -639,13 +705,14 @@ def card(args: Llama3Arguments, training, trainer, rows: list[dict], held_out: l
         f"**Settings**: {args.method}"
         + (f", r = {args.lora_r}, α = {args.lora_alpha}" if args.method != "full" else "")
         + f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type.value}; "
-        f"{trainer.state.global_step} steps; seed {training.seed}; loss on the assistant's tokens.",
+        f"{trainer.state.global_step} steps, of which the weights after step {kept_step(trainer)} "
+        f"are kept; seed {training.seed}; loss on {learned} tokens.",
         "",
         "| step | held-out loss | exact answers | ended by itself |",
         "|--:|--:|--:|--:|",
         *(
-            f"| {one['step']} | {one['eval_loss']:.3f} | {one.get('eval_exact_match', 0):.1%} "
-            f"| {one.get('eval_stops', 0):.1%} |"
+            f"| {one['step']} | {one['eval_loss']:.3f} | {share(one, 'eval_exact_match')} "
+            f"| {share(one, 'eval_stops')} |"
             for one in scores
         ),
         "",
@@ -692,6 +759,12 @@ def main(argv: list[str] | None = None) -> int:
     first = training.process_index == 0
     folder = Path(training.output_dir)
     run = identity(args, training, rows)
+    done = folder / _saved(args)[-1]
+    if (done / "README.md").exists():  # written last
+        last_checkpoint(training.output_dir, run)  # raises where it is another run's
+        if first:
+            print(f"{done} is finished, and stays. Another --output_dir trains anew.")
+        return 0
     checkpoint = last_checkpoint(training.output_dir, run)
     if first:
         print(f"{len(rows):,} conversations to train on, {len(held_out):,} held out")
@@ -704,6 +777,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(rejects)} cannot be used: {folder / 'rejects.jsonl'} says why")
         if checkpoint:
             print(f"Going on from {checkpoint}")
+        if args.method == "lora" and stage(training) == 3:
+            print(
+                "ZeRO-3 does not train the rows of the control tokens beside an adapter: a base "
+                "model may not learn to end its turn. With zero2.json it does."
+            )
+    _one_disk(trainer, folder)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         saved = None if stopped.received else save(trainer, args, folder)
@@ -718,13 +797,32 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if first:
         (saved / "README.md").write_text(card(args, training, trainer, rows, held_out))
-        samples(held_out, asked.given)
+        kept, last = kept_step(trainer), trainer.state.global_step
+        samples(asked.rows, asked.given.get(kept, []))
+        if kept < last:
+            print(f"Kept: the weights after step {kept}, where the held-out loss was lowest.")
         took = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
-        print(f"{trainer.state.global_step} steps in {took.get('train_runtime', 0):.1f} s")
+        print(f"{last} steps in {took.get('train_runtime', 0):.1f} s")
         whole = saved.name != "adapter"
         print(f"Saved in {saved}." + f" Talk to it: python -m sftlib.talk {saved}" * whole)
     end(trainer)
     return 0
+
+
+def _one_disk(trainer, folder: Path) -> None:
+    """Raise, on all ranks, where one does not see what the first one has written."""
+    import torch
+
+    trainer.accelerator.wait_for_everyone()
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (folder / RUN).exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    seen = torch.tensor(float((folder / RUN).exists()), device=trainer.accelerator.device)
+    if trainer.accelerator.reduce(seen, "mean") < 1:
+        raise OSError(
+            f"Expected {folder} on a disk that all nodes share, found that not every node sees "
+            "what the first one wrote there: give such an --output_dir."
+        )
 
 
 def end(trainer) -> None:
@@ -752,13 +850,30 @@ def make_trainer(args, training, rows: list[dict], held_out: list[dict]):
         Dataset.from_list([{"messages": row["messages"]} for row in held_out]),
         training,
     )
-    asked = asking(tokenizer, held_out[: args.ask], args.answer_tokens)
+    for name, left in (("--data", trainer.train_dataset), ("--held_out", trainer.eval_dataset)):
+        if not len(left):
+            raise ValueError(
+                f"Expected conversations for {name} in which something is learned within "
+                f"{training.max_length} tokens, found none: raise --max_length."
+            )
+    asked = asking(trainer, _short(held_out, tokenizer, args, training), args.answer_tokens)
     stopped = interruptible()
     for callback in (asked, stopped, *([] if progress_bars() else [lines()])):
         trainer.add_callback(callback)
     if args.patience:
         trainer.add_callback(EarlyStoppingCallback(args.patience))
     return trainer, asked, stopped
+
+
+def _short(rows: list[dict], tokenizer, args: Llama3Arguments, training) -> list[dict]:
+    """The first rows whose question leaves room for an answer: what is longer is not trained on."""
+    from sftlib.chat import encode
+
+    def fits(row: dict) -> bool:
+        ids = encode(row["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
+        return len(ids) + args.answer_tokens <= training.max_length
+
+    return list(islice(filter(fits, rows), args.ask))
 
 
 def _size(model) -> int:

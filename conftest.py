@@ -4,10 +4,11 @@ import os
 
 from nbval.plugin import IPyNbFile
 
-# Outputs are compared with stored ones: no progress bars (see sftlib.progress_bars).
-os.environ["SFT_NO_BARS"] = "1"
-# Nor is anybody's account charged: lessons replay what a teacher once said.
-os.environ.setdefault("SFT_TEACHER", "recording")
+from tools import notebooks
+
+# Outputs are compared with stored ones: no progress bars (see sftlib.progress_bars), and whatever
+# `.env` says, the shipped model. Nor is anybody's account charged.
+os.environ |= notebooks.SETTINGS | {"SFT_NO_BARS": "1"}
 
 start_kernel = IPyNbFile.setup
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -250,7 +251,8 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if template is None:
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
-            "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML."
+            "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML "
+            "(class_5_llama3.py: --template chatml)."
         )
     return template
 
@@ -262,10 +264,18 @@ def marks_the_assistant(template: str) -> bool:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token with which the assistant ends its turn: the last one its template learns."""
-    known = set(tokenizer.get_vocab())
-    template = template_of(tokenizer)
-    for token in ("<|im_end|>", "<|eot_id|>"):
-        if token in known and token in template:
-            return tokenizer.convert_tokens_to_ids(token)
-    return tokenizer.eos_token_id
+    """The token with which the assistant ends its turn: the last one its template learns.
+
+    Of a template without marks: the last one of a conversation. White space behind it does not
+    count. Where that is no control token, or the template takes no text: the end of a text (EOS).
+    """
+    from jinja2 import TemplateError
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    with suppress(TemplateError):
+        _encode_into(columns, [conversation], tokenizer, template_of(tokenizer), False)
+    ids, mask = (sum(rows, []) for rows in columns.values())
+    turn = [token for token, learned in zip(ids, mask, strict=True) if learned] or ids
+    last = next((token for token in reversed(turn) if tokenizer.decode([token]).strip()), None)
+    return last if last in ControlTokens.of(tokenizer).ids else tokenizer.eos_token_id

@@ -23,6 +23,7 @@ from sftlib.validation import problems
 __all__ = [
     "decontaminate",
     "deduplicate",
+    "drop_torn_line",
     "oasst_trees",
     "problems",
     "read_facts",
@@ -100,6 +101,14 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drop_torn_line(path: str | os.PathLike) -> None:
+    """Remove the end of a JSON-lines file that is no whole line: its writing was interrupted."""
+    text = Path(path).read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):  # else a file that nobody may write will do
+        os.truncate(path, whole)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

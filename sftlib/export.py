@@ -46,7 +46,7 @@ def to_gguf(
         RuntimeError: the converter is not installed, or does not know the model; with its words.
     """
     folder = Path(folder)
-    path = Path(path) if path else folder.with_suffix(".gguf")
+    path = Path(path) if path else _beside(folder)
     if dtype not in TYPES:
         raise ValueError(f"Expected one of {', '.join(TYPES)} for dtype, found {dtype!r}.")
     if (folder / "adapter_config.json").exists():
@@ -75,6 +75,13 @@ def to_gguf(
         raise RuntimeError(f"{folder.name} was not converted. The converter said: {said[0]}")
     part.replace(path)
     return path
+
+
+def _beside(folder: Path) -> Path:
+    """The file beside a folder, under the folder's whole name: `Llama-3.2-1B.gguf`."""
+    whole = Path(os.path.abspath(folder))  # "." has no name
+    path = whole.with_name(whole.name + ".gguf")
+    return path if folder.is_absolute() else Path(os.path.relpath(path))
 
 
 def _convert() -> None:
@@ -161,24 +168,24 @@ def parity(
     prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
     ours = continuations(model, tokenizer, prompts, max_new_tokens, stop=end)
 
-    url, key = serving.start(path, "exported", exact=True)
-    client = openai.OpenAI(base_url=url.removesuffix("/v1"), api_key=key)
-
-    def post(where: str, **body):
-        return client.post(where, cast_to=object, body=body)
-
     same_prompts = same_answers = 0
-    for messages, prompt, mine in zip(conversations, prompts, ours, strict=True):
-        text = post("/apply-template", messages=list(messages))["prompt"]
-        same_prompts += post("/tokenize", content=text, add_special=True)["tokens"] == prompt
-        said = post(
-            "/completion",
-            prompt=prompt,
-            temperature=0,
-            n_predict=max_new_tokens,
-            return_tokens=True,
-        )
-        same_answers += said["tokens"] == mine  # both with the token that ended the turn
+    with serving.start(path, "exported", exact=True) as server:
+        client = openai.OpenAI(base_url=server.url.removesuffix("/v1"), api_key=server.key)
+
+        def post(where: str, **body):
+            return client.post(where, cast_to=object, body=body)
+
+        for messages, prompt, mine in zip(conversations, prompts, ours, strict=True):
+            text = post("/apply-template", messages=list(messages))["prompt"]
+            same_prompts += post("/tokenize", content=text, add_special=True)["tokens"] == prompt
+            said = post(
+                "/completion",
+                prompt=prompt,
+                temperature=0,
+                n_predict=max_new_tokens,
+                return_tokens=True,
+            )
+            same_answers += said["tokens"] == mine  # both with the token that ended the turn
     return Parity(len(prompts), same_prompts, same_answers)
 
 

@@ -25,6 +25,10 @@ NO_INPUT = re.compile(r"\W*no\s*input(\s+(required|needed|necessary|provided|giv
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+# What changes how an example reads, and has no place in messages of text alone.
+LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
+
+
 class RecordError(ValueError):
     """A record cannot become a conversation: what was expected, what was found, what to do."""
 
@@ -49,7 +53,8 @@ def to_messages(record: object) -> dict:
     | Dolly | `instruction`, `response`, perhaps `context` | the same with the context |
     | pairs | `question`, `answer` | two messages |
 
-    Other keys are ignored. Whitespace around a text is removed, nothing else is changed. Messages
+    Other keys are ignored, unless they change what the example says or teaches (tools, reasoning,
+    weight 0). Whitespace around a text is removed, nothing else is changed. Messages
     after the last answer are left out, since nothing can be learned from them. In a tree, deleted
     replies and those that failed review are passed over.
 
@@ -59,9 +64,11 @@ def to_messages(record: object) -> dict:
     Raises:
         RecordError: the format is not known, or the conversation is not sound: roles that do not
             alternate from user to assistant, an empty text, a control token inside a text, text
-            that is not valid Unicode.
+            that is not valid Unicode, tools or reasoning beside the text, an answer of weight 0.
     """
-    turns = _format(record)(record)
+    read = _format(record)
+    _refuse_losses("the record", record)
+    turns = read(record)
     while turns and turns[-1][0] != "assistant":
         turns.pop()
     if not turns:
@@ -86,6 +93,21 @@ def _format(record: object) -> Callable[[Mapping], Turns]:
     raise RecordError(
         f"Expected the keys of a known format ({known}), found {briefly(record)}: rename its keys."
     )
+
+
+def _refuse_losses(where: str, item: Mapping) -> None:
+    for key in LOST:
+        if item.get(key) and item[key] != "[]":  # text: some sets hold it as JSON
+            raise RecordError(
+                f"Expected text alone, found {key!r} in {where}, which would be lost: leave the "
+                "example out, or write it into the text."
+            )
+    weight = item.get("weight")
+    if weight is not None and weight == 0 and item.get("role") == "assistant":
+        raise RecordError(
+            f"Expected answers to learn, found weight 0 in {where}: end the example before it, or "
+            "remove the weight."
+        )
 
 
 def _text(record: Mapping, key: str) -> str:
@@ -118,9 +140,12 @@ def _list(
 def _turns(items: object, role_key: str, text_key: str, roles: dict[str, str]) -> Turns:
     if not isinstance(items, list):
         raise RecordError(f"Expected a list of messages, found {briefly(items)}.")
-    return [
-        (_role(n, item, role_key, roles), _text(item, text_key)) for n, item in enumerate(items, 1)
-    ]
+    turns = []
+    for number, item in enumerate(items, 1):
+        role = _role(number, item, role_key, roles)
+        _refuse_losses(f"message {number}", item)
+        turns.append((role, _text(item, text_key)))
+    return turns
 
 
 def _role(number: int, item: object, key: str, roles: dict[str, str]) -> str:

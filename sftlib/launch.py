@@ -9,6 +9,7 @@ rank that failed, the place where a rank hangs, and no process left behind.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -289,25 +290,25 @@ def _surroundings(ranks: int, port: int) -> dict[str, str]:
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
     """A folder without the logs of an earlier launch, which no other launch uses meanwhile."""
-    import psutil
-
-    mark = folder / "launcher.pid"
-    with contextlib.suppress(OSError, ValueError, OverflowError):
-        other = int(mark.read_text())
-        if other != os.getpid() and psutil.pid_exists(other):
-            raise RuntimeError(
-                f"Process {other} is running a launch with the logs {folder}. "
-                "Wait for it, or name another folder: launch(…, logs=…)."
-            )
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("out", "err", "stack", "error"):
-        for old in folder.glob(f"rank[0-9]*.{kind}"):
-            old.unlink()
-    mark.write_text(str(os.getpid()))
-    try:
+    # The lock ends with the file that is open here, and ranks do not inherit that. The mark itself
+    # stays: without it, a launch that had opened it and the next one could both hold a lock.
+    with (folder / "launcher.pid").open("a+") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mark.seek(0)
+            raise RuntimeError(
+                f"Process {mark.read()} is running a launch with the logs {folder}. "
+                "Wait for it, or name another folder: launch(…, logs=…)."
+            ) from None
+        mark.truncate(0)
+        mark.write(str(os.getpid()))
+        mark.flush()
+        for kind in ("out", "err", "stack", "error"):
+            for old in folder.glob(f"rank[0-9]*.{kind}"):
+                old.unlink()
         yield
-    finally:
-        mark.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -193,14 +193,12 @@ def begin(name: str) -> None:
         index = cells.find(getattr(info, "cell_id", None), info.raw_cell)
         if index is None:
             return
-        missing = cells.needed(index, info.raw_cell, ran)
-        ran.update([*missing, index])
-        if missing:
+        if missing := cells.needed(index, info.raw_cell, ran):
             _run(shell, [(cells.ids[one], cells.sources[one]) for one in missing])
 
-    def after(result) -> None:  # the set-up cell itself: this was registered while it ran
+    def after(result) -> None:  # of needed cells, too, and of the set-up cell that registers this
         index = cells.find(getattr(result.info, "cell_id", None), result.info.raw_cell)
-        if index is not None:
+        if index is not None and result.success:  # else it is needed still
             ran.add(index)
 
     shell.events.register("pre_run_cell", before)
@@ -215,7 +213,7 @@ def _run(shell, missing: list[tuple[str, str]]) -> None:
     began = time.monotonic()
     for cell_id, source in missing:
         with capture_output():
-            result = shell.run_cell(source, store_history=False)
+            result = shell.run_cell(source, store_history=False, cell_id=cell_id)
         if not result.success:
             print(f" {cell_id} failed. Run it alone to see why.")
             return

@@ -139,7 +139,7 @@ def lora_parameters(
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a training keeps in memory from step to step, in bytes; activations come on top."""
+    """Weights, gradients and optimizer of a training, in bytes; activations come on top."""
 
     weights: int
     gradients: int
@@ -176,6 +176,18 @@ def adam_bytes(
 def _one_of(value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"Expected one of {', '.join(known)}, found {value!r}: name one.")
+
+
+def nf4_bytes(model: PreTrainedModel, dtype: str = "bfloat16") -> int:
+    """Bytes of a model's weights with its linear layers in NF4, as bitsandbytes loads them.
+
+    Embeddings, norms, biases and the output head stay as they are, in `dtype`. A model on torch's
+    `meta` device will do.
+    """
+    linear = sum(inputs * outputs for inputs, outputs in linear_shapes(model).values())
+    packed = adam_bytes(0, linear, frozen_dtype="nf4")
+    rest = adam_bytes(0, model.num_parameters() - linear, frozen_dtype=dtype)
+    return packed.weights + rest.weights
 
 
 def zero_bytes(

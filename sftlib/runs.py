@@ -190,11 +190,14 @@ def sweep(
         measure: does a run and returns what is to be stored; without it, `train_and_measure`.
         options: go to `measure`.
     """
-    from sftlib.data import read_jsonl
+    from sftlib.data import drop_torn_line, read_jsonl
 
     path, runs = Path(path), list(dict.fromkeys(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = read_jsonl(path) if path.exists() and runs else []
+    stored = []
+    if path.exists() and runs:
+        drop_torn_line(path)
+        stored = read_jsonl(path)
     known = {_settings(row, type(runs[0])): row for row in stored}
     todo = [run for run in runs if run not in known]
     for run in progress_bar(todo, unit="run"):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _KEY = "SFT_SERVER_KEY"
@@ -29,10 +30,33 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that answers; it ends with `stop`, with a `with` block, or with this process.
+
+    Attributes:
+        url: its address, up to `/v1`.
+        key: what it asks for.
+    """
+
+    url: str
+    key: str = field(repr=False)
+    _process: subprocess.Popen = field(repr=False)
+
+    def stop(self) -> None:
+        _end(self._process)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
 def start(
     path: str | os.PathLike, name: str, timeout: float = 120.0, exact: bool = False
-) -> tuple[str, str]:
-    """Start a server for the model of a GGUF file; returns its address, up to `/v1`, and its key.
+) -> Server:
+    """Start a server for the model of a GGUF file.
 
     Args:
         name: under which it is asked, the `model` of a request.
@@ -51,7 +75,7 @@ def start(
         raise FileNotFoundError(f"Expected a GGUF file, found none at {path}.")
     key = secrets.token_urlsafe(24)
     log = tempfile.TemporaryFile()  # noqa: SIM115  (the server writes to it as long as it lives)
-    server = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", "from sftlib.serving import _serve; _serve()", str(path), name]
         + ["exact"] * exact,
         stdin=subprocess.PIPE,  # closed when this process ends: the server's sign to end too
@@ -59,19 +83,31 @@ def start(
         stderr=log,
         env={**os.environ, _KEY: key},
     )
-    atexit.register(server.kill)
-    watchdog = threading.Timer(timeout, server.kill)
+    atexit.register(process.kill)
+    watchdog = threading.Timer(timeout, process.kill)
+    watchdog.daemon = True
     watchdog.start()
-    line = server.stdout.readline()
-    watchdog.cancel()
+    try:
+        line = process.stdout.readline()
+    except BaseException:  # Ctrl-C, for instance: nobody waits for it any more
+        _end(process)
+        raise
+    finally:
+        watchdog.cancel()
     if not line:
-        server.kill()
+        _end(process)
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()[-5:]
         raise RuntimeError(
             "\n".join([f"The server of {name} did not start. It ended with:", *said])
         )
-    return json.loads(line)["url"] + "/v1", key
+    return Server(json.loads(line)["url"] + "/v1", key, process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    atexit.unregister(process.kill)
+    with process:  # closes its pipes, and waits for its end
+        process.kill()
 
 
 def _serve() -> None:
@@ -104,8 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a GGUF file on this machine.")
     parser.add_argument("path", type=Path, help="the GGUF file: python -m sftlib.export makes one")
     path = parser.parse_args().path
-    url, key = start(path, path.stem)
-    print(f"OPENAI_BASE_URL={url}\nOPENAI_API_KEY={key}\nmodel {path.stem!r}; Ctrl-C ends it.")
+    server = start(path, path.stem)
+    print(f"OPENAI_BASE_URL={server.url}\nOPENAI_API_KEY={server.key}")
+    print(f"model {path.stem!r}; Ctrl-C ends it.")
     threading.Event().wait()
 
 

@@ -152,19 +152,22 @@ def encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
         return {"input_ids": found["input_ids"], "labels": labels}
 
     encoded = dataset.map(encode, batched=True)
-    if args.max_length is not None and args.truncation_mode == "keep_start" and not args.packing:
-        _warn_of_cuts(encoded["labels"], args.max_length)
+    cuts = not args.packing or args.packing_strategy == "bfd"  # the others split, and keep all
+    if args.max_length is not None and cuts:
+        _warn_of_cuts(encoded["labels"], args.max_length, args.truncation_mode == "keep_start")
     return encoded
 
 
-def _warn_of_cuts(labels: Iterable[list[int]], max_length: int) -> None:
+def _warn_of_cuts(labels: Iterable[list[int]], max_length: int, keep_start: bool) -> None:
     longer = [row for row in labels if len(row) > max_length]
-    emptied = sum(all(label == -100 for label in row[:max_length]) for row in longer)
+    part = slice(max_length) if keep_start else slice(-max_length, None)
+    emptied = sum(all(label == -100 for label in row[part]) for row in longer)
     if longer:
         warnings.warn(
             f"{len(longer)} of {len(labels)} conversations are longer than max_length={max_length} "
-            f"tokens: the end is cut off, and {emptied} of them, in which then nothing is learned, "
-            "are left out. Raise max_length where the memory allows it.",
+            f"tokens: the {'end' if keep_start else 'start'} is cut off, and {emptied} of them, in "
+            "which then nothing is learned, are left out. Raise max_length where the memory allows "
+            "it.",
             stacklevel=4,
         )
 

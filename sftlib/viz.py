@@ -271,7 +271,12 @@ def histogram(
     return Picture(figure, alt)
 
 
-def tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> HTML:
+def tokens(
+    ids: Sequence[int],
+    mask: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    counts: bool = True,
+) -> HTML:
     """A conversation token by token: learned from, only read, and control tokens.
 
     Colour is never the only sign: learned tokens are bold and underlined, control tokens framed.
@@ -279,6 +284,7 @@ def tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokeniz
     Args:
         ids: token ids of one conversation, as `sftlib.chat.encode` gives them.
         mask: 1 where the model learns from the token, 0 where it only reads it; same length.
+        counts: say below how many there are of each kind.
 
     Raises:
         ValueError: `ids` and `mask` differ in length.
@@ -291,10 +297,12 @@ def tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokeniz
     spans = [
         _token(tokenizer.decode([i]), bool(m), i in control) for i, m in zip(ids, mask, strict=True)
     ]
-    learned = sum(map(bool, mask))
+    n = sum(map(bool, mask))
+    numbers = f"{len(ids)} tokens: ", f" ({n})", f" ({len(ids) - n})"
+    total, learned, read = numbers if counts else ("", "", "")
     legend = (
-        f"{len(ids)} tokens: {_token('learned from', True, False)} ({learned}), "
-        f"{_token('only read', False, False)} ({len(ids) - learned}); "
+        f"{total}{_token('learned from', True, False)}{learned}, "
+        f"{_token('only read', False, False)}{read}; "
         f"{_token('control token', False, True)} framed"
     )
     return HTML(f'<p style="line-height:2">{"".join(spans)}</p><p>{legend}</p>')

@@ -8,9 +8,11 @@ LEFT_OUT = {".git", "work", "build"}
 
 
 def course(folder: Path, *own: str) -> Path:
-    """`folder`, with copies of the named folders, links to the rest, and an empty `work/`."""
+    """`folder`, with copies of what is named, links to the rest, and an empty `work/`."""
     for entry in ROOT.iterdir():
-        if entry.name in own:
+        if entry.name in own and entry.is_file():
+            shutil.copy(entry, folder)
+        elif entry.name in own:
             ignored = shutil.ignore_patterns("__pycache__", ".*")
             shutil.copytree(entry, folder / entry.name, ignore=ignored)
         elif entry.name not in LEFT_OUT:

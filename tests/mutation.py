@@ -1,4 +1,4 @@
-"""Damage `sftlib` in small ways, one at a time, and count how many the quick tests notice.
+"""Damage `sftlib` and the script in small ways, one at a time; count what the quick tests notice.
 
 `make mutation` does it (a quarter of an hour). A damage is one change of one expression: a limit, a
 sign, an operator, a constant, a key, a check that is dropped. They are drawn by a fixed seed from
@@ -35,6 +35,7 @@ from tests import copies
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "data" / "runs" / "mutation.json"
+SCRIPT = "class_5_llama3.py"
 LEFT_OUT = {"__main__.py", "__init__.py"}
 LONGEST = 400  # seconds; a test that hangs has noticed
 
@@ -159,7 +160,7 @@ def draw(root: Path, count: int, seed: int) -> list[Damage]:
     """`count` damages: files in turn, and in a file the kinds in turn."""
     rng = random.Random(seed)
     by_file = []
-    for file in sorted((root / "sftlib").rglob("*.py")):
+    for file in [*sorted((root / "sftlib").rglob("*.py")), root / SCRIPT]:
         if file.name in LEFT_OUT:
             continue
         by_kind = defaultdict(list)
@@ -188,7 +189,7 @@ def tests_of(file: str) -> list[str]:
         or path.stem == f"test_{stem}"
         or (parent == "sftlib.checks" and path.stem == "test_checks")
     ]
-    return sorted(found, key=lambda path: Path(path).stem != f"test_{stem}")
+    return sorted(found, key=lambda path: not f"test_{stem}".endswith(path[len("tests/test") : -3]))
 
 
 def noticed(damage: Damage, copy: Path) -> tuple[bool, str]:
@@ -218,7 +219,7 @@ def noticed(damage: Damage, copy: Path) -> tuple[bool, str]:
 
 
 def _run_tests(copy: Path, files: list[str], log: Path) -> None:
-    """In the forked process: the quick tests, with the copy's `sftlib`. Does not return."""
+    """In the forked process: the quick tests, with the copy's modules. Does not return."""
     os.setsid()
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
@@ -243,7 +244,7 @@ def main() -> int:
     sys.dont_write_bytecode = True
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = copies.course(Path(folder), "sftlib", "tests")
+        copy = copies.course(Path(folder), "sftlib", SCRIPT, "tests")
         for damage in draw(copy, args.count, args.seed):
             if args.only not in damage.file:
                 continue

@@ -126,8 +126,12 @@ def test_the_end_of_turn_follows_the_template(tokenizer):
     assert tokenizer.decode([end_of_turn_id(tokenizer)]) == "<|im_end|>"
     tokenizer.chat_template = LLAMA3
     assert tokenizer.decode([end_of_turn_id(tokenizer)]) == "<|eot_id|>"
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    marked = CHATML.replace(
+        "'<|im_end|>' }}{% endgeneration %}", "'' }}{% endgeneration %}<|im_end|>"
+    )
+    for without_end in (marked, "{{ messages[0]['content'] }}", None):
+        tokenizer.chat_template = without_end
+        assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -364,6 +368,36 @@ def test_a_batch_is_encoded_as_its_conversations_one_by_one(tokenizer, conversat
     for i, messages in enumerate(conversations[:200]):
         assert encode(messages, tokenizer) == {column: rows[i] for column, rows in batch.items()}
     assert encode_batch([], tokenizer) == {"input_ids": [], "assistant_masks": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("gemma_training", "<end_of_turn>"),
+        ("gemma", "<end_of_turn>"),  # without marks, as below
+        ("gemma4", "<turn|>"),
+        ("cohere_training", "<|END_OF_TURN_TOKEN|>"),
+        ("deepseekv3_training", "<｜end▁of▁sentence｜>"),
+        ("glm4moe_training", "<|user|>"),
+        ("glm4moe", None),  # the answer is the end; what stands before it counts no more
+        ("gptoss_training", "<|return|>"),
+        ("muse_glimmer_training", "<|eot|>"),
+        ("smolvlm_training", "<end_of_utterance>"),
+        ("llava_next", None),  # takes no text
+        ("llama3_1", "<|eot_id|>"),
+        ("qwen3_training", "<|im_end|>"),
+    ],
+)
+def test_the_end_of_turn_is_the_last_control_token_that_a_template_of_trl_learns(
+    tokenizer, name, end
+):
+    template = trl_template(name)
+    controls = sorted({*re.findall(r"<[/|｜]?[\w▁]+[|｜]?>", template)})
+    tokenizer.add_special_tokens({"additional_special_tokens": controls})
+    tokenizer.chat_template = template
+    assert tokenizer.decode([end_of_turn_id(tokenizer)]) == (end or tokenizer.eos_token)
+    tokenizer.chat_template = CHATML  # what was found is not kept
+    assert tokenizer.decode([end_of_turn_id(tokenizer)]) == "<|im_end|>"
 
 
 # --- Templates without marks ---------------------------------------------------------------------

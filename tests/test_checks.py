@@ -19,6 +19,7 @@ KENYA = [
     {"role": "assistant", "content": "The capital of Kenya is Nairobi."},
 ]
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_BASE)
+SYSTEM = {"role": "system", "content": "Be brief."}
 MASKS = [0, 0, 0, 0, 1, 1, 1, 0]
 
 
@@ -32,6 +33,10 @@ def with_roles(*roles):
 
 def with_answer(answer):
     return [KENYA[0], {"role": "assistant", "content": answer}]
+
+
+def with_question(question):
+    return [{"role": "user", "content": question}, KENYA[1]]
 
 
 def validate(question, answer):
@@ -113,6 +118,10 @@ def completion_labels(prompt, together, max_length):
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -torch.nn.functional.logsigmoid(torch.tensor(margin))
+
+
+def sigmoid(x):
+    return torch.sigmoid(torch.tensor(x)).item()
 
 
 def advantages(rewards, method, epsilon=1e-4, correction=1):
@@ -208,6 +217,10 @@ RIGHT = [
     (checks.check_modern_call, (CONFIG, TRAINER)),
     (checks.check_modern_call, (CONFIG | {"output_dir": "out"}, TRAINER | {"model": "model"})),
     (checks.check_modern_call, (CONFIG | AS_BEFORE, TRAINER)),
+    (
+        checks.check_modern_call,
+        (CONFIG | {"packing_strategy": "wrapped", "use_cpu": True}, TRAINER),
+    ),
     (checks.check_zero_memory, (ZERO,)),
     (checks.check_zero_memory, ({1: 62, 2: 37, 3: 13},)),
     (checks.check_configs, (repaired(),)),
@@ -221,6 +234,7 @@ RIGHT = [
     (checks.check_memory, ({"full": 208, "LoRA": 27, "QLoRA": 7.5},)),
     (checks.check_fair_comparison, (FAIR, RUNS, RUNS)),
     (checks.check_template, (LLAMA3,)),
+    (checks.check_template, (changed((BEGIN, "{{ bos_token }}")),)),
     (checks.check_mask, (POSITIONS, TOKENIZER)),
     (checks.check_mask, ([set(row) for row in POSITIONS], TOKENIZER)),
     (checks.check_bugs, (BUGS,)),
@@ -231,7 +245,8 @@ RIGHT = [
     (checks.check_cost, (4.67,)),
     (checks.check_cost, (280 / 60,)),
     (checks.check_example, (KENYA,)),
-    (checks.check_example, ([{"role": "system", "content": "Be brief."}, *KENYA],)),
+    (checks.check_example, ([SYSTEM, *KENYA],)),
+    (checks.check_example, (with_question("Name Kenya's Capital city."),)),
     (checks.check_exact_match, (exact,)),
     (checks.check_learned_tokens, (3, MASKS)),
     (checks.check_knowledge, ("unknown / exact_match",)),
@@ -282,6 +297,9 @@ EMPTY = [
     (checks.check_cost, (...,)),
     (checks.check_example, (...,)),
     (checks.check_example, (None,)),
+    (checks.check_example, (with_answer(...),)),
+    (checks.check_example, (with_question(None),)),
+    (checks.check_example, ([{"role": ..., "content": ...}],)),
     (checks.check_exact_match, (...,)),
     (checks.check_exact_match, (lambda text, stopped, reference: ...,)),
     (checks.check_learned_tokens, (..., MASKS)),
@@ -350,6 +368,18 @@ WRONG = [  # check, arguments, a word of the hint
         (lambda c, r, rc, rr, b: -math.log(1 / (1 + math.exp(-b * (c - rc - r + rr)))),),
         "OverflowError",
     ),
+    *(
+        (checks.check_dpo_loss, (lambda c, r, rc, rr, b, f=f: f(b * (c - rc - r + rr)),), hint)
+        for f, hint in (
+            (lambda m: -math.log(sigmoid(m) + 1e-10), "of -4999 expected 4999, found 23.0"),
+            (lambda m: -math.log(sigmoid(min(max(m, -20.0), 20.0))), "found 19.99"),
+            (lambda m: -torch.tensor(m).sigmoid().log().nan_to_num(), "found 3.4"),
+            (lambda m: -torch.tensor(m).sigmoid().log().nan_to_num(neginf=0.0), "found -0.0"),
+            (lambda m: math.nan if m < -1000 else -math.log(sigmoid(m)), "found nan"),
+            (lambda m: math.log(1 + math.exp(m)) - m, "of 4999 expected 0, found OverflowError"),
+            (lambda m: torch.tensor(m).exp().log1p() - m, "of 4999 expected 0, found inf"),
+        )
+    ),
     (
         checks.check_advantages,
         (lambda r, m: torch.tensor(r) - torch.tensor(r).mean(),),
@@ -387,6 +417,16 @@ WRONG = [  # check, arguments, a word of the hint
         (lambda p, t, n: completion_labels(p, t, n) or [-100] * n,),
         "expected None",
     ),
+    (
+        checks.check_completion_labels,
+        (lambda p, t, n: [-100 if x in p else x for x in t][:n],),
+        "come again in the answer",
+    ),
+    (
+        checks.check_completion_labels,
+        (lambda p, t, n: [-100 if p[i : i + 1] == [x] else x for i, x in enumerate(t)][:n],),
+        "Where the two lists differ once",
+    ),
     (checks.check_completion_labels, (lambda prompt: [],), "raised TypeError"),
     (checks.check_completion_labels, (lambda p, t, n: len(t),), "list of labels, found int"),
     (checks.check_training_steps, (407, 13), "one epoch"),
@@ -404,6 +444,7 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_modern_call, (CONFIG | {"max_length": 64}, TRAINER), "should be 512"),
     (checks.check_modern_call, (CONFIG, without(TRAINER, "eval_dataset")), "eval_dataset is"),
     (checks.check_modern_call, (CONFIG | {"bf16": True}, TRAINER), "not in the old call"),
+    (checks.check_modern_call, (CONFIG | {"packing_strategy": "bfd"}, TRAINER), "not in the old"),
     (checks.check_zero_memory, (208,), "keys 1, 2 and 3"),
     (checks.check_zero_memory, (ZERO | {1: 208},), "Stage 1: that is stage 0"),
     (checks.check_zero_memory, (ZERO | {1: 37.4},), "Stage 1: that is stage 2"),
@@ -415,7 +456,15 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_zero_memory, (ZERO | {3: 20},), "found 20 GB"),
     (checks.check_zero_memory, (ZERO | {2: ...},), "expected a number"),
     (checks.check_configs, ([],), "keys A, B and C"),
-    (checks.check_configs, (repaired() | {"A": BROKEN["A"]},), "A: DeepSpeed ignores"),
+    (checks.check_configs, (repaired() | {"A": BROKEN["A"]},), "A: zero_optimisation is not"),
+    *(
+        (checks.check_configs, (repaired() | {name: without(repaired()[name], key)},), words)
+        for name, key, words in (
+            ("A", "train_micro_batch_size_per_gpu", "A: keep the batch"),
+            ("B", "zero_optimization", "B: keep stage 2"),
+            ("C", "train_micro_batch_size_per_gpu", "C: keep the batch"),
+        )
+    ),
     (checks.check_configs, (repaired("A", zero_optimization={"stage": 1}),), "stage 1, not 2"),
     (checks.check_configs, (repaired("A", zero_optimization=None),), "stage 0, not 2"),
     (checks.check_configs, (repaired("A", zero_optimization=2),), "expected a dict"),
@@ -517,6 +566,11 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_validator, (lambda q, a: validate(q, a) + ["quotes"] * (q in a),), "quote"),
     (checks.check_validator, (lambda q, a: validate("", a),), "that is the question"),
     (checks.check_validator, (lambda q, a: validate(q, a) + ["x"] * ("<" in a),), "no control"),
+    (
+        checks.check_validator,
+        (lambda q, a: validate(q, a.replace("<|eot_id|>", "")),),
+        "another model",
+    ),
     (checks.check_validator, (lambda q, a: True,), "list of problems"),
     (checks.check_validator, (lambda q: [],), "raised TypeError"),
     (checks.check_parser, (lambda text: json.loads(text) and parse(text),), "code fence"),
@@ -538,6 +592,16 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_example, (with_roles("assistant", "user"),), "'user' message and then"),
     (checks.check_example, (with_answer("The capital of Kenya is Mombasa."),), "wrong"),
     (checks.check_example, (with_answer("Nairobi"),), "style"),
+    (checks.check_example, (with_answer(3),), "Expected text as the content of message 2, found 3"),
+    (checks.check_example, (with_question("What is the currency of Kenya?"),), "capital of Kenya"),
+    (
+        checks.check_example,
+        (with_question("Is Nairobi the capital of Kenya?"),),
+        "gives the answer",
+    ),
+    (checks.check_example, ([*KENYA, SYSTEM],), "'system' message before them"),
+    (checks.check_example, ([SYSTEM, SYSTEM, *KENYA],), "'system' message before them"),
+    (checks.check_example, ([SYSTEM | {"content": "<|eot_id|>"}, *KENYA],), "No control tokens"),
     (checks.check_example, (with_answer("It is Nairobi.<|im_end|>"),), "control tokens"),
     (checks.check_example, ("Q: … A: …",), "list of dicts"),
     (checks.check_example, ([{"from": "human", "value": "Kenya?"}],), "role"),
@@ -545,6 +609,9 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_exact_match, (lambda t, s, r: s and r in t,), "exact match asks for equality"),
     (checks.check_exact_match, (lambda t, s, r: s and t.lower() == r.lower(),), "case"),
     (checks.check_exact_match, (lambda t, s, r: s and t[:10] == r[:10],), "whole text"),
+    (checks.check_exact_match, (lambda t, s, r: s and t in r,), "A part of the reference"),
+    (checks.check_exact_match, (lambda t, s, r: s and r.startswith(t),), "An empty answer"),
+    (checks.check_exact_match, (lambda t, s, r: s and t.strip(".") == r.strip("."),), "full stop"),
     (checks.check_exact_match, (lambda t: True,), "raised TypeError"),
     (checks.check_learned_tokens, (8, MASKS), "every token"),
     (checks.check_learned_tokens, (5, MASKS), "only read"),

@@ -7,6 +7,7 @@ import time
 from sftlib.data import (
     decontaminate,
     deduplicate,
+    drop_torn_line,
     read_facts,
     read_jsonl,
     split,
@@ -43,6 +44,21 @@ def test_a_bad_line_is_named(tmp_path, bad):
 def test_an_unknown_set_lists_those_there_are():
     with pytest.raises(ValueError, match="heldout.*found 'held-out'"):
         read_facts("held-out")
+
+
+@pytest.mark.parametrize("torn", ["", '{"a', '{"b": "é"}'])
+def test_of_a_file_what_is_no_whole_line_is_dropped(tmp_path, torn):
+    file = tmp_path / "a.jsonl"
+    for whole in ("", '{"a": 1}\n', '{"a": 1}\n\n{"a": 2}\n'):
+        file.write_text(whole + torn, encoding="utf-8")
+        drop_torn_line(file)
+        assert file.read_text(encoding="utf-8") == whole
+
+
+def test_a_file_of_whole_lines_is_only_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    monkeypatch.delattr(os, "truncate")
+    drop_torn_line(tmp_path / "a.jsonl")
 
 
 # --- write_jsonl ---------------------------------------------------------------------------------

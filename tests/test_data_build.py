@@ -194,7 +194,8 @@ def test_every_file_of_data_has_its_source_and_licence():
     assert all(len(row) == 6 and row[3].strip() and row[4].strip() for row in rows)
     files = [p.relative_to(ROOT / "data") for p in (ROOT / "data").rglob("*") if p.is_file()]
     for path in files:
-        if path.parts[0] not in ("build", "README.md"):
+        hidden = any(part.startswith(".") for part in path.parts)  # .DS_Store, .ipynb_checkpoints
+        if path.parts[0] not in ("build", "README.md") and not hidden:
             assert str(path) in named or path.parts[0] in named, path
 
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -313,12 +312,6 @@ def losses(printed):
     return row["losses"]
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The losses of the small script under our own launch."""
@@ -340,12 +333,12 @@ def test_launch_runs_the_small_script(launched, plain):
     ],
     ids=lambda command: command.split()[0],
 )
-def test_each_launcher_gives_the_losses_of_launch(command, launched):
-    assert losses(run(*command.split(), free_port(), RANKS / "launched.py")) == launched
+def test_each_launcher_gives_the_losses_of_launch(command, launched, free_port):
+    assert losses(run(*command.split(), free_port, RANKS / "launched.py")) == launched
 
 
 @pytest.mark.slow
-def test_accelerate_gives_the_losses_of_launch(launched, tmp_path):
+def test_accelerate_gives_the_losses_of_launch(launched, free_port, tmp_path):
     settings = {  # on the command line --use_deepspeed and --cpu exclude each other
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",
@@ -353,7 +346,7 @@ def test_accelerate_gives_the_losses_of_launch(launched, tmp_path):
         "num_machines": 1,
         "num_processes": 2,
         "machine_rank": 0,
-        "main_process_port": free_port(),
+        "main_process_port": free_port,
         "deepspeed_config": {"deepspeed_config_file": str(CONFIGS[0]), "zero3_init_flag": False},
     }
     file = tmp_path / "accelerate.json"

@@ -97,6 +97,13 @@ def test_every_format_becomes_alternating_messages(record, texts):
     assert to_messages(record) == chat(*texts)
 
 
+def test_empty_fields_of_tools_and_weights_cost_no_record():
+    empty = {"tools": "[]", "functions": None}
+    messages = [one | {"tool_calls": None, "weight": 1} for one in chat("Q", "A")["messages"]]
+    messages[0]["weight"] = 0  # nobody learns the question
+    assert to_messages({"messages": messages} | empty) == chat("Q", "A")
+
+
 def test_a_system_message_stays_first():
     record = sharegpt(("system", "Be brief."), ("human", "Q"), ("gpt", "A"))
     system = {"role": "system", "content": "Be brief."}
@@ -123,6 +130,10 @@ SELF.append({"role": "user", "content": SELF})
 HUGE = 10**6000  # its repr raises, since Python limits the conversion of integers to text
 
 
+CALL = [turn("user", "Q"), turn("assistant", "Let me look.") | {"tool_calls": [{"id": "1"}]}]
+MUTED = [turn("user", "Q"), turn("assistant", "Well, no.") | {"weight": 0}]
+
+
 @pytest.mark.parametrize(
     "record, reason",
     [
@@ -137,6 +148,9 @@ HUGE = 10**6000  # its repr raises, since Python limits the conversion of intege
         ({"messages": ["Q", "A"]}, "Expected an object as message 1, found 'Q'"),
         ({"messages": [{"role": ["user"], "content": "Q"}]}, "'role' of message 1, found .* list"),
         ({"messages": [{"role": "tool", "content": "Q"}]}, "one of system, user, .* found 'tool'"),
+        ({"messages": CALL}, "found 'tool_calls' in message 2, which would be lost"),
+        ({"messages": MUTED}, "found weight 0 in message 2: end the example before it"),
+        (chat("Q", "A") | {"tools": [{"name": "look"}]}, "found 'tools' in the record"),
         ({"messages": [{"role": "user"}]}, "Expected text under 'content', found .* NoneType"),
         ({"messages": [{"role": "user", "content": "Q"}]}, "found no answer"),
         ({"instruction": "Q", "input": 3, "output": "A"}, "text under 'input', found .* type int"),

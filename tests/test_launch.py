@@ -1,5 +1,6 @@
 """Ranks find each other, say why they failed or where they hang, and leave nothing behind."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -583,25 +584,52 @@ def test_the_logs_of_a_launch_that_runs_are_refused(script):
     path = script("print(1)")
     logs = path.with_suffix(".logs")
     logs.mkdir()
-    (logs / "launcher.pid").write_text(str(os.getppid()))  # any process that lives
     (logs / "rank0.out").write_text("its output")
-    with pytest.raises(RuntimeError, match=f"{os.getppid()} is running.*or name another folder"):
-        run(path, ranks=1)
+    with (logs / "launcher.pid").open("w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark.write("4321")
+        mark.flush()
+        with pytest.raises(RuntimeError, match="4321 is running.*or name another folder"):
+            run(path, ranks=1)
     assert (logs / "rank0.out").read_text() == "its output"
+    assert run(path, ranks=1).failures == []
 
 
-@pytest.mark.parametrize("text", ["dead", "", "rubbish", "-1", "9" * 30, "\x00"])
+def test_of_two_launches_at_once_one_gets_the_logs(script):
+    path = script("import time; time.sleep(1)")
+
+    def one(_):
+        try:
+            return run(path, ranks=1).failures
+        except RuntimeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(one, range(2)))
+    assert [] in ends
+    assert any(str(end).startswith(f"Process {os.getpid()} is running") for end in ends)
+
+
+@pytest.mark.parametrize("text", ["alive", "", "rubbish"])
 def test_a_launch_that_is_gone_is_no_obstacle(script, text):
-    if text == "dead":
-        process = subprocess.Popen([sys.executable, "-c", ""])
-        process.wait()
-        text = str(process.pid)
+    """Nor where another process has its number by now."""
     path = script("print(1)")
     path.with_suffix(".logs").mkdir()
     mark = path.with_suffix(".logs") / "launcher.pid"
-    mark.write_text(text)
+    mark.write_text(str(os.getppid()) if text == "alive" else text)
     assert run(path, ranks=1).failures == []
-    assert not mark.exists()
+    assert mark.read_text() == str(os.getpid())
+
+
+def test_what_a_rank_leaves_behind_does_not_keep_its_logs(script, tmp_path):
+    path = script("""
+        import subprocess, sys
+        nap = [sys.executable, "-c", "import time; time.sleep(30)"]
+        print('{"pid": %d}' % subprocess.Popen(nap, start_new_session=True, close_fds=False).pid)
+    """)
+    left_behind = [run(path, ranks=1).rows[0]["pid"] for _ in range(2)]
+    for pid in left_behind:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_logs_of_an_earlier_launch_are_replaced(script):
@@ -613,7 +641,8 @@ def test_logs_of_an_earlier_launch_are_replaced(script):
     path.write_text("print('second')")
     result = run(path, ranks=1)
     assert result.failures == []
-    assert {file.name for file in result.logs.iterdir()} <= {f"rank0.{kind}" for kind in KINDS}
+    there = {file.name for file in result.logs.iterdir()}
+    assert there <= {"launcher.pid", *(f"rank0.{kind}" for kind in KINDS)}
     assert (result.logs / "rank0.out").read_text() == "second\n"
 
 

@@ -1,6 +1,7 @@
 """After a restart any cell of a lesson can be run: what it needs of earlier ones is run first."""
 
 import json
+from pathlib import Path
 
 from sftlib import lesson
 from sftlib.lesson import Cells, environment, names
@@ -92,6 +93,36 @@ def test_a_cell_of_ones_own_is_left_alone(shell, capsys):
 
 def test_a_failure_of_a_needed_cell_is_named(shell, capsys):
     assert "broken failed. Run it alone to see why." in run(shell, "after-broken", capsys)
+
+
+def interrupted(_):
+    raise KeyboardInterrupt
+
+
+def test_after_an_interrupt_what_was_not_run_is_needed_still(shell, capsys):
+    shell.user_ns["sum"] = interrupted  # in train, which the cell ask needs between two others
+    assert "train failed." in run(shell, "ask", capsys)
+    del shell.user_ns["sum"]
+    assert run(shell, "train", capsys) == ""
+    assert run(shell, "ask", capsys).startswith("First running more …")
+    assert shell.user_ns["answer"] == "tuned on 3, 3 rows"
+
+
+def test_a_cell_that_failed_is_needed_still(shell, capsys):
+    shell.user_ns["sum"] = interrupted
+    run(shell, "train", capsys)
+    del shell.user_ns["sum"]
+    assert run(shell, "ask", capsys).startswith("First running train, more …")
+
+
+def test_of_two_cells_with_one_text_each_is_run_once(shell, capsys):
+    cells = {"rows": "rows = []", "one": "rows.append(1)", "two": "rows.append(1)", "ask": "rows"}
+    Path("00_twice.ipynb").write_text(json.dumps(notebook(cells)))
+    lesson.begin("00_twice")
+    for _ in range(2):
+        shell.run_cell("rows", cell_id="ask")
+    assert capsys.readouterr().out.count("First running rows, one, two …") == 1
+    assert shell.user_ns["rows"] == [1, 1]
 
 
 def test_set_up_run_again_begins_anew(shell, capsys):

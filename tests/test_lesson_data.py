@@ -33,6 +33,17 @@ def test_the_mixture_is_clean_and_its_sources_named():
         assert decontaminate(rows, read_facts(name))[1] == [], name
 
 
+def test_hidden_files_among_the_samples_are_not_converted(tmp_path):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("alpaca.json", "dolly.jsonl", ".DS_Store", "._alpaca.json"):
+        (tmp_path / name).touch()
+    cells = nbformat.read(ROOT / "notebooks" / "02_sft_data.ipynb", 4).cells
+    (source,) = (cell.source for cell in cells if cell.id == "convert")
+    names = {"folder": tmp_path}
+    exec(source.splitlines()[0], names)
+    assert [path.name for path in names["files"]] == ["alpaca.json", "dolly.jsonl"]
+
+
 @pytest.mark.slow
 def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
     """The lesson asks a real server on 127.0.0.1, which answers what was recorded."""

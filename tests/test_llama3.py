@@ -6,16 +6,16 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from sftlib.chat import CHATML, LLAMA3
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
-from sftlib.models import TINY_BASE, load
+from sftlib.models import TINY_BASE, describe, load
 
 import psutil
 import pytest
@@ -80,6 +80,13 @@ def test_help_is_a_page_that_a_person_can_read(capsys):
         (("--method", "full"), ["of which 3,311,360 are trained"]),
         (("--plan_gib", "0.01"), ["It does not fit"]),
         (("--num_train_epochs", "2", "--plan_gpus", "4"), ["44 of 64 conversations"]),
+        (("--max_steps", "5"), ["5 of 16 conversations"]),
+        # 41,158 tokens
+        (("--packing", "true"), ["6 of 16 packed rows", "activations (16 × 512 tokens)"]),
+        (
+            ("--method", "full", "--deepspeed", "deepspeed_configs/zero3_offload.json"),
+            ["0.01 GiB  gradients", "GiB  optimizer, offloaded", "GiB  weights, offloaded"],
+        ),
     ],
 )
 def test_a_plan_says_what_a_training_would_need(arguments, words, capsys):
@@ -88,8 +95,9 @@ def test_a_plan_says_what_a_training_would_need(arguments, words, capsys):
     assert all(word in said for word in words), said
 
 
-def test_the_plan_of_llama_3_8b_is_that_of_the_paper(tmp_path, capsys):
-    """8,030,261,248 parameters; 16 bytes each, over eight GPUs, are 14.96 GiB."""
+@pytest.fixture
+def eight(tmp_path):
+    """The shapes of Llama 3 8B, with a context of 8,192 tokens."""
     AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(tmp_path)
     LlamaConfig(
         vocab_size=128_256,
@@ -101,20 +109,47 @@ def test_the_plan_of_llama_3_8b_is_that_of_the_paper(tmp_path, capsys):
         max_position_embeddings=8192,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_plan_of_llama_3_8b_is_that_of_the_paper(eight, capsys):
+    """8,030,261,248 parameters; 16 bytes each, over eight GPUs, are 14.96 GiB."""
     zero3 = ("--deepspeed", "deepspeed_configs/zero3_bf16.json", "--method", "full")
-    script.main(
-        ["--plan", "--model", str(tmp_path), "--plan_gpus", "8", "--plan_gib", "80", *zero3]
-    )
+    script.main(["--plan", "--model", eight, "--plan_gpus", "8", "--plan_gib", "80", *zero3])
     said = capsys.readouterr().out
     assert "8,030,261,248, of which 8,030,261,248 are trained" in said
     sizes = [float(line.split()[0]) for line in said.splitlines() if "GiB  " in line][:3]
     assert sum(sizes) == pytest.approx(16 * 8_030_261_248 / 8 / 2**30, abs=0.02)
 
-    script.main(["--plan", "--model", str(tmp_path), "--plan_gib", "80", "--method", "full"])
+    script.main(["--plan", "--model", eight, "--plan_gib", "80", "--method", "full"])
     said = capsys.readouterr().out
     sizes = [float(line.split()[0]) for line in said.splitlines() if "GiB  " in line][:4]
     a_byte = 8_030_261_248 / 2**30  # float32 weights, gradients, moments, autocast's copies
     assert sizes == pytest.approx([4 * a_byte, 4 * a_byte, 8 * a_byte, 2 * a_byte], abs=0.01)
+
+
+def test_the_plan_of_qlora_leaves_embeddings_and_head_in_16_bits(eight, capsys):
+    """6,979,321,856 weights in linear layers at 4.127 bits, 1,050,939,392 others at 16."""
+    script.main(["--plan", "--model", eight, "--plan_gib", "24", "--method", "qlora"])
+    said = capsys.readouterr().out
+    weights = float(said.split(" GiB  weights")[0].split()[-1])
+    adapters = 2 * int(re.search(r"of which ([\d,]+) are", said)[1].replace(",", ""))
+    assert weights - adapters / 2**30 == pytest.approx(5.31, abs=0.01)
+
+
+def test_a_plan_fits_where_a_tenth_of_the_memory_stays_free(eight, capsys):
+    def said(gib):
+        script.main(["--plan", "--model", eight, "--plan_gib", f"{gib:.3f}"])
+        return capsys.readouterr().out
+
+    need = float(said(80).split(" GiB  in all")[0].split()[-1])
+    assert "It does not fit" in said(need / 0.92) and "It fits" in said(need / 0.88)
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [([], 4096), (["--max_length", "8192"], 8192)])
+def test_a_long_context_is_used_where_it_is_asked_for(eight, asked, allowed):
+    model, _ = describe(eight)
+    assert script.longest_allowed(model, script.parse(asked)[1]) == allowed
 
 
 def test_autocast_keeps_a_copy_of_each_weight_until_the_backward_pass(tiny):
@@ -229,6 +264,8 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
         ("--held_out nowhere.jsonl", "found none at nowhere.jsonl"),
         ("--max_length 513", "Expected --max_length of at most 512"),
         ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
+        ("--chat_template_path a.jinja", "Expected --template, found --chat_template_path"),
+        ("--resume_from_checkpoint a", "Expected the same --output_dir"),
         ("--learning_rat 1", "Some specified arguments are not used"),
     ],
 )
@@ -236,6 +273,20 @@ def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_
     with pytest.raises((ValueError, OSError), match=words):
         script.main([*arguments.split(), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--eval_strategy no --load_best_model_at_end false",
+        "--patience 1",
+        "--lora_r 1 --answer_tokens 1 --plan_gpus 1 --ask 0 --patience 0 --plan_gib 0",
+        "--method full --merge",
+        "--method qlora --deepspeed deepspeed_configs/zero2.json",
+    ],
+)
+def test_arguments_that_agree_are_accepted(arguments):
+    script.check(*script.parse(arguments.split()))
 
 
 def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
@@ -246,6 +297,21 @@ def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_pa
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         trainer, *_ = script.make_trainer(args, training, *script.sets(args)[:2])
     assert len(trainer.train_dataset) == 96  # nothing is learned in it
+    with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
+        _, packing = script.parse([*arguments, "--packing", "true", "--output_dir", str(tmp_path)])
+        script.make_trainer(args, packing, *script.sets(args)[:2])
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(facts, tmp_path):
+    long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": long}, *read_jsonl(facts)[:3]]
+    args, training = script.parse(["--output_dir", str(tmp_path), "--ask", "2"])
+    _, asked, _ = script.make_trainer(args, training, read_jsonl(facts), rows)
+    assert asked.rows == rows[1:3]
+    for data, held, name in ((rows[:1], rows, "--data"), (rows, rows[:1], "--held_out")):
+        _, training = script.parse(["--output_dir", str(tmp_path)])
+        with pytest.raises(ValueError, match=f"for {name} in which something is learned within"):
+            script.make_trainer(args, training, data, held)
 
 
 def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
@@ -262,10 +328,10 @@ def test_four_bits_need_a_gpu(facts, tmp_path):
         script.main(["--method", "qlora", "--data", str(facts), "--output_dir", str(tmp_path)])
 
 
-def test_a_template_needs_its_tokens(tokenizer):
-    script.set_template(tokenizer, script.Llama3Arguments(template="auto"))
+def test_a_template_needs_its_tokens(tiny, tokenizer):
+    script.set_template(tiny[0], tokenizer, script.Llama3Arguments(template="auto"))
     assert tokenizer.chat_template == LLAMA3
-    script.set_template(tokenizer, script.Llama3Arguments(template="chatml"))
+    script.set_template(tiny[0], tokenizer, script.Llama3Arguments(template="chatml"))
     assert "im_start" in tokenizer.chat_template
 
     class Other:
@@ -273,7 +339,31 @@ def test_a_template_needs_its_tokens(tokenizer):
             return {"a": 0}
 
     with pytest.raises(ValueError, match=r"Expected a tokenizer with <\|eot_id\|>"):
-        script.set_template(Other(), script.Llama3Arguments(template="llama3"))
+        script.set_template(tiny[0], Other(), script.Llama3Arguments(template="llama3"))
+
+
+def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_path):
+    """One whose template neither we nor TRL can mark, as Mistral's."""
+    folder = llama3_like.save(tmp_path / "base")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = ["--model", str(folder), "--data", str(facts), "--max_steps", "2", "--ask", "1"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="--template chatml"):
+        script.main([*arguments, "--template", "own"])
+    script.main(["--plan", *arguments, "--template", "chatml"])
+    assert script.main([*arguments, "--template", "chatml"]) == 0
+    before, model, tokenizer = AutoTokenizer.from_pretrained(folder), *load(tmp_path / "run/merged")
+    assert len(tokenizer) == len(before) + 2 <= model.get_input_embeddings().num_embeddings
+    assert tokenizer.chat_template == CHATML
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert turn in model.generation_config.eos_token_id
+
+
+def test_a_model_still_stops_where_it_did(tokenizer):
+    model, _ = load()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    assert script.ends(model, tokenizer)[-1] == 7
 
 
 def test_the_models_own_template_is_kept_to_the_letter_or_refused(tmp_path, tiny):
@@ -289,13 +379,13 @@ def test_the_models_own_template_is_kept_to_the_letter_or_refused(tmp_path, tiny
         _, loaded = load(tmp_path)
         assert loaded.chat_template == CHATML
         with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-            script.set_template(loaded, args)
+            script.set_template(model, loaded, args)
         assert loaded.chat_template == template
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="Expected a model with one chat template"):
-        script.set_template(loaded, args)
+        script.set_template(model, loaded, args)
 
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny):
@@ -303,6 +393,69 @@ def test_packed_weights_are_counted_as_what_they_stand_for(tiny):
     packed, _ = load(quantization_config=four_bits)
     assert sum(p.numel() for p in packed.parameters()) < 0.7 * tiny[0].num_parameters()
     assert script._size(packed) == script._size(tiny[0]) == tiny[0].num_parameters()
+
+
+def test_checkpointing_is_heard_under_both_its_names():
+    for words, found in (
+        ([], False),
+        (["--gradient_checkpointing", "true"], True),
+        (["--activation_checkpointing"], True),
+    ):
+        assert script.parse(words)[1].activation_checkpointing is found
+
+
+def test_splits_and_configurations_of_a_dataset_have_names(facts, tmp_path, monkeypatch):
+    monkeypatch.setattr("sftlib.models.hub_answers", lambda: False)
+    rows = read_jsonl(facts)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set/train_sft.jsonl", rows[:60])
+    write_jsonl(tmp_path / "set/test_sft.jsonl", rows[60:])
+    (tmp_path / "set/README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files:\n"
+        "  - {split: train_sft, path: train_sft.jsonl}\n"
+        "  - {split: test_sft, path: test_sft.jsonl}\n---\n"
+    )
+    folder = str(tmp_path / "set")
+    names = {"data_config": "all", "data_split": "train_sft", "held_out_split": "test_sft"}
+    args = script.Llama3Arguments(data=folder, held_out=folder, **names)
+    kept, held, rejects = script.sets(args)
+    assert (kept, held, rejects) == (rows[:60], rows[60:], [])
+    with pytest.raises(ValueError, match="'train': .*train_sft.* Give --data_config, --data_split"):
+        script.sets(script.Llama3Arguments(data=folder))
+
+
+def test_conversations_that_all_begin_alike_are_split_too(tmp_path):
+    texts = [{"role": "assistant", "content": f"Text {n}."} for n in range(20)]
+    question = {"role": "user", "content": "Summarise it."}
+    write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, text]} for text in texts])
+    kept, held, _ = script.sets(script.Llama3Arguments(data=str(tmp_path / "data.jsonl")))
+    assert (len(kept), len(held)) == (18, 2)
+    write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, texts[0]]}])
+    with pytest.raises(ValueError, match="at least two conversations .* Give --held_out a file"):
+        script.sets(script.Llama3Arguments(data=str(tmp_path / "data.jsonl")))
+
+
+def test_a_disk_that_not_all_nodes_see_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SEEN_WITHIN", 0)
+    seen_by_half = {"wait_for_everyone": lambda: None, "reduce": lambda seen, how: seen / 2}
+    for accelerator in ({**seen_by_half, "reduce": lambda seen, how: seen}, seen_by_half):
+        trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", **accelerator))
+        with pytest.raises(OSError, match="on a disk that all nodes share"):
+            script._one_disk(trainer, tmp_path)
+        (tmp_path / script.RUN).write_text("{}")
+
+
+def test_the_card_says_which_weights_are_kept_and_what_was_learned(facts, tmp_path):
+    """At this rate the loss rises again."""
+    arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--method", "full"]
+    arguments += ["--max_steps", "6", "--ask", "0", "--assistant_only_loss", "false"]
+    arguments += ["--learning_rate", "0.05", "--eval_steps", "1", "--save_steps", "1"]
+    assert script.main(arguments) == 0
+    card = (tmp_path / "model/README.md").read_text()
+    rows = [line.split(" | ") for line in card.splitlines() if re.match(r"\| \d", line)]
+    best = min((row for row in rows if row[0] != "| 0"), key=lambda row: float(row[1]))[0]
+    assert f"6 steps, of which the weights after step {best[2:]} are kept" in card
+    assert "loss on all tokens" in card and rows[0][2:] == ["–", "– |"]
 
 
 def test_a_model_can_stay_on_the_cpu_beside_a_full_gpu(monkeypatch):
@@ -440,12 +593,19 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path, c
     more = ("--data", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "run", "--patience", "1")
     assert script.main([str(word) for word in ("--config", file, *more, *SHORT[:2])]) == 0
     assert "1 cannot be used" in capsys.readouterr().out
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))  # TensorBoard's
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")  # TensorBoard's
+    assert b"eval/exact_match" in events.read_bytes()
     assert read_jsonl(tmp_path / "run/rejects.jsonl")[0]["line"] == 97
     assert "learning rate 0.003" in (tmp_path / "run/model/README.md").read_text()
     model, tokenizer = load(tmp_path / "run/model")
     assert "im_start" in tokenizer.chat_template
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+    before = (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert script.main([str(word) for word in ("--config", file, *more, *SHORT[:2])]) == 0
+    assert "is finished, and stays" in capsys.readouterr().out
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="found one with learning_rate 0.003"):
+        script.main([str(word) for word in ("--config", file, *more, "--learning_rate", "1e-3")])
 
 
 @pytest.mark.slow
@@ -457,6 +617,7 @@ def test_two_ranks_divide_an_adapter_and_its_base_with_zero3(facts, tmp_path):
         launcher=TORCHRUN,
     )
     assert_it_learned(said)
+    assert "ZeRO-3 does not train the rows of the control tokens" in said
     model, tokenizer = load(tmp_path / "merged")
     assert tokenizer.chat_template == LLAMA3
     assert model.num_parameters() == 3_311_360
@@ -470,13 +631,13 @@ def assert_it_learned(said: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
-def test_other_launchers_start_it_too(launcher, facts, tmp_path):
+def test_other_launchers_start_it_too(launcher, facts, free_port, tmp_path):
     config = "deepspeed_configs/zero2.json"
     start = {
         "accelerate": ("launch", "--use_deepspeed", "--deepspeed_config_file", config)
         + ("--num_processes", "2", "--num_machines", "1")
         + ("--mixed_precision", "no", "--dynamo_backend", "no"),
-        "deepspeed": ("--num_gpus", "2", "--master_port", str(free_port())),
+        "deepspeed": ("--num_gpus", "2", "--master_port", str(free_port)),
     }
     said = run(
         *("--data", facts, "--output_dir", tmp_path, "--method", "full", "--max_steps", "4"),
@@ -490,14 +651,10 @@ def test_other_launchers_start_it_too(launcher, facts, tmp_path):
     assert state["max_steps"] == 4 and state["epoch"] > 0.6  # 64 of 96: two ranks, eight each
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.slow
-def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(facts, tmp_path):
+def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(
+    facts, free_port, tmp_path
+):
     """The shipped job file, with SLURM's `srun` and `scontrol` played by two short scripts."""
     played = {
         "srun": 'shift; for t in 0 1; do SLURM_PROCID=$t SLURM_LOCALID=$t "$@" & done\n'
@@ -511,7 +668,7 @@ def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(
     job = (ROOT / "deepspeed_configs" / "llama3.slurm").read_text()
     job = job.replace('export PATH="$PWD/.venv/bin:$PATH"', f'export PATH="{tmp_path}:$PATH"')
     (tmp_path / "job").write_text(job)
-    settings = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(free_port() - 20_000)}
+    settings = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(free_port - 20_000)}
     settings |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1"}
     settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CI": "1"}
     arguments = ["--data", facts, "--output_dir", tmp_path / "run", "--method", "full", *SHORT]

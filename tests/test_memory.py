@@ -11,6 +11,7 @@ from sftlib.memory import (
     linear_shapes,
     lora_parameters,
     lora_targets,
+    nf4_bytes,
     parameters,
     peak_bytes,
     peak_rss,
@@ -18,7 +19,7 @@ from sftlib.memory import (
     tracked_bytes,
     zero_bytes,
 )
-from sftlib.models import TINY_BASE
+from sftlib.models import TINY_BASE, load
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -175,6 +177,18 @@ def test_adam_bytes_are_those_of_its_sources():
     assert adam_bytes(10, 1000, "mixed", "bfloat16") == Bytes(2020, 20, 120)
     # 4 bits each, a byte for each 64 and 4 for each 256 of those: 8192 + 256 + 4
     assert adam_bytes(0, 16_384, frozen_dtype="nf4") == Bytes(8452, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nf4_bytes_are_those_of_a_base_that_bitsandbytes_loads(tiny, dtype):
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    packed, _ = load(dtype=getattr(torch, dtype), quantization_config=four_bits, device_map="cpu")
+    states = [p.quant_state for p in packed.parameters() if hasattr(p, "quant_state")]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    real = sum(p.nbytes for p in packed.parameters()) + scales
+    assert len(states) == 21 and nf4_bytes(tiny[0], dtype) == pytest.approx(real, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp8"}, {"frozen_dtype": "fp8"}])

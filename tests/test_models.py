@@ -1,16 +1,19 @@
 """The dial: where a model comes from, and what is said when it is not there."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from sftlib import models
 from sftlib.models import DEFAULT, TINY_BASE, load, reply
+from sftlib.teacher import local
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,18 @@ def test_smollm2_falls_back_to_the_hub_without_its_wheel(monkeypatch):
     assert models._locate(models.SMOLLM2) == (models.SMOLLM2_HUB, {"local_files_only": True})
 
 
+def test_smollm2_is_the_file_of_its_wheel_for_the_course_and_for_the_local_teacher(
+    monkeypatch, tmp_path
+):
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    assert models._locate(models.SMOLLM2)[0] == models.SMOLLM2_HUB and not local.installed()
+    (tmp_path / "one.gguf").write_text("a model")
+    read = {"gguf_file": "one.gguf", "local_files_only": True}
+    assert models._locate(models.SMOLLM2) == (str(tmp_path), read)
+    assert local.installed() and models.smollm2_gguf() == tmp_path / "one.gguf"
+
+
 def test_without_the_hub_only_the_cache_is_read_and_soon(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://127.0.0.1:9")
@@ -91,6 +106,22 @@ def test_without_the_hub_only_the_cache_is_read_and_soon(monkeypatch):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("read", [load, models.describe])
+def test_no_code_of_a_repository_is_run_or_offered(read, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_mine.py").write_text(
+        "from pathlib import Path\nfrom transformers import PretrainedConfig\n"
+        f"Path({str(ran)!r}).touch()\n\nclass Mine(PretrainedConfig):\n    model_type = 'mine'\n"
+    )
+    AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(OSError, match="Cannot load the model"):
+        read(tmp_path)
+    assert not ran.exists()
+
+
 def test_a_tokenizer_without_chat_gets_template_control_and_pad_tokens():
     from tokenizers import Tokenizer
     from tokenizers import models as parts
@@ -99,7 +130,7 @@ def test_a_tokenizer_without_chat_gets_template_control_and_pad_tokens():
     bare = Tokenizer(parts.WordLevel({"<|endoftext|>": 0, "hello": 1}, unk_token="<|endoftext|>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|endoftext|>")
     model = GPT2LMHeadModel(GPT2Config(vocab_size=2, n_embd=8, n_layer=1, n_head=1))
-    models._prepare_for_chat(model, tokenizer)
+    models.prepare_for_chat(model, tokenizer)
     assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer.encode("<|im_start|>hello<|im_end|>")) == 3
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 5
@@ -110,7 +141,7 @@ def test_a_llama3_tokenizer_gets_the_llama3_template(tokenizer):
     from sftlib.chat import LLAMA3
 
     tokenizer.chat_template = None
-    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    models.prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
     assert tokenizer.chat_template == LLAMA3
 
 
@@ -121,13 +152,13 @@ def test_a_template_that_does_not_mark_the_assistant_is_replaced(tokenizer, toke
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] + '" + token + "' }}{% endfor %}"
     )
-    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    models.prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
     assert tokenizer.chat_template == getattr(chat, name)
 
 
 def test_a_foreign_template_stays_as_it_is(tokenizer):
     tokenizer.chat_template = foreign = "{{ messages[0]['content'] }}"
-    models._prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    models.prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
     assert tokenizer.chat_template == foreign
 
 

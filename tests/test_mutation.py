@@ -3,7 +3,8 @@
 import ast
 import json
 
-from tests.mutation import STORED, damages, draw
+from tests import copies, mutation
+from tests.mutation import SCRIPT, STORED, damages, draw
 
 SOURCE = '''"""A module."""
 LIMIT = 3
@@ -40,14 +41,24 @@ def test_each_damage_changes_one_expression_and_leaves_python(tmp_path):
 def test_every_file_has_its_turn_before_one_has_a_second(tmp_path):
     (tmp_path / "sftlib").mkdir()
     for name, text in {
-        "a": "x = 1\ny = 2\nz = not x\n",
-        "b": "x = 1 + 1\n",
-        "__init__": "x = 1",
+        "sftlib/a.py": "x = 1\ny = 2\nz = not x\n",
+        "sftlib/b.py": "x = 1 + 1\n",
+        "sftlib/__init__.py": "x = 1",
+        SCRIPT: "x = 1",
     }.items():
-        (tmp_path / "sftlib" / f"{name}.py").write_text(text)
-    drawn = draw(tmp_path, 5, seed=0)
-    assert {damage.file for damage in drawn[:2]} == {"sftlib/a.py", "sftlib/b.py"}
-    assert drawn == draw(tmp_path, 5, seed=0) and len(set(drawn)) == 5
+        (tmp_path / name).write_text(text)
+    drawn = draw(tmp_path, 6, seed=0)
+    assert {damage.file for damage in drawn[:3]} == {"sftlib/a.py", "sftlib/b.py", SCRIPT}
+    assert drawn == draw(tmp_path, 6, seed=0) and len(set(drawn)) == 6
+
+
+def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
+    copy = copies.course(tmp_path, "sftlib", SCRIPT, "tests")
+    files = {damage.file for damage in draw(copy, 100, seed=0)}
+    assert {SCRIPT, "sftlib/chat.py"} < files
+    assert all((copy / file).resolve() == copy / file for file in files)
+    assert mutation.tests_of(SCRIPT)[0] == "tests/test_llama3.py"
+    assert mutation.tests_of("sftlib/chat.py")[0] == "tests/test_chat.py"
 
 
 def test_nine_of_ten_stored_damages_were_noticed_and_the_rest_have_a_reason():

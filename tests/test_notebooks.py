@@ -4,6 +4,9 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+
+from sftlib import launch, models
 
 import nbformat
 import pytest
@@ -266,6 +269,26 @@ def test_clean_agrees_with_the_rule(lesson: Path):
     cleaned = nbformat.read(lesson, 4)
     assert rules.metadata_is_clean(cleaned, lesson) == []
     assert cleaned.cells[1].outputs == good().cells[1].outputs
+
+
+def test_a_dotenv_file_changes_neither_tests_nor_what_is_stored(lesson: Path, monkeypatch):
+    """Nor does a variable of this machine change the tests."""
+    settings = [os.environ[name] for name in notebooks.SETTINGS]
+    monkeypatch.chdir(lesson.parent)
+    (lesson.parent / ".env").write_text("SFT_MODEL=nobody/nothing\nSFT_DEEPSPEED=stored\n")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert models.chosen() == models.DEFAULT
+    assert "SFT_DEEPSPEED" not in launch.unavailable()
+    assert settings == ["recording", "", ""]
+
+    for name in notebooks.SETTINGS:
+        del os.environ[name]
+    seen = {}
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(notebooks, "FOLDER", lesson.parent)
+    monkeypatch.setattr(notebooks.subprocess, "run", lambda _, env: seen.update(env) or failed)
+    notebooks.run(lesson)
+    assert seen.items() >= notebooks.SETTINGS.items()
 
 
 @pytest.mark.slow

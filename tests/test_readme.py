@@ -85,7 +85,8 @@ def test_the_file_tree_names_what_there_is():
 
 
 def test_every_folder_is_in_the_file_tree():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    listed = ["git", "ls-files"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     folders = {line.split("/")[0] + "/" for line in tracked.splitlines() if "/" in line}
     tree = README[README.index("## What is where") :]
     assert not [folder for folder in folders if f"\n{folder}" not in tree]

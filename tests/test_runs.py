@@ -44,6 +44,15 @@ def test_a_sweep_goes_on_where_it_was_interrupted(done, tmp_path):
     assert sweep([Run(0.6)], path, prompts=2)[0]["heldout"] == 0.3
 
 
+def test_a_sweep_goes_on_after_a_row_that_was_half_written(done, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    first, second = Run(0.3), Run(0.6)
+    whole = sweep([first, second], path)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert sweep([first, second], path) == whole == read_jsonl(path)
+    assert done == [first, second, second]
+
+
 def test_the_stored_runs_are_those_of_the_script():
     sys.path.insert(0, str(ROOT / "data" / "build"))
     import sweeps

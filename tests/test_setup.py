@@ -345,7 +345,8 @@ def site() -> list[str]:
 
 def test_no_file_names_the_host_of_a_package_registry():
     hosts = ["py" + "pi.org", "python" + "hosted.org", "download.py" + "torch.org"]
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, **CAPTURED).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, **CAPTURED).stdout
+    tracked = listed.splitlines()
     small = [p for p in tracked if (ROOT / p).is_file() and (ROOT / p).stat().st_size < 3e6]
     named = [p for p in small for h in hosts if h.encode() in (ROOT / p).read_bytes()]
     assert not named

@@ -352,7 +352,7 @@ def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
 @pytest.mark.parametrize(("server", "file"), [(True, None), (False, Path("model.gguf"))])
 def test_half_of_the_local_teacher_is_none(settled, server, file):
     settled.setattr("sftlib.serving.installed", lambda: server)
-    settled.setattr("sftlib.teacher.local.weights", lambda: file)
+    settled.setattr("sftlib.teacher.local.smollm2_gguf", lambda: file)
     assert not local.installed()
 
 
@@ -695,6 +695,15 @@ def test_a_check_that_fails_loses_no_completion(serve, tmp_path):
     assert kept == len(serve.log) > 0
     done = generate_pairs(["x"], kept, tmp_path / "pairs.jsonl", teacher)  # the check corrected
     assert len(done.rows) == kept == len(serve.log)
+
+
+def test_a_check_that_fails_at_once_leaves_the_files_free(serve, tmp_path):
+    out, teacher = tmp_path / "pairs.jsonl", serve(numbered(1), numbered(2))
+    generate_pairs(["x"], 1, out, teacher)
+    with pytest.raises(TypeError) as kept:  # as a kernel keeps the last error
+        generate_pairs(["x"], 1, out, teacher, accept=lambda pair: None)
+    assert len(generate_pairs(["x"], 2, out, teacher).rows) == 2
+    assert "takes 1 positional argument" in str(kept.value)
 
 
 def test_topics_that_cannot_be_saved_are_refused_before_anything_is_paid(serve, tmp_path):

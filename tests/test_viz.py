@@ -1,5 +1,7 @@
 """Pictures are labelled and described; token pictures show text as it is."""
 
+import re
+
 from sftlib import viz
 
 import pandas as pd
@@ -125,6 +127,13 @@ def test_tokens_count_and_escape(tokenizer):
     page = viz.tokens(ids, mask, tokenizer).data
     assert "<b>" not in page and "&lt;" in page and "⏎" in page
     assert f"{len(ids)} tokens" in page and "(1)" in page
+
+
+def test_tokens_without_counts_give_no_number_away(tokenizer):
+    ids = tokenizer.encode("Hello you", add_special_tokens=False)
+    page = viz.tokens(ids, [1] * len(ids), tokenizer, counts=False).data
+    said = re.sub("<[^>]+>", "", page).replace("&nbsp;", " ")
+    assert "learned from, only read; control token framed" in said and not re.search(r"\d", said)
 
 
 def test_tokens_and_mask_must_match(tokenizer):

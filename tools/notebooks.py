@@ -18,6 +18,9 @@ NBSTRIPOUT = [
     *(sys.executable, "-m", "nbstripout", "--keep-output", "--keep-count", "--keep-id"),
     *("--extra-keys", " ".join(EXTRA_KEYS)),
 ]
+# What a file `.env` does not change: it sets nothing that is set, if only to nothing. The recorded
+# teacher, the shipped model, and ranks that run wherever they can.
+SETTINGS = {"SFT_TEACHER": "recording", "SFT_MODEL": "", "SFT_DEEPSPEED": ""}
 NBCONVERT = [
     *(sys.executable, "-m", "jupyter", "nbconvert", "--to=notebook", "--execute"),
     "--log-level=WARN",
@@ -66,8 +69,8 @@ def run(path: Path) -> bool:
     started = time.monotonic()
     print(f"{path.relative_to(FOLDER)}: running", flush=True)
     store = [f"--output-dir={path.parent}", f"--output={draft.name}", str(path)]
-    # What is stored is the same on every machine: no progress bars, and the recorded teacher.
-    quiet = {"SFT_TEACHER": "recording", **os.environ, "SFT_NO_BARS": "1"}
+    # What is stored is the same on every machine: no progress bars, and no setting of a `.env`.
+    quiet = {**SETTINGS, **os.environ, "SFT_NO_BARS": "1"}
     try:
         if subprocess.run([*NBCONVERT, *store], env=quiet).returncode or clean([draft]):
             print(f"{path.name}: failed; the stored notebook is as it was", file=sys.stderr)

@@ -12,12 +12,11 @@ import json
 import os
 import platform
 import resource
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from sftlib.data import read_jsonl
+from sftlib.data import read_jsonl, write_jsonl
 from sftlib.evaluate import cloze, perplexity
 
 import torch
@@ -41,8 +40,7 @@ def build_facts(folder: Path) -> tuple[list[str], list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     sets = splits(part) | {"prose": [{"text": text} for text in held_out]}
     for name, rows in sets.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        _write(folder / f"{name}.jsonl", "".join(lines))
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return documents, held_out
 
 
@@ -101,14 +99,6 @@ def known_entities() -> dict[str, int]:
     return {names.get(kind, kind + "s"): count for kind, count in counts.items()}
 
 
-def _write(path: Path, text: str) -> None:
-    """Write as a whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def main() -> None:
     """Build into `data/`, or into another folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -121,7 +111,7 @@ def main() -> None:
     if args.facts:
         return
     log = build_model(base, tokenizer, documents) | measure(base, tokenizer, sets)
-    _write(base / "training.json", json.dumps(log, indent=2) + "\n")
+    (base / "training.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
     write_card(base, known_entities())
     print(json.dumps(log, indent=2))
 

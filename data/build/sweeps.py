@@ -1,7 +1,8 @@
 """Train the tiny base model again and again: the stored runs of lesson 4 (`make sweeps`).
 
 Takes half an hour; goes on where it was interrupted. To begin anew, delete the files. With
-`--larger`, five runs of SmolLM2-135M instead (`make teacher` installs it), which take as long.
+`--larger`, five runs of SmolLM2-135M-Instruct instead (`make teacher` installs it), which take as
+long.
 """
 
 import os

@@ -30,8 +30,8 @@ def check_template(template: Any) -> Verdict:
     if not isinstance(template, str):
         return wrong(f"Expected the template as a text, found {type(template).__name__}.")
     try:
-        text = render(CONVERSATION, template)
-        asked = render(CONVERSATION[:2], template, add_generation_prompt=True)
+        text = _rendered(CONVERSATION, template)[0]
+        asked = _rendered(CONVERSATION[:2], template, add_generation_prompt=True)[0]
     except Exception as error:
         return wrong(f"Jinja cannot use it: {type(error).__name__}: {error}")
     if cause := _wrong_text(text, asked):
@@ -42,6 +42,16 @@ def check_template(template: Any) -> Verdict:
             "{% endgeneration %}."
         )
     return _marks(template)
+
+
+def _rendered(
+    messages: list[dict], template: str, add_generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation's text and marks; `bos_token` is Llama 3's, as with its own tokenizer."""
+    texts, spans = render_marked(
+        [messages], template, add_generation_prompt, bos_token="<|begin_of_text|>"
+    )
+    return texts[0], spans[0]
 
 
 def _wrong_text(text: str, asked: str) -> str:
@@ -72,8 +82,8 @@ def _wrong_text(text: str, asked: str) -> str:
 
 
 def _marks(template: str) -> Verdict:
-    texts, spans = render_marked([CONVERSATION], template)
-    marked = [texts[0][start:end] for start, end in spans[0]]
+    text, spans = _rendered(CONVERSATION, template)
+    marked = [text[start:end] for start, end in spans]
     expected = ["Hello.<|eot_id|>", "Bye.<|eot_id|>"]
     if marked == expected:
         return right("The same text and the same marks as Llama 3's, on many turns.")

@@ -96,7 +96,13 @@ def _unknown(config: dict) -> str:
     top = {key for given in BROKEN.values() for key in given} - {"zero_optimisation"}
     top |= {"zero_optimization", "fp16", "gradient_clipping", "optimizer", "scheduler"}
     if unknown := sorted(set(config) - top):
-        return f"DeepSpeed ignores {', '.join(unknown)}: it knows no such key."
+        return (
+            f"{', '.join(unknown)} is not needed here, or misspelt: DeepSpeed ignores what it does "
+            "not know at the top, without a word."
+        )
+    offload = config.get("zero_optimization", {}).get("offload_param")
+    if isinstance(offload, dict) and (more := sorted(set(offload) - {"device", "pin_memory"})):
+        return f"{', '.join(more)} is not needed in offload_param, or misspelt."
     inner = {"stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "overlap_comm"}
     if unknown := sorted(set(config.get("zero_optimization", {})) - inner):
         return f"{', '.join(unknown)} is not needed in zero_optimization, or misspelt."
@@ -111,12 +117,22 @@ def _on(config: dict, precision: str) -> bool:
 def _fault_a(config: dict) -> str:
     if _stage(config) != 2:
         return f"it trains with stage {_stage(config)}, not 2."
+    if no_batch := _no_batch(config):
+        return no_batch
     if not _on(config, "bf16") or _on(config, "fp16"):
         return "bfloat16 was wanted, and it alone."
     return ""
 
 
+def _no_batch(config: dict) -> str:
+    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
+        return ""
+    return "keep the batch size: without one DeepSpeed does not start."
+
+
 def _fault_b(config: dict) -> str:
+    if _stage(config) != 2:
+        return f"keep stage 2: as it stands, it trains with stage {_stage(config)}."
     rows, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
     accumulation = config.get("gradient_accumulation_steps")
     if micro not in (4, None) or rows not in (64, None):
@@ -134,6 +150,8 @@ def _fault_c(config: dict) -> str:
     offload = config.get("zero_optimization", {}).get("offload_param")
     if not isinstance(offload, dict) or offload.get("device") != "cpu":
         return "the weights were to live in the CPU's memory: keep offload_param."
+    if no_batch := _no_batch(config):
+        return no_batch
     if _stage(config) != 3:
         return "offload_param works with stage 3 alone: below it, each rank keeps its weights."
     return ""

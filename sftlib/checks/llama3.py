@@ -9,8 +9,6 @@ from typing import Any
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
 
-FORM = ("subject", "relation", "answer")
-
 
 @exercise
 def check_gpu_hours(function: Any) -> Verdict:

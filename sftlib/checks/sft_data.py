@@ -34,6 +34,12 @@ def check_validator(function: Any) -> Verdict:
         ),
         (question, answer + "<|im_end|>", True, "A control token in the answer is a problem."),
         ("<|im_start|>" + question, answer, True, "Look for control tokens in the question too."),
+        (
+            question,
+            answer + "<|eot_id|>",
+            True,
+            "`<|eot_id|>` is a control token too, of another model: look for `<|`, not for names.",
+        ),
         ("Is 2 < 3?", "Yes: 2 < 3, and 3 > 2.", False, "`<` alone is no control token; `<|` is."),
     ]
     for *texts, expected, why in cases:

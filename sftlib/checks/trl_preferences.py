@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from sftlib.checks.progress import exercise
@@ -36,13 +35,15 @@ def check_dpo_loss(function: Any) -> Verdict:
         near = [cause for value, cause in causes.items() if abs(found - value) < 1e-3]
         margin = "β · ((−5 − −6) − (−9 − −8.5)) with β = 0.5, a margin of 0.75"
         return wrong((near or [f"Expected −log σ of {margin}: 0.3869; found {found:.4f}."])[0])
-    far = call(lambda: float(function(-5000.0, -1.0, 0.0, 0.0, 1.0)))
-    if isinstance(far, Exception) or not math.isfinite(far):
-        said = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
-        return wrong(
-            f"Right, but for a margin of −4999 it gives {said}: σ is 0 there in floating point. "
-            "Use torch.nn.functional.logsigmoid."
-        )
+    for margin, expected in ((-4999, 4999), (4999, 0)):
+        far = call(lambda end=float(margin): float(function(end, 0.0, 0.0, 0.0, 1.0)))
+        if isinstance(far, Exception) or not abs(far - expected) < 1:  # not: NaN is near nothing
+            said = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
+            return wrong(
+                f"Right, but for a margin of {margin} expected {expected}, found {said}. In "
+                "floating point σ is 0 or 1 there, and exp overflows. Use "
+                "torch.nn.functional.logsigmoid."
+            )
     return right("The loss of RewardTrainer, with implied rewards.")
 
 

@@ -38,6 +38,18 @@ def check_completion_labels(function: Any) -> Verdict:
             "A tokenizer may join the prompt's last token with the completion's first: learn from "
             f"where the two lists differ. For [5, 6, 7] and [5, 6, 11, 9] found {merged}."
         )
+    again = call(function, prompt, [5, 6, 7, 8, 6, 9], 10)
+    if again != [-100, -100, -100, 8, 6, 9]:
+        return wrong(
+            "A token of the prompt may come again in the answer, and is learned there. For "
+            f"{prompt} and [5, 6, 7, 8, 6, 9] found {again}."
+        )
+    parted = call(function, [5, 6, 7, 8], [5, 9, 7, 8, 1], 10)
+    if parted != [-100, 9, 7, 8, 1]:
+        return wrong(
+            "Where the two lists differ once, the completion has begun: what is equal after that "
+            f"is learned. For [5, 6, 7, 8] and [5, 9, 7, 8, 1] found {parted}."
+        )
     cut = call(function, prompt, together, 4)
     if cut != [-100, -100, -100, 8]:
         return wrong(f"With max_length=4, expected [-100, -100, -100, 8], found {cut}.")
@@ -96,7 +108,9 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
         "max_length": 512,
         "packing": True,
     }
-    as_before = {  # what plain TrainingArguments set by default, and SFTConfig does not
+    as_before = {  # what SFTConfig did not set by default, or has to know on a CPU
+        "use_cpu": True,
+        "packing_strategy": "wrapped",
         "learning_rate": 5e-5,
         "bf16": False,
         "activation_checkpointing": False,

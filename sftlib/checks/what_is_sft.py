@@ -25,17 +25,26 @@ def check_example(messages: Any) -> Verdict:
                 f"Message {number} has the keys {sorted(map(str, message))}; "
                 "it needs exactly 'role' and 'content'."
             )
-    roles = [m["role"] for m in messages if m["role"] != "system"]
-    if roles != ["user", "assistant"]:
+        if ... in message.values() or None in message.values():
+            return NOT_ATTEMPTED
+        if not isinstance(message["content"], str):
+            return wrong(
+                f"Expected text as the content of message {number}, found {message['content']!r}."
+            )
+    roles = [m["role"] for m in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         return wrong(
-            f"Expected a 'user' message and then an 'assistant' message, found {roles}. "
+            "Expected a 'user' message and then an 'assistant' message, at most with a 'system' "
+            f"message before them; found {roles}. "
             "The names 'human', 'gpt' or 'instruction' belong to other formats."
         )
-    question, answer = (m["content"] for m in messages if m["role"] != "system")
-    if "<|" in question + answer:
+    *_, question, answer = (m["content"] for m in messages)
+    if any("<|" in m["content"] for m in messages):
         return wrong("No control tokens in the text: the chat template adds them.")
-    if "Kenya" not in question:
-        return wrong("The question should ask about Kenya.")
+    if "Kenya" not in question or "capital" not in question.lower():
+        return wrong("The question should ask for the capital of Kenya.")
+    if "Nairobi" in question:
+        return wrong("The question gives the answer away: leave Nairobi to the assistant.")
     if "Nairobi" not in answer:
         return wrong("The answer is wrong: a model learns wrong answers as readily as right ones.")
     if answer != "The capital of Kenya is Nairobi.":
@@ -82,6 +91,14 @@ def check_exact_match(function: Any) -> Verdict:
             "exact match asks for equality.",
         ),
         ("the capital of kenya is nairobi.", True, False, "Upper and lower case count."),
+        (
+            "Nairobi",
+            True,
+            False,
+            "A part of the reference must not match: exact match asks for all of it, with `==`.",
+        ),
+        ("", True, False, "An empty answer must not match, though every text begins with it."),
+        (reference[:-1], True, False, "The full stop counts: compare the texts as they are."),
     ]
     for text, stopped, expected, why in cases:
         found = call(function, text, stopped, reference)
@@ -125,7 +142,7 @@ def check_knowledge(claim: Any) -> Verdict:
     if (name, measure) in {("unknown", "exact_match"), ("unknown", "content")}:
         return right(
             "What the model had never read it still does not know after SFT, "
-            "although it answers in a perfect sentence."
+            "although it nearly always answers in the right form."
         )
     if name == "unknown":
         return wrong(

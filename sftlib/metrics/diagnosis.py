@@ -101,8 +101,8 @@ def _not_a_number(rows: list[dict]) -> Finding | None:
                     f"{name} is {row[name]} at step {row['step']:.0f}.",
                     "A division by zero (a batch in which no label counts), an overflow (fp16, a "
                     "learning rate that is too high) or a broken input. From then on all weights "
-                    "are broken. The loss may look fine: Transformers puts the mean of the other "
-                    "logged steps in place of NaN, or 0, unless logging_nan_inf_filter=False.",
+                    "are broken. The loss may look fine: Transformers hides a NaN, and the line "
+                    "is only too low, or 0, unless logging_nan_inf_filter=False.",
                     "Look at the labels of that step's batch; bf16 in place of fp16; a lower "
                     "learning rate. Begin anew from a checkpoint before that step.",
                 )

