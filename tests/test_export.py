@@ -136,10 +136,12 @@ ANSWERS = """echo '{"url": "http://127.0.0.1:9"}'"""
 
 def test_ctrl_c_while_a_server_starts_ends_it_at_once(stub, tmp_path):
     path, began, timers = stub(), time.monotonic(), []
+    others = set(threading.enumerate())
 
     def interrupt():
         wait_until_there(tmp_path / "pid")
-        timers.extend(t for t in threading.enumerate() if isinstance(t, threading.Timer))
+        new = set(threading.enumerate()) - others
+        timers.extend(t for t in new if isinstance(t, threading.Timer))
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
