@@ -292,7 +292,7 @@ def lessons() -> dict[str, dict]:
     timed = [
         part.replace("record_timing=False", "record_timing=True") for part in notebooks.NBCONVERT
     ]
-    quiet = os.environ | {"SFT_TEACHER": "recording", "SFT_NO_BARS": "1"}
+    quiet = os.environ | notebooks.SETTINGS | {"SFT_NO_BARS": "1"}
     found = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:

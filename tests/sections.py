@@ -26,7 +26,7 @@ import trl  # noqa: F401
 from tests import copies
 from tools import notebooks
 
-QUIET = {"SFT_TEACHER": "recording", "MPLBACKEND": "agg"}
+QUIET = {**notebooks.SETTINGS, "MPLBACKEND": "agg"}
 
 
 def run(notebook: Path, cells: list[dict]) -> str:

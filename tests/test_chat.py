@@ -432,7 +432,7 @@ def test_a_template_with_marks_is_taken_as_it_is(tokenizer):
 @pytest.mark.parametrize("template", [None, "", "{{ messages[0]['content'] + '<|im_end|>' }}"])
 def test_a_template_that_neither_marks_nor_is_known_is_refused(tokenizer, template):
     tokenizer.chat_template = template
-    said = r"Expected .* marks the assistant's tokens with {% generation %}, found .*CHATML\."
+    said = r"Expected .* marks the assistant's tokens with {% generation %}, found .*CHATML "
     with pytest.raises(ValueError, match=re.compile(said)):
         encode(MESSAGES, tokenizer)
 
