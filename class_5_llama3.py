@@ -828,6 +828,9 @@ def _one_disk(trainer, folder: Path) -> None:
 def end(trainer) -> None:
     """All ranks together: where one leaves earlier, a launcher may stop one that still writes."""
     trainer.accelerator.wait_for_everyone()
+    # Gloo's threads let go of the last tensors, for which they need the interpreter: one that still
+    # waits as Python ends aborts the process (https://github.com/pytorch/pytorch/pull/179291).
+    time.sleep(0.2)
     trainer.accelerator.end_training()
 
 
