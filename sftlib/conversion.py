@@ -205,7 +205,7 @@ def _next_record(text: str, at: int, begins: re.Pattern) -> int:
         start = brace.start()
         if begins.match(text, start) or _is_record(_parse(text, start)[0]):
             return start
-    return len(text) - 1 if text.endswith("]") and at < len(text) - 1 else len(text)
+    return len(text) - 1 if text.endswith("]") else len(text)
 
 
 def _is_record(value: object) -> bool:

@@ -297,9 +297,13 @@ def _owned(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            mark.seek(0)
+            deadline, owner = time.monotonic() + 1, ""
+            while not owner and time.monotonic() < deadline:  # it may just be writing its number
+                mark.seek(0)
+                owner = mark.read()
+                time.sleep(0.01)
             raise RuntimeError(
-                f"Process {mark.read()} is running a launch with the logs {folder}. "
+                f"Process {owner} is running a launch with the logs {folder}. "
                 "Wait for it, or name another folder: launch(…, logs=…)."
             ) from None
         mark.truncate(0)

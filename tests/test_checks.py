@@ -5,7 +5,8 @@ import math
 import re
 
 from sftlib import checks
-from sftlib.chat import LLAMA3
+from sftlib.chat import CHATML, LLAMA3, encode
+from sftlib.checks import chatml
 from sftlib.checks.deepspeed import BROKEN
 from sftlib.models import TINY_BASE
 
@@ -440,6 +441,16 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_modern_call, (CONFIG, TRAINER | {"packing": True}), "moved to SFTConfig"),
     (checks.check_modern_call, (CONFIG | {"warmup_ratio": 0.03}, TRAINER), "now called warmup"),
     (checks.check_modern_call, (CONFIG, TRAINER | {"tokenizer": "tokenizer"}), "processing_class"),
+    (
+        checks.check_modern_call,
+        (CONFIG | {"evaluation_strategy": "epoch"}, TRAINER),
+        "eval_strateg",
+    ),
+    (
+        checks.check_modern_call,
+        (CONFIG | {"max_seq_length": 512}, TRAINER),
+        "now called max_length",
+    ),
     (checks.check_modern_call, (without(CONFIG, "packing"), TRAINER), "packing is missing"),
     (checks.check_modern_call, (CONFIG | {"max_length": 64}, TRAINER), "should be 512"),
     (checks.check_modern_call, (CONFIG, without(TRAINER, "eval_dataset")), "eval_dataset is"),
@@ -650,3 +661,21 @@ def test_every_check_has_right_empty_and_two_wrong_answers():
     assert {check for check, _ in EMPTY} == every
     for check in every:
         assert sum(wrong is check for wrong, _, _ in WRONG) >= 2
+
+
+def test_each_batch_of_lesson_3_has_the_bug_of_its_letter(tokenizer):
+    tokenizer.chat_template = CHATML
+    found = checks.broken_batches(tokenizer)
+    whole = encode([chatml.QUESTION, chatml.ANSWER], tokenizer)
+    ids, mask = whole["input_ids"], whole["assistant_masks"]
+    learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
+    seen = {
+        letter: [label for label in batch["labels"] if label != -100]
+        for letter, batch in found.items()
+    }
+    assert all(len(batch["input_ids"]) == len(batch["labels"]) for batch in found.values())
+    assert seen["A"] == learned and found["A"]["labels"].index(learned[0]) == mask.index(1) - 1
+    assert seen["B"] == learned[:-1] and seen["C"] == learned and seen["E"] == ids
+    assert found["C"]["input_ids"][-len(learned) :] == found["C"]["labels"][-len(learned) :]
+    assert tokenizer.decode(found["C"]["input_ids"]).count("<|im_start|>user") == 2
+    assert seen["D"] == learned + [tokenizer.pad_token_id] * 3

@@ -134,7 +134,9 @@ def stub(tmp_path, monkeypatch):
 ANSWERS = """echo '{"url": "http://127.0.0.1:9"}'"""
 
 
-def test_ctrl_c_while_a_server_starts_ends_it_at_once(stub, tmp_path):
+def test_ctrl_c_while_a_server_starts_ends_it_at_once(stub, tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path, began, timers = stub(), time.monotonic(), []
     others = set(threading.enumerate())
 
@@ -149,6 +151,43 @@ def test_ctrl_c_while_a_server_starts_ends_it_at_once(stub, tmp_path):
         serving.start(path, "mine")
     assert stub.ended() and time.monotonic() - began < 20
     assert timers and all(timer.daemon and timer.finished.is_set() for timer in timers)
+
+
+LLAMA_CPP = """
+import os
+from types import SimpleNamespace
+
+ggml_type = llama_flash_attn_type = SimpleNamespace(
+    GGML_TYPE_F32="f32", LLAMA_FLASH_ATTN_TYPE_DISABLED="off"
+)
+
+
+def CommonParams():
+    parts = ("model", "cpuparams", "cpuparams_batch")
+    return SimpleNamespace(**{part: SimpleNamespace() for part in parts})
+
+
+class Server:
+    listening_address = "http://127.0.0.1:9"
+
+    def __init__(self, params):
+        os.write(1, b"what llama.cpp prints\\n")
+        secret = params.api_keys[0] in os.environ.values()
+        with open(params.model.path + ".seen", "w") as file:
+            print(params.hostnames, params.cors_origins, params.api_keys, secret, file=file)
+"""
+
+
+def test_the_server_listens_here_alone_and_says_its_address_first(tmp_path, monkeypatch):
+    """llama.cpp replaced by what notes its settings: the key is no longer in the environment."""
+    (tmp_path / "xllamacpp.py").write_text(LLAMA_CPP)
+    (tmp_path / "m.gguf").write_text("a model")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(serving, "installed", lambda: True)
+    with serving.start(tmp_path / "m.gguf", "mine", exact=True) as server:
+        assert server.url == "http://127.0.0.1:9/v1"
+    seen = (tmp_path / "m.gguf.seen").read_text()
+    assert seen == f"['127.0.0.1'] http://127.0.0.1 ['{server.key}'] False\n"
 
 
 def wait_until_there(path: Path, seconds: float = 20.0) -> None:
@@ -235,11 +274,19 @@ def test_a_conversation_in_a_cell_remembers_and_begins_anew(tiny, capsys):
     model, tokenizer = tiny
     said = talk(model, tokenizer, ["One, two", "<|im_end|>", "/new", "Three"], max_new_tokens=4)
     assert [m["role"] for m in said] == ["user", "assistant"] and said[0]["content"] == "Three"
-    assert "> One, two\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "> One, two\n" in printed and "are used" not in printed
     said = talk(model, tokenizer, ["One", "Two"], system="Be kind.", max_new_tokens=4)
     assert [m["role"] for m in said] == ["system", *("user", "assistant") * 2]
     asked = answers(model, tokenizer, [said[:2]], max_new_tokens=4)[0].text
     assert said[2]["content"] == asked
+
+
+def test_a_conversation_that_has_grown_too_long_is_announced(tiny, capsys):
+    model, tokenizer = tiny
+    room = model.config.max_position_embeddings
+    talk(model, tokenizer, ["word " * (room - 10)], max_new_tokens=2)
+    assert f"(Of {room} tokens " in capsys.readouterr().out
 
 
 # --- What needs it -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -593,6 +594,18 @@ def test_the_logs_of_a_launch_that_runs_are_refused(script):
             run(path, ranks=1)
     assert (logs / "rank0.out").read_text() == "its output"
     assert run(path, ranks=1).failures == []
+
+
+def test_who_has_the_logs_is_said_even_where_its_number_is_still_to_be_written(tmp_path):
+    mark = tmp_path / "launcher.pid"
+    with mark.open("a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(0.2, mark.write_text, ["123"]).start()
+        with (
+            pytest.raises(RuntimeError, match="Process 123 is running"),
+            launch_module._owned(tmp_path),
+        ):
+            pass
 
 
 def test_of_two_launches_at_once_one_gets_the_logs(script):

@@ -4,7 +4,7 @@ import ast
 import json
 
 from tests import copies, mutation
-from tests.mutation import SCRIPT, STORED, damages, draw
+from tests.mutation import COPIED, SCRIPT, STORED, damages, draw
 
 SOURCE = '''"""A module."""
 LIMIT = 3
@@ -53,12 +53,14 @@ def test_every_file_has_its_turn_before_one_has_a_second(tmp_path):
 
 
 def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
-    copy = copies.course(tmp_path, "sftlib", SCRIPT, "tests")
+    copy = copies.course(tmp_path, *COPIED)
     files = {damage.file for damage in draw(copy, 100, seed=0)}
     assert {SCRIPT, "sftlib/chat.py"} < files
     assert all((copy / file).resolve() == copy / file for file in files)
     assert mutation.tests_of(SCRIPT)[0] == "tests/test_llama3.py"
     assert mutation.tests_of("sftlib/chat.py")[0] == "tests/test_chat.py"
+    assert "tests/test_data.py" in mutation.tests_of("sftlib/hygiene.py")  # data imports it
+    assert mutation.tests_of("sftlib/metrics/summary.py") == ["tests/test_metrics.py"]
 
 
 def test_nine_of_ten_stored_damages_were_noticed_and_the_rest_have_a_reason():

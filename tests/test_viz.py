@@ -127,6 +127,7 @@ def test_tokens_count_and_escape(tokenizer):
     page = viz.tokens(ids, mask, tokenizer).data
     assert "<b>" not in page and "&lt;" in page and "⏎" in page
     assert f"{len(ids)} tokens" in page and "(1)" in page
+    assert page.count("underline") == 2  # the token that is learned, and the legend's
 
 
 def test_tokens_without_counts_give_no_number_away(tokenizer):
