@@ -70,6 +70,10 @@ HARMLESS = {
     ("sftlib/talk.py", "max_new_tokens: int = 257"): "an answer may be a token longer",
     ("sftlib/serving.py", "params.n_parallel = 3"): "one more request at a time",
     ("sftlib/viz.py", "2.2 * len(table)"): "a wider picture",
+    ("sftlib/viz.py", "1.9 + rows + 0.6"): "a lower picture",
+    ("sftlib/validation.py", "max(1, (len(roles) - first) * 2)"): (
+        "a shortcut is never taken, and the long way finds the same"
+    ),
     ("sftlib/validation.py", "(len(roles) + first) // 2"): (
         "a shortcut is taken less often, and the long way finds the same"
     ),

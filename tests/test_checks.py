@@ -502,6 +502,7 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_adapted_layer, (scaled(lambda alpha, r: alpha),), "Divide α by the rank"),
     (checks.check_adapted_layer, (scaled(lambda alpha, r: alpha / r**0.5),), "rsLoRA"),
     (checks.check_adapted_layer, (scaled(lambda alpha, r: 1 / alpha),), "other numbers"),
+    (checks.check_adapted_layer, (scaled(lambda alpha, r: r / alpha),), "the other way round"),
     (
         checks.check_adapted_layer,
         (lambda x, w, a, b, alpha: adapted(x, w, a, b, alpha) - x @ w.T,),

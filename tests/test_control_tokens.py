@@ -1,7 +1,7 @@
 """No text becomes a control token: not in training, not in a prompt, with no kind of tokenizer."""
 
 from sftlib.chat import CHATML, LLAMA3, encode, encode_batch, escape, render, unescape
-from sftlib.control_tokens import MARK
+from sftlib.control_tokens import MARK, ControlTokens
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load, reply
 from sftlib.training import tune
@@ -193,6 +193,11 @@ def test_control_tokens_that_overlap_stay_apart(text):
         assert controls(ids, range(256, 261)) == [258, 259, 258, 259]
         assert tokenizer.decode(ids) == render(messages, OVERLAPS)
     assert unescape(escape(text, tokenizer), tokenizer) == text
+
+
+def test_of_control_tokens_that_begin_alike_the_longest_is_meant():
+    tokenizer = byte_level(special("<|a|>"), special("<|a|>>"))
+    assert ControlTokens.of(tokenizer).whole.findall("x<|a|>>y<|a|>") == ["<|a|>>", "<|a|>"]
 
 
 def test_added_tokens_that_the_template_writes_are_control_tokens_and_others_are_not():

@@ -428,6 +428,7 @@ def test_adjacent_broken_records_are_listed_one_by_one(tmp_path, indent):
     first = [r["text"][:30] for r in found.rejects]
     assert len(first) == 3
     assert all("a_0" in beginning for beginning in first)
+    assert found.rejects[-1]["text"].rstrip().endswith("}")  # the array's own end is not its
 
 
 def test_in_one_line_a_neighbour_of_another_format_is_found_too(tmp_path):

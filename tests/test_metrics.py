@@ -89,8 +89,8 @@ def test_a_log_is_read_from_wherever_it_is(run, tmp_path):
 
 def test_evaluation_stands_beside_its_step_or_on_its_own():
     log = [line(2, loss=1.0), line(2, eval_loss=1.5), line(3, eval_loss=1.4), line(4, loss=0.5)]
-    rows = table(log)
-    assert rows.index.tolist() == [2, 3, 4]
+    rows = table([line(0, eval_loss=2.0), *log])  # as `eval_on_start` has it
+    assert rows.index.tolist() == [0, 2, 3, 4]
     assert rows.loc[2, ["loss", "eval_loss"]].tolist() == [1.0, 1.5]
     assert math.isnan(rows.loc[3, "loss"]) and rows.loc[3, "eval_loss"] == 1.4
 

@@ -47,6 +47,14 @@ def small(**changes):
     return ppo.PPOConfig(**(settings | changes))
 
 
+def test_what_is_not_set_is_as_it_was_in_trl():
+    """Of TRL 0.24, https://huggingface.co/docs/trl/v0.24.0/ppo_trainer#trl.PPOConfig."""
+    default = ppo.PPOConfig()
+    clips = (default.cliprange, default.cliprange_value)
+    assert (default.kl_coef, default.vf_coef, *clips) == (0.05, 0.1, 0.2, 0.2)
+    assert (default.gamma, default.lam) == (1.0, 0.95)
+
+
 # --- The formulas --------------------------------------------------------------------------------
 
 
