@@ -3,6 +3,7 @@
 What needs `make serving` is skipped where that was not run.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -280,6 +281,14 @@ def test_a_conversation_in_a_cell_remembers_and_begins_anew(tiny, capsys):
     assert [m["role"] for m in said] == ["system", *("user", "assistant") * 2]
     asked = answers(model, tokenizer, [said[:2]], max_new_tokens=4)[0].text
     assert said[2]["content"] == asked
+
+
+def test_control_tokens_of_an_answer_are_not_shown(tiny, capsys):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    model.lm_head.weight.data.zero_()  # all tokens are as likely: it writes the first
+    assert tokenizer.decode([0]) == tokenizer.eos_token
+    said = talk(model, tokenizer, ["Hello"], max_new_tokens=2)
+    assert said[-1]["content"] == "" and capsys.readouterr().out.strip() == "> Hello"
 
 
 def test_a_conversation_that_has_grown_too_long_is_announced(tiny, capsys):
