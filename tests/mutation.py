@@ -1,8 +1,8 @@
 """Damage `sftlib` and the script in small ways, one at a time; count what the quick tests notice.
 
-`make mutation` does it (a quarter of an hour). A damage is one change of one expression: a limit, a
-sign, an operator, a constant, a key, a check that is dropped. They are drawn by a fixed seed from
-all that are possible, as many from a small file as from a large one. Each runs in a copy of the
+`make mutation` does it (half an hour). A damage is one change of one expression: a limit, a sign,
+an operator, a constant, a key, a check that is dropped. They are drawn by a fixed seed from all
+that are possible, as many from a small file as from a large one. Each runs in a copy of the
 repository, in a process forked from one that has imported the large libraries already. First all
 those tests run once without a damage: one that fails then would notice everything.
 
