@@ -35,6 +35,9 @@ def test_defaults_are_trls_own_type_and_each_can_be_overridden():
     assert isinstance(config(), SFTConfig)
     assert config().assistant_only_loss and not config().gradient_checkpointing
     assert (config().per_device_train_batch_size, config().num_train_epochs) == (32, 1)
+    assert config(learning_rate=1.0, packing=True).learning_rate == 1.0
+    with pytest.raises(TypeError, match="no_such_argument"):
+        config(no_such_argument=1)
 
 
 @pytest.mark.parametrize("computes", [True, False])
