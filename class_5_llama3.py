@@ -36,8 +36,9 @@ from pathlib import Path
 
 from sftlib import progress_bars
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id
-from sftlib.conversion import Converted, convert, convert_records
-from sftlib.data import FACTS, replace_folder, split, write_jsonl
+from sftlib.data import FACTS, split, write_jsonl
+from sftlib.data.files import replace_folder
+from sftlib.data.read import Converted, convert, convert_records
 from sftlib.models import chosen, hub_answers
 
 INDENTED = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
@@ -106,7 +107,7 @@ class Llama3Arguments:
 
 def parse(argv: list[str] | None = None):
     """The script's own arguments, and TRL's `SFTConfig` with defaults that suit them."""
-    from sftlib.rank import without_builds
+    from sftlib.scale.rank import without_builds
     from sftlib.training import defaults
 
     import torch
@@ -401,8 +402,8 @@ def learning_rate(args: Llama3Arguments, parameters: int) -> float:
 def plan(args: Llama3Arguments, training, rows: list[dict]) -> str:
     """What the training would need, from shapes alone."""
     from sftlib.chat import encode_batch
-    from sftlib.memory import activation_bytes, lora_parameters, nf4_bytes, zero_bytes
     from sftlib.models import describe
+    from sftlib.scale.memory import activation_bytes, lora_parameters, nf4_bytes, zero_bytes
 
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -804,7 +805,7 @@ def main(argv: list[str] | None = None) -> int:
         took = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
         print(f"{last} steps in {took.get('train_runtime', 0):.1f} s")
         whole = saved.name != "adapter"
-        print(f"Saved in {saved}." + f" Talk to it: python -m sftlib.talk {saved}" * whole)
+        print(f"Saved in {saved}." + f" Talk to it: python -m sftlib.deploy.talk {saved}" * whole)
     end(trainer)
     return 0
 

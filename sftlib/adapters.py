@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftlib.control_tokens import ControlTokens, template_of
-from sftlib.data import replace_folder
-from sftlib.memory import is_target, linear_shapes, lora_targets
+from sftlib.chat.control_tokens import ControlTokens, template_of
+from sftlib.data.files import replace_folder
+from sftlib.scale.memory import is_target, linear_shapes, lora_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -28,7 +28,7 @@ AGAIN = "Copy the adapter again from where it was saved, or train it again."
 
 
 def check_lora(model: PreTrainedModel, peft_config: LoraConfig) -> None:
-    """Raise where a `LoraConfig` does not fit a model; see `sftlib.memory.lora_targets`.
+    """Raise where a `LoraConfig` does not fit a model; see `sftlib.scale.memory.lora_targets`.
 
     PEFT refuses a config that fits nothing, but takes ranks that no matrix has, and names without a
     match beside others that have one.

@@ -7,7 +7,7 @@ Random weights; grouped-query attention, scaled rotary positions and tied embedd
 from pathlib import Path
 
 from sftlib.data import read_facts
-from sftlib.export import _LLAMA3
+from sftlib.deploy.export import _LLAMA3
 
 import torch
 import trl

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MASK = "message['role'] == 'assistant'"
 BREAKAGES = {  # name: files, text, its replacement, a test that must fail
     "the loss mask is inverted": (
-        ("sftlib/chat.py", "data/tiny-base/chat_template.jinja"),
+        ("sftlib/chat/encoding.py", "data/tiny-base/chat_template.jinja"),
         MASK,
         MASK.replace("==", "!="),
         "test_training.py::test_the_trainer_learns_exactly_the_assistants_tokens",
@@ -37,13 +37,13 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         "test_training.py::test_sft_turns_the_base_into_a_model_that_answers_and_stops",
     ),
     "of LoRA only B is counted": (
-        ("sftlib/memory.py",),
+        ("sftlib/scale/memory.py",),
         "r * (inputs + outputs) for",
         "r * outputs for",
         "test_memory.py::test_gpt3_counts_as_in_the_lora_paper",
     ),
     "ZeRO-1 divides no optimizer": (
-        ("sftlib/memory.py",),
+        ("sftlib/scale/memory.py",),
         "share(whole.optimizer + copy, 1)",
         "share(whole.optimizer + copy, 2)",
         "test_memory.py::test_zero_bytes_are_those_of_the_papers_table",
@@ -55,7 +55,7 @@ BREAKAGES = {  # name: files, text, its replacement, a test that must fail
         "test_ppo.py::test_each_token_pays_for_its_distance_and_the_last_one_earns_the_score",
     ),
     "what a message holds is not escaped": (
-        ("sftlib/chat.py",),
+        ("sftlib/chat/encoding.py",),
         'controls.escape(m["content"])',
         'm["content"]',
         "test_control_tokens.py::test_no_text_becomes_a_control_token",

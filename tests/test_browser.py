@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import copies
-from tools import browser, lab, notebooks
+from tools import browser, copies, lab, notebooks
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "build" / "screenshots"

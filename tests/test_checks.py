@@ -171,7 +171,7 @@ SIGNS = dict.fromkeys("BHJKL", "nothing unusual") | {
 
 
 def rate(step, steps, warmup, peak):
-    """As Transformers has it; see test_metrics.py."""
+    """As Transformers has it; see test_logs.py."""
     if step < warmup:
         return peak * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2

@@ -14,7 +14,7 @@ from sftlib.data import (
     to_messages,
     write_jsonl,
 )
-from sftlib.validation import normalise
+from sftlib.data.validation import normalise
 
 import pytest
 from hypothesis import given, settings

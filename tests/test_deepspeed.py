@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sftlib.launch import launch, unavailable
-from sftlib.memory import zero_bytes
 from sftlib.models import load
+from sftlib.scale.launch import launch, unavailable
+from sftlib.scale.memory import zero_bytes
 from sftlib.training import config as sft_config
 
 import pytest
@@ -439,7 +439,7 @@ def test_deepspeed_on_two_nodes_gives_the_losses_of_launch(namespaces, launched,
 SCALER = """
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"
-from sftlib.rank import without_builds
+from sftlib.scale.rank import without_builds
 without_builds()
 import torch
 from deepspeed.runtime.fp16 import loss_scaler

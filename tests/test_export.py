@@ -16,12 +16,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-from sftlib import export, serving
 from sftlib.chat import encode, end_of_turn_id
 from sftlib.data import read_facts
+from sftlib.deploy import export, serving
+from sftlib.deploy.talk import _typed, talk
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load
-from sftlib.talk import _typed, talk
 
 import openai
 import psutil
@@ -432,16 +432,16 @@ def test_the_commands_do_it_too(merged, tmp_path):
         )
 
     path = tmp_path / "m.gguf"
-    said = command("sftlib.export", merged, path)
+    said = command("sftlib.deploy.export", merged, path)
     assert "same, token for token: 16 of 16" in said.stdout, said.stderr
-    said = command("sftlib.talk", merged, typed="What is the capital of Egypt?\n\n")
+    said = command("sftlib.deploy.talk", merged, typed="What is the capital of Egypt?\n\n")
     assert "The capital of Egypt is Cairo." in said.stdout, said.stderr
-    said = command("sftlib.export", tmp_path)
+    said = command("sftlib.deploy.export", tmp_path)
     assert said.returncode == 1 and "Traceback" not in said.stderr
     assert "Expected config.json" in said.stderr
 
     server = subprocess.Popen(
-        [sys.executable, "-u", "-m", "sftlib.serving", path],
+        [sys.executable, "-u", "-m", "sftlib.deploy.serving", path],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

@@ -5,10 +5,10 @@ import json
 import re
 from pathlib import Path
 
-from sftlib.conversion import convert, convert_records
 from sftlib.data import read_facts, read_jsonl
-from sftlib.formats import RecordError, oasst_trees, to_messages
-from sftlib.validation import problems
+from sftlib.data.formats import RecordError, oasst_trees, to_messages
+from sftlib.data.read import convert, convert_records
+from sftlib.data.validation import validate
 
 import pytest
 from hypothesis import given, settings
@@ -223,7 +223,7 @@ def test_whatever_the_record_it_is_a_sound_conversation_or_a_record_error(record
         assert str(error)
         return
     assert to_messages({"messages": messages}) == {"messages": messages}
-    assert not [p for p in problems(messages, 10**9) if "only repeats" not in p]
+    assert not [p for p in validate(messages, 10**9) if "only repeats" not in p]
     assert all(m.keys() == {"role", "content"} and m["content"].strip() for m in messages)
     roles = [m["role"] for m in messages if m["role"] != "system"]
     assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -232,7 +232,7 @@ def test_whatever_the_record_it_is_a_sound_conversation_or_a_record_error(record
 @settings(max_examples=200, deadline=None)
 @given(JSON | st.lists(MESSAGE | JSON, max_size=5))
 def test_problems_never_raises_and_agrees_with_to_messages(messages):
-    found = problems(messages)
+    found = validate(messages)
     assert all(isinstance(sentence, str) and sentence.endswith(".") for sentence in found)
     if not found:
         assert to_messages({"messages": messages})
@@ -524,7 +524,7 @@ def test_any_text_survives_an_array(tmp_path_factory, pairs, indent):
     file.write_text(json.dumps(records, indent=indent))
     found = convert(file)
     assert len(found.rows) + len(found.rejects) == len(records)
-    sound = [r for r in records if not problems(chat(r["question"], r["answer"])["messages"])]
+    sound = [r for r in records if not validate(chat(r["question"], r["answer"])["messages"])]
     assert all(chat(r["question"].strip(), r["answer"].strip()) in found.rows for r in sound)
 
 
@@ -560,7 +560,7 @@ def test_of_a_sample_exactly_the_flawed_record_is_refused(name):
     found = convert(SAMPLES / name)
     assert len(found.rows) == records - 1
     assert [(r["line"], reason in r["reason"]) for r in found.rejects] == [(line, True)]
-    assert all(problems(row["messages"]) == [] for row in found.rows)
+    assert all(validate(row["messages"]) == [] for row in found.rows)
 
 
 @pytest.mark.parametrize("name", FLAWS)

@@ -16,8 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sftlib import launch as launch_module
-from sftlib.launch import LaunchError, launch, old_builds, unavailable
+from sftlib.scale import launch as launch_module
+from sftlib.scale.launch import LaunchError, launch, old_builds, unavailable
 
 import psutil
 import pytest
@@ -59,7 +59,7 @@ PARENT = (
 # A notebook's kernel, in short. `signal`: in a shell's background SIGINT is ignored.
 LAUNCHER = """
 import signal, sys
-from sftlib.launch import launch
+from sftlib.scale.launch import launch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     launch(sys.argv[1], env={"DS_ACCELERATOR": ""}, timeout=99)
@@ -243,7 +243,7 @@ def test_a_launch_needs_no_activated_environment(script, tmp_path):
     code = """if True:
         import json, sys
         sys.path.insert(0, sys.argv[1])
-        from sftlib.launch import launch
+        from sftlib.scale.launch import launch
         name = sys.executable.rpartition("/")[2]
         rows = launch(sys.argv[2], name, env={"DS_ACCELERATOR": ""}, timeout=60).rows
         print(json.dumps(rows))
@@ -308,7 +308,7 @@ def test_the_threads_of_a_script_finish_their_work(script):
 def test_deepspeed_is_left_alone_unless_it_runs_on_a_cpu(value):
     env = {name: text for name, text in os.environ.items() if name != "DS_ACCELERATOR"}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if value is None else {"DS_ACCELERATOR": value})
-    code = "import sys; from sftlib.rank import without_builds; without_builds(); "
+    code = "import sys; from sftlib.scale.rank import without_builds; without_builds(); "
     code += "print('deepspeed' in sys.modules)"
     assert python(code, env=env).communicate(timeout=60)[0] == "False\n"
 
@@ -417,7 +417,12 @@ def test_ranks_that_lost_the_failing_one_come_last_and_in_short(script):
 
 
 def test_a_failed_script_ends_with_the_code_that_python_itself_would_give(script, tmp_path):
-    command = [sys.executable, "-m", "sftlib.rank", str(script("raise ValueError('bad batch')"))]
+    command = [
+        sys.executable,
+        "-m",
+        "sftlib.scale.rank",
+        str(script("raise ValueError('bad batch')")),
+    ]
     notes = {"SFT_RANK_NOTES": str(tmp_path / "rank0")}
     assert subprocess.run(command, env=os.environ | notes, capture_output=True).returncode == 1
 

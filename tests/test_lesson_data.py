@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from sftlib.data import read_jsonl
-from sftlib.hygiene import decontaminate, deduplicate
+from sftlib.data.hygiene import decontaminate, deduplicate
+from sftlib.data.validation import validate
 from sftlib.teacher.recording import RECORDING
-from sftlib.validation import problems
 
 import nbformat
 import pytest
@@ -27,7 +27,7 @@ def test_the_mixture_is_clean_and_its_sources_named():
     rows = read_jsonl(MIXTURE)
     sources = {row["source"] for row in rows}
     assert sources == {"facts", "by hand", "LLM", "open datasets", "augmented"}
-    assert len(rows) > 1200 and not any(problems(row["messages"]) for row in rows)
+    assert len(rows) > 1200 and not any(validate(row["messages"]) for row in rows)
     assert deduplicate(rows)[1] == []
     for name in ("dev", "heldout", "heldout_wordings", "unknown", "never_asked"):
         assert decontaminate(rows, read_facts(name))[1] == [], name

@@ -4,7 +4,8 @@ import mmap
 import threading
 import time
 
-from sftlib.memory import (
+from sftlib.models import TINY_BASE, load
+from sftlib.scale.memory import (
     Bytes,
     activation_bytes,
     adam_bytes,
@@ -19,7 +20,6 @@ from sftlib.memory import (
     tracked_bytes,
     zero_bytes,
 )
-from sftlib.models import TINY_BASE, load
 
 import pytest
 import torch

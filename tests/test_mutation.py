@@ -3,8 +3,8 @@
 import ast
 import json
 
-from tests import copies, mutation
-from tests.mutation import COPIED, SCRIPT, STORED, damages, draw
+from tools import copies, mutation
+from tools.mutation import COPIED, SCRIPT, STORED, damages, draw
 
 SOURCE = '''"""A module."""
 LIMIT = 3
@@ -55,12 +55,12 @@ def test_every_file_has_its_turn_before_one_has_a_second(tmp_path):
 def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
     copy = copies.course(tmp_path, *COPIED)
     files = {damage.file for damage in draw(copy, 100, seed=0)}
-    assert {SCRIPT, "sftlib/chat.py"} < files
+    assert {SCRIPT, "sftlib/chat/encoding.py"} < files
     assert all((copy / file).resolve() == copy / file for file in files)
     assert mutation.tests_of(SCRIPT)[0] == "tests/test_llama3.py"
-    assert mutation.tests_of("sftlib/chat.py")[0] == "tests/test_chat.py"
-    assert "tests/test_data.py" in mutation.tests_of("sftlib/hygiene.py")  # data imports it
-    assert mutation.tests_of("sftlib/metrics/summary.py") == ["tests/test_metrics.py"]
+    assert mutation.tests_of("sftlib/chat/encoding.py")[0] == "tests/test_chat.py"
+    assert "tests/test_data.py" in mutation.tests_of("sftlib/data/hygiene.py")  # data imports it
+    assert "tests/test_logs.py" in mutation.tests_of("sftlib/experiments/summary.py")
 
 
 def test_nine_of_ten_stored_damages_were_noticed_and_the_rest_have_a_reason():

@@ -9,9 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests import copies
 from tests import notebook_rules as rules
-from tools import notebooks
+from tools import copies, notebooks
 from tools.new_lesson import main, new_lesson, with_check
 
 ROOT = Path(__file__).parents[1]

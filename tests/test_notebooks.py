@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from sftlib import launch, models
+from sftlib import models
+from sftlib.scale import launch
 
 import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tests import copies
 from tests import notebook_rules as rules
-from tools import notebooks
+from tools import copies, notebooks
 
 NOTEBOOKS = notebooks.find()
 PNG = "iVBORw0KGgo="

@@ -33,7 +33,7 @@ def unavailable() -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 def test_lesson_1_runs_without_any_network():
-    command = [*ALONE, sys.executable, "-m", "tests.sections", "whole", "01"]
+    command = [*ALONE, sys.executable, "-m", "tools.sections", "whole", "01"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "✓ 01_what_is_sft, from top to bottom" in done.stdout

@@ -352,7 +352,7 @@ def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
 
 @pytest.mark.parametrize(("server", "file"), [(True, None), (False, Path("model.gguf"))])
 def test_half_of_the_local_teacher_is_none(settled, server, file):
-    settled.setattr("sftlib.serving.installed", lambda: server)
+    settled.setattr("sftlib.deploy.serving.installed", lambda: server)
     settled.setattr("sftlib.teacher.local.smollm2_gguf", lambda: file)
     assert not local.installed()
 

@@ -1,7 +1,7 @@
 """What is wrong with a conversation is found and said; what is fine is left alone."""
 
 from sftlib.chat import encode
-from sftlib.validation import CONTROL_TOKEN, ROLES, fault, normalise, problems
+from sftlib.data.validation import CONTROL_TOKEN, ROLES, fault, normalise, validate
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,9 +31,9 @@ def test_ordinary_text_is_not_taken_for_a_control_token(text):
 
 
 def test_a_good_example_has_no_problems():
-    assert problems(chat("What is 1 + 1?", "2")["messages"]) == []
-    assert problems([{"role": "system", "content": "S"}, *chat("Q", "A")["messages"]]) == []
-    assert problems(chat("C?", "C!?+")["messages"]) == []
+    assert validate(chat("What is 1 + 1?", "2")["messages"]) == []
+    assert validate([{"role": "system", "content": "S"}, *chat("Q", "A")["messages"]]) == []
+    assert validate(chat("C?", "C!?+")["messages"]) == []
 
 
 U, A = chat("Q", "A")["messages"]
@@ -68,14 +68,14 @@ U, A = chat("Q", "A")["messages"]
     ],
 )  # fmt: skip
 def test_every_problem_is_named_with_its_message(messages, sentences):
-    found = problems(messages)
+    found = validate(messages)
     assert len(found) == len(sentences)
     assert all(part in sentence for part, sentence in zip(sentences, found, strict=True)), found
 
 
 def test_the_longest_text_can_be_chosen():
-    assert problems(chat("Q", "A" * 9)["messages"], max_chars=9) == []
-    assert len(problems(chat("Q", "A" * 10)["messages"], max_chars=9)) == 1
+    assert validate(chat("Q", "A" * 9)["messages"], max_chars=9) == []
+    assert len(validate(chat("Q", "A" * 10)["messages"], max_chars=9)) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import copy
 import os
 from typing import TYPE_CHECKING, Any
 
-from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render, render_marked
+from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
+from sftlib.chat.templates import render_marked
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 

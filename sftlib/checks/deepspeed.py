@@ -7,7 +7,7 @@ from typing import Any
 
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
-from sftlib.memory import zero_bytes
+from sftlib.scale.memory import zero_bytes
 
 
 @exercise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
-from sftlib.memory import adam_bytes
+from sftlib.scale.memory import adam_bytes
 
 if TYPE_CHECKING:
     import pandas

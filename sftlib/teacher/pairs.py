@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sftlib.validation import problems
+from sftlib.data.validation import validate
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -132,7 +132,7 @@ def _pair(candidate: Any) -> Pair:
         reason = "wrong keys" if "missing" in kinds else "not text"
         raise PairError(reason, f"found {sorted(map(str, candidate))[:8]}") from None
     pair = Pair(question=pair.question.strip(), answer=pair.answer.strip())
-    for sentence in problems(pair.messages):
+    for sentence in validate(pair.messages):
         what = sentence.replace("Message 1", "the question").replace("Message 2", "the answer")
         raise PairError(what.split(":")[0].replace("message 1", "the question"), sentence)
     return pair

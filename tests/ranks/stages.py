@@ -2,7 +2,7 @@
 
 import json
 
-from sftlib.memory import tracked_zero_bytes
+from sftlib.scale.memory import tracked_zero_bytes
 
 from common import start, train
 

@@ -1,0 +1,184 @@
+"""From messages to tokens: the ids of a conversation, and which of them the model learns from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from sftlib.chat.control_tokens import ControlTokens, template_of
+from sftlib.chat.templates import Messages, render_marked, training_template
+from sftlib.data.validation import fault
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+AT_ONCE = 500  # conversations in memory with their offsets; with more, each takes longer
+
+
+def encode(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    add_generation_prompt: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens of a conversation, and which of them the model learns from.
+
+    Control tokens come from the chat template alone: what a message holds is encoded as text, and
+    decodes to what was written. Otherwise the ids are those of `tokenizer.apply_chat_template`.
+
+    Args:
+        messages: dicts with `role` and `content`, from the user and the assistant in turn, after a
+            message from the system or without one.
+        tokenizer: a fast one; its chat template must mark the assistant's tokens with
+            `{% generation %}`, or be one for which TRL has a training template.
+        max_length: keep only the first tokens, and warn of what is lost. An answer that is cut is
+            learned without its end. Nothing is cut without it, nor ever from a prompt.
+        add_generation_prompt: also open the assistant's turn; the last message is the user's then.
+
+    Returns:
+        `input_ids` and `assistant_masks`, two lists of one length; a mask of 1 means "learn this".
+
+    Raises:
+        ValueError: the conversation is not sound; or nothing in it would be learned, because it
+            has no answer, because the first `max_length` tokens have none, or because the template
+            does not mark what the assistant says.
+    """
+    encoded = encode_batch([messages], tokenizer, max_length, add_generation_prompt)
+    return {column: rows[0] for column, rows in encoded.items()}
+
+
+def encode_batch(
+    conversations: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    add_generation_prompt: bool = False,
+) -> dict[str, list[list[int]]]:
+    """`encode` for many conversations, as columns: for `Dataset.map(…, batched=True)`."""
+    for number, messages in enumerate(conversations, 1):
+        if wrong := fault(messages, add_generation_prompt):
+            raise ValueError(_which(number, conversations) + wrong)
+    asked = add_generation_prompt and template_of(tokenizer)
+    template = asked or training_template(tokenizer)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    for start in range(0, len(conversations), AT_ONCE):
+        some = conversations[start : start + AT_ONCE]
+        _encode_into(columns, some, tokenizer, template, add_generation_prompt)
+    if max_length is not None and not add_generation_prompt:
+        _cut(columns, max_length)
+    return columns
+
+
+def _encode_into(
+    columns: dict[str, list[list[int]]],
+    conversations: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    add_generation_prompt: bool,
+) -> None:
+    """Append the rows of sound conversations to the columns."""
+    controls = ControlTokens.of(tokenizer)
+    safe = [
+        [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
+        for messages in conversations
+    ]
+    texts, spans = render_marked(
+        safe, template, add_generation_prompt, **tokenizer.special_tokens_map
+    )
+    cut = [controls.cut(text) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # it remembers what the last call asked for
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    # A piece from the middle of a text follows a line break, which is taken away again: some
+    # tokenizers (SentencePiece's) put a space before the beginning of a text.
+    break_ids = backend.encode("\n", add_special_tokens=False).ids
+    encodings = iter(
+        backend.encode_batch(
+            ["\n" * bool(at) + piece for pieces in cut for at, piece in pieces],
+            add_special_tokens=False,
+        )
+    )
+    for text, pieces, marked in zip(texts, cut, spans, strict=True):
+        ids, mask = [], []
+        for at, piece in pieces:
+            encoding, lead = next(encodings), int(at > 0)
+            if lead and encoding.ids[: len(break_ids)] != break_ids:
+                encoding, lead = backend.encode(piece, add_special_tokens=False), 0
+            here = [(start - at + lead, end - at + lead) for start, end in marked]
+            skipped = len(break_ids) * lead
+            ids += encoding.ids[skipped:]
+            mask += _mask(encoding, here, lead + len(piece))[skipped:]
+        controls.check(ids, text)
+        columns["input_ids"].append(ids)
+        columns["assistant_masks"].append(mask)
+
+
+def _which(number: int, conversations: Sequence[Messages]) -> str:
+    return f"Conversation {number} of {len(conversations)}: " if len(conversations) > 1 else ""
+
+
+def _mask(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list[int]:
+    """1 for each token of a text that has a character in one of the spans, else 0."""
+    mask = [0] * len(encoding)
+    for start, end in spans:
+        places = range(max(start, 0), min(end, length))
+        first, last = (_first_token(encoding, some) for some in (places, reversed(places)))
+        if first is None:
+            continue
+        # The bytes of one character may be several tokens.
+        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1
+        mask[first : last + 1] = [1] * (last + 1 - first)
+    return mask
+
+
+def _first_token(encoding: Encoding, places: Iterable[int]) -> int | None:
+    """The first token that there is: a tokenizer may drop a character (accents, for instance)."""
+    for place in places:
+        if (token := encoding.char_to_token(place)) is not None:
+            return token
+    return None
+
+
+def _cut(columns: dict[str, list[list[int]]], max_length: int) -> None:
+    """Cut in place; warn of what is lost, raise when that is all there was to learn."""
+    masks, longer, lost = columns["assistant_masks"], 0, 0
+    for number, mask in enumerate(masks, 1):
+        kept = sum(mask[: max(max_length, 0)])
+        if not kept:
+            raise ValueError(
+                f"{_which(number, masks)}Expected something to learn in the first "
+                f"max_length={max_length} tokens, found none: there are {len(mask)}, and the "
+                "answer begins later. Raise max_length, or leave the conversation out."
+            )
+        longer += len(mask) > max_length
+        lost += sum(mask) - kept
+    if longer:
+        warnings.warn(
+            f"{longer} of {len(masks)} conversations are longer than max_length={max_length} "
+            f"tokens and were cut: {lost} of {sum(map(sum, masks))} tokens to learn are lost.",
+            stacklevel=3,
+        )
+    for column, rows in columns.items():
+        columns[column] = [row[:max_length] for row in rows]
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token with which the assistant ends its turn: the last one its template learns.
+
+    Of a template without marks: the last one of a conversation. White space behind it does not
+    count. Where that is no control token, or the template takes no text: the end of a text (EOS).
+    """
+    from jinja2 import TemplateError
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    with suppress(TemplateError):
+        _encode_into(columns, [conversation], tokenizer, template_of(tokenizer), False)
+    ids, mask = (sum(rows, []) for rows in columns.values())
+    turn = [token for token, learned in zip(ids, mask, strict=True) if learned] or ids
+    last = next((token for token in reversed(turn) if tokenizer.decode([token]).strip()), None)
+    return last if last in ControlTokens.of(tokenizer).ids else tokenizer.eos_token_id

@@ -1,0 +1,36 @@
+"""Data for SFT: files of any published layout in, sound conversations out.
+
+| file | what it does |
+|---|---|
+| `read` | `convert`: a whole file → rows, and rejects with a reason each |
+| `formats` | `to_messages`: one record of a published layout → a conversation |
+| `validation` | what is wrong with a conversation, in words |
+| `hygiene` | duplicates, and training rows that give a test away |
+| `splits` | rows to train on, and rows held out |
+| `files` | JSON lines, read and written whole; the course's own sets |
+"""
+
+from sftlib.data.files import FACTS, MIXTURE, drop_torn_line, read_facts, read_jsonl, write_jsonl
+from sftlib.data.formats import oasst_trees, to_messages
+from sftlib.data.hygiene import decontaminate, deduplicate
+from sftlib.data.read import Converted, convert, convert_records
+from sftlib.data.splits import split
+from sftlib.data.validation import validate
+
+__all__ = [
+    "FACTS",
+    "MIXTURE",
+    "Converted",
+    "convert",
+    "convert_records",
+    "decontaminate",
+    "deduplicate",
+    "drop_torn_line",
+    "oasst_trees",
+    "read_facts",
+    "read_jsonl",
+    "split",
+    "to_messages",
+    "validate",
+    "write_jsonl",
+]

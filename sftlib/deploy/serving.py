@@ -1,0 +1,163 @@
+"""Serve a GGUF file on this machine: llama.cpp behind an OpenAI-compatible server.
+
+    python -m sftlib.deploy.serving work/llama3/merged.gguf
+
+prints the address and the key to ask it with the `openai` client, until Ctrl-C. The server is a
+process of its own (the package xllamacpp, see `make serving`). It listens on 127.0.0.1 only, asks
+for a key that is made anew each time, and ends with the process that started it, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import importlib.util
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_KEY = "SFT_SERVER_KEY"
+
+
+def installed() -> bool:
+    """Whether the server is installed in this environment."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers; it ends with `stop`, with a `with` block, or with this process.
+
+    Attributes:
+        url: its address, up to `/v1`.
+        key: what it asks for.
+    """
+
+    url: str
+    key: str = field(repr=False)
+    _process: subprocess.Popen = field(repr=False)
+
+    def stop(self) -> None:
+        _end(self._process)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def start(
+    path: str | os.PathLike, name: str, timeout: float = 120.0, exact: bool = False
+) -> Server:
+    """Start a server for the model of a GGUF file.
+
+    Args:
+        name: under which it is asked, the `model` of a request.
+        timeout: seconds that it may take to start.
+        exact: compute attention in 32 bits, as Transformers does on a CPU. llama.cpp takes 16 bits
+            for its keys, values and fused kernel, whatever the file holds: that is faster, and
+            between two words that are nearly as likely it may choose otherwise.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: the server is not installed, or did not start; with what it said last.
+    """
+    if not installed():
+        raise RuntimeError("llama.cpp is not installed. Run `make serving`, then start again.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected a GGUF file, found none at {path}.")
+    key = secrets.token_urlsafe(24)
+    log = tempfile.TemporaryFile()  # noqa: SIM115  (the server writes to it as long as it lives)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from sftlib.deploy.serving import _serve; _serve()",
+            str(path),
+            name,
+        ]
+        + ["exact"] * exact,
+        stdin=subprocess.PIPE,  # closed when this process ends: the server's sign to end too
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, _KEY: key},
+    )
+    atexit.register(process.kill)
+    watchdog = threading.Timer(timeout, process.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        line = process.stdout.readline()
+    except BaseException:  # Ctrl-C, for instance: nobody waits for it any more
+        _end(process)
+        raise
+    finally:
+        watchdog.cancel()
+    if not line:
+        _end(process)
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        raise RuntimeError(
+            "\n".join([f"The server of {name} did not start. It ended with:", *said])
+        )
+    return Server(json.loads(line)["url"] + "/v1", key, process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    atexit.unregister(process.kill)
+    with process:  # closes its pipes, and waits for its end
+        process.kill()
+
+
+def _serve() -> None:
+    """Serve until standard input is closed; the address goes to standard output."""
+    import xllamacpp
+
+    said = os.dup(1)
+    os.dup2(2, 1)  # whatever llama.cpp prints goes to the log
+    threads = max(1, min(4, (os.cpu_count() or 1) // 2))  # all of them stall where others work too
+    params = xllamacpp.CommonParams()
+    params.model.path, name, *exact = sys.argv[1:]
+    params.model_alias = {name}
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.api_keys = [os.environ.pop(_KEY)]
+    params.cors_origins = "http://127.0.0.1"  # no page on the web may ask it
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.n_ctx = 4096
+    params.n_parallel = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    os.write(said, json.dumps({"url": server.listening_address}).encode() + b"\n")
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a GGUF file on this machine.")
+    parser.add_argument(
+        "path", type=Path, help="the GGUF file: python -m sftlib.deploy.export makes one"
+    )
+    path = parser.parse_args().path
+    server = start(path, path.stem)
+    print(f"OPENAI_BASE_URL={server.url}\nOPENAI_API_KEY={server.key}")
+    print(f"model {path.stem!r}; Ctrl-C ends it.")
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error

@@ -1,0 +1,96 @@
+"""Talk to a model, in the terminal or in a notebook.
+
+    python -m sftlib.deploy.talk work/llama3/merged
+
+An empty line ends it, `/new` begins a new conversation. In a notebook: `talk(model, tokenizer)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def talk(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lines: Iterable[str] | None = None,
+    system: str = "",
+    max_new_tokens: int = 256,
+) -> list[dict[str, str]]:
+    """Answer what is typed, word by word as it comes; returns the conversation.
+
+    Greedy. What is typed is text: control tokens in it have no effect (see `sftlib.chat.encode`).
+
+    Args:
+        lines: said in place of what would be typed, for instance in a cell that must not wait.
+        system: a system message.
+    """
+    from sftlib.chat import encode, end_of_turn_id
+
+    import torch
+    from transformers import TextStreamer
+
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    end = end_of_turn_id(tokenizer)
+    stops = [end, *{tokenizer.eos_token_id} - {end, None}]
+    for line in _typed() if lines is None else lines:
+        if lines is not None:
+            print(f"> {line}")
+        if line == "/new":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room and len(ids) + max_new_tokens > room:
+            print(f"(Of {room} tokens {len(ids)} are used: /new begins a new conversation.)")
+        prompt = torch.tensor([ids], device=model.device)
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, len(ids) :]
+        said = tokenizer.decode(written, skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": said})
+    return messages
+
+
+def _typed() -> Iterable[str]:
+    """What is typed, line by line, until an empty one."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Talk to a model. An empty line ends it.")
+    parser.add_argument("model", nargs="?", help="a folder, or a name that SFT_MODEL may have")
+    parser.add_argument("--system", default="", help="a system message")
+    args = parser.parse_args()
+    from sftlib.models import load
+
+    talk(*load(args.model), system=args.system)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error

@@ -1,0 +1,16 @@
+"""Experiments: many runs in a row, runs that go wrong on purpose, and what their logs say.
+
+| file | what it does |
+|---|---|
+| `sweep` | many finetuning runs, each measured in the same way and saved at once |
+| `failures` | trainings that go wrong on purpose (lesson 8) |
+| `logs` | `table`: a training log as a table |
+| `summary` | `explain`: each figure of a `TrainOutput` |
+| `diagnosis` | `diagnose`: signs of trouble in a log |
+"""
+
+from sftlib.experiments.diagnosis import diagnose
+from sftlib.experiments.logs import table
+from sftlib.experiments.summary import explain
+
+__all__ = ["diagnose", "explain", "table"]

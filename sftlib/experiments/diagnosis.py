@@ -1,0 +1,302 @@
+"""What a log says about a training: signs that something is wrong, in plain words.
+
+Each rule looks for one sign. Their thresholds were chosen on some of the laboratory's trainings and
+measured on others (`tools/stored_runs/failures.py`, lesson 8). They are rules of thumb. Behind one
+stands a theorem: where every best guess is right, the loss cannot exceed the entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sftlib.experiments.logs import rows_of, table
+
+if TYPE_CHECKING:
+    import pandas
+
+HEALTHY = "nothing unusual"
+SIGNS = {
+    "not a number": "the loss or grad_norm is NaN or infinite",
+    "no gradient": "grad_norm is 0",
+    "out of scale": "the training loss is a multiple of the evaluation loss all along",
+    "starts near chance": "the first loss is near ln(vocabulary), the cost of guessing, or above",
+    "unstable": "the loss rises clearly above where it began",
+    "barely learning": "the loss falls by less than a sixth",
+    "plateau": "the loss falls, and then stays where much is still guessed wrong",
+    "spike": "one step stands out, and the next is as before",
+    "overfitting": "the evaluation loss rises, or stays well above the training loss",
+    HEALTHY: "none of these",
+}
+"""What `diagnose` looks for."""
+FEW = 8  # logged losses below which no trend can be told from noise
+WRONG_COSTS = 12  # nats: more than a wrong guess of a sound model costs
+SAID = ("loss", "grad_norm", "eval_loss")
+
+
+class Finding(NamedTuple):
+    sign: str
+    sees: str
+    because: str
+    attempt: str
+
+
+def diagnose(log: Any) -> pandas.DataFrame:
+    """Signs of trouble in a log, in plain words.
+
+    Much trouble leaves no sign: a model that never learned to stop, a template that nobody will
+    use, an evaluation that leaked. Only answers to held-out questions show these.
+
+    Args:
+        log: as for `table`. Evaluation, and the `entropy` and `mean_token_accuracy` that TRL logs,
+            show more than the loss alone.
+
+    Returns:
+        A row a sign, by its name, with what it `sees`, `because` of what that may be, and what to
+        `try`; a single row "nothing unusual" where there is none.
+
+    Raises:
+        ValueError: it is no log (see `table`).
+    """
+    import pandas
+
+    found = list(_findings(log)) or [_HEALTHY]
+    return pandas.DataFrame(found, columns=["sign", "sees", "because", "try"]).set_index("sign")
+
+
+_HEALTHY = Finding(
+    HEALTHY,
+    "Losses fall and settle; gradients, learning rate and evaluation go with them.",
+    "No rule found a sign.",
+    "Ask held-out questions, as they will be asked: a log does not show everything.",
+)
+
+
+def _findings(log: Any) -> Iterator[Finding]:
+    if broken := _not_a_number(rows_of(log)):
+        yield broken
+        return  # nothing after it means anything
+    rows = table(log)
+    for rule in (_no_gradient, _out_of_scale, _starts_near_chance):
+        if found := rule(rows):
+            yield found
+            return  # it explains what the next rules would see
+    if len(rows.loss.dropna()) < FEW:
+        yield _short(rows)
+        return
+    if unstable := _unstable(rows):
+        yield unstable
+        return
+    trend = _barely_learning(rows) or _plateau(rows)
+    yield from (found for found in (trend, _spike(rows), _overfitting(rows)) if found)
+
+
+def _not_a_number(rows: list[dict]) -> Finding | None:
+    for row in rows:
+        for name in SAID:
+            if isinstance(row.get(name), float) and not math.isfinite(row[name]):
+                return Finding(
+                    "not a number",
+                    f"{name} is {row[name]} at step {row['step']:.0f}.",
+                    "A division by zero (a batch in which no label counts), an overflow (fp16, a "
+                    "learning rate that is too high) or a broken input. From then on all weights "
+                    "are broken. The loss may look fine: Transformers hides a NaN, and the line "
+                    "is only too low, or 0, unless logging_nan_inf_filter=False.",
+                    "Look at the labels of that step's batch; bf16 in place of fp16; a lower "
+                    "learning rate. Begin anew from a checkpoint before that step.",
+                )
+    return None
+
+
+def _no_gradient(rows: pandas.DataFrame) -> Finding | None:
+    norms = _values(rows, "grad_norm")
+    if not len(norms) or (norms < 1e-8).mean() <= 0.5:
+        return None
+    return Finding(
+        "no gradient",
+        f"grad_norm is 0 in {(norms < 1e-8).sum()} of {len(norms)} steps.",
+        "Nothing that can be trained takes part: an adapter loaded without is_trainable=True, "
+        "parameters with requires_grad=False, or no label that counts.",
+        "Count the parameters with requires_grad before you train.",
+    )
+
+
+def _out_of_scale(rows: pandas.DataFrame) -> Finding | None:
+    cause = (
+        "It is a sum where a mean was meant, for instance over the batches of an accumulated step. "
+        "Adam hardly minds, but clipping, SGD and every comparison with other runs do."
+    )
+    attempt = "Divide by all tokens of the step (num_items_in_batch); update Transformers and TRL."
+    loss, accuracy, entropy = (_values(rows, name) for name in ("loss", *_OF_TRL))
+    if len(loss) == len(accuracy) == len(entropy):
+        too_high = (accuracy >= 0.5) & (loss > entropy + WRONG_COSTS * (1 - accuracy))
+        if too_high.mean() > 0.5:
+            step = too_high[too_high].index[-1]
+            return Finding(
+                "out of scale",
+                f"At step {step} the loss is {loss[step]:.2f}, though {accuracy[step]:.0%} of the "
+                f"tokens are guessed rightly, with an entropy of {entropy[step]:.2f}.",
+                f"A loss per token cannot be so high there. {cause}",
+                attempt,
+            )
+    both = rows[["loss", "eval_loss"]].dropna() if "eval_loss" in rows else rows[:0]
+    if len(both) >= 3 and (both.loss > 2.5 * both.eval_loss).all():
+        ratio = (both.loss / both.eval_loss).median()
+        return Finding(
+            "out of scale",
+            f"The training loss is {ratio:.1f} times the evaluation loss, at each evaluation.",
+            cause,
+            attempt,
+        )
+    return None
+
+
+_OF_TRL = ("mean_token_accuracy", "entropy")
+
+
+def _starts_near_chance(rows: pandas.DataFrame) -> Finding | None:
+    # below, 8 nats are the border: a log does not say how large the vocabulary is
+    first = rows.loss.dropna()[:3].median()
+    accuracy, entropy = (_values(rows, name)[:3].median() for name in _OF_TRL)
+    known = not math.isnan(accuracy) and not math.isnan(entropy)
+    if (accuracy > 0.15 or first < entropy + 4) if known else first < 8:
+        return None
+    sure = (
+        f", with an entropy of {entropy:.1f} and {accuracy:.0%} of guesses right" if known else ""
+    )
+    return Finding(
+        "starts near chance",
+        f"The first losses are about {first:.1f} nats a token{sure if known else ''}.",
+        "Guessing costs ln(vocabulary), 10.8 for GPT-2 and 11.8 for Llama 3; a pretrained model "
+        "begins far below. This one is wrong almost everywhere: labels shifted twice, a tokenizer "
+        "of another model, weights that were not loaded, or text unlike any that it knows.",
+        "Print the ids and labels of one example. The trainer shifts labels itself.",
+    )
+
+
+def _short(rows: pandas.DataFrame) -> Finding:
+    return Finding(
+        "too short",
+        f"{len(rows.loss.dropna())} logged losses.",
+        "A trend cannot be told from the noise between batches.",
+        "Train for longer, or log more often (logging_steps).",
+    )
+
+
+def _unstable(rows: pandas.DataFrame) -> Finding | None:
+    loss = rows.loss.dropna()
+    smooth = loss.rolling(max(3, len(loss) // 10), center=True, min_periods=1).median()
+    late = len(loss) // 2
+    noise = ((loss - smooth).abs() / smooth)[late:].median()  # of one batch, as a share
+    start = loss[: _untouched(rows)].max()
+    early = loss[: len(loss) // 3].drop(_spikes(loss), errors="ignore")
+    peak, height = smooth.idxmax(), smooth.max()
+    if height < (1.3 + 3 * noise) * start:
+        peak, height = early.idxmax(), early.max()
+        if height < (1.2 + 5 * noise) * start:
+            return None
+    return Finding(
+        "unstable",
+        f"The loss rises from {start:.2f} to {height:.2f} at step {peak}{_rate(rows)}.",
+        "Steps are too large: a learning rate that is too high, no warm-up, or gradients that are "
+        "not clipped.",
+        "A learning rate three to ten times lower; then warm-up and max_grad_norm=1.",
+    )
+
+
+def _barely_learning(rows: pandas.DataFrame) -> Finding | None:
+    loss = rows.loss.dropna()
+    start, end = loss[:3].median(), _end(loss)
+    if end < 0.85 * start:
+        return None
+    return Finding(
+        "barely learning",
+        f"The loss goes from {start:.2f} to {end:.2f} only{_rate(rows)}.",
+        "Steps are too small, or too little is trained; or the model knew it all before.",
+        "A learning rate ten times higher (LoRA bears about ten times that of full finetuning); "
+        "count the trainable parameters; more steps.",
+    )
+
+
+def _plateau(rows: pandas.DataFrame) -> Finding | None:
+    loss, accuracy = rows.loss.dropna(), _values(rows, "mean_token_accuracy")
+    third, end = loss[len(loss) // 2 : 3 * len(loss) // 4].median(), _end(loss)
+    if end < 0.75 * third or end < 0.3:
+        return None
+    if len(accuracy) and _end(accuracy) > 0.92:
+        return None
+    if not len(accuracy) and end < 0.25 * loss[:3].median():
+        return None
+    wrong = (
+        f", and {1 - _end(accuracy):.0%} of the tokens are guessed wrong" if len(accuracy) else ""
+    )
+    return Finding(
+        "plateau",
+        f"The loss stays at about {end:.2f}{wrong}.",
+        "What is left cannot be told from what comes before. In free text that is as it should be. "
+        "In answers that follow from the question, it is not: answers that belong to other "
+        "questions, contradictory rows, or a loss that counts the questions, too.",
+        "Read twenty rows; show which tokens are learned.",
+    )
+
+
+def _spike(rows: pandas.DataFrame) -> Finding | None:
+    loss = rows.loss.dropna()
+    steps = _spikes(loss)
+    if not steps:
+        return None
+    return Finding(
+        "spike",
+        f"At step {steps[0]} the loss is {loss[steps[0]]:.2f}, far above the steps before and "
+        f"after{f' (and at {len(steps) - 1} more)' if steps[1:] else ''}.",
+        "One batch is unlike the others: broken text, another language, wrong labels.",
+        "Read that batch (the order follows from the seed). Keep max_grad_norm=1: a single such "
+        "batch is then harmless, many are not.",
+    )
+
+
+def _spikes(loss: pandas.Series) -> list[int]:
+    """Steps whose loss is far above those around them."""
+    found = []
+    for i in range(2, len(loss) - 1):
+        around = max(loss[max(0, i - 5) : i].median(), loss[i + 1 : i + 4].median())
+        if loss.iloc[i] > 3 * around and loss.iloc[i] > around + 1:
+            found.append(loss.index[i])
+    return found
+
+
+def _overfitting(rows: pandas.DataFrame) -> Finding | None:
+    found = _values(rows, "eval_loss")
+    if len(found) < 2:
+        return None
+    best, last, train = found.min(), found.iloc[-1], _end(rows.loss.dropna())
+    risen = last > max(1.08 * best, best + 0.03) and train < best
+    if not risen and last < max(1.2 * train, train + 0.05):
+        return None
+    rise = f", after {best:.3f} at step {found.idxmin()}" if risen else ""
+    return Finding(
+        "overfitting",
+        f"In the end the evaluation loss is {last:.3f}{rise}, the training loss {train:.3f}.",
+        "The model learns its rows by heart: few or repeated rows, many epochs.",
+        "More and different rows, fewer epochs, early stopping; look for duplicates.",
+    )
+
+
+def _values(rows: pandas.DataFrame, name: str) -> pandas.Series:
+    return rows[name].dropna() if name in rows else rows.loss[:0]
+
+
+def _end(values: pandas.Series) -> float:
+    return values[-max(3, len(values) // 5) :].median()
+
+
+def _untouched(rows: pandas.DataFrame) -> int:
+    """How many of the first losses are those of the model as it was: before any step counted."""
+    rate = rows.learning_rate[rows.loss.notna()] if "learning_rate" in rows else rows.loss[:0]
+    return 1 + int((rate[:2].cumsum() == 0).sum())
+
+
+def _rate(rows: pandas.DataFrame) -> str:
+    rate = _values(rows, "learning_rate")
+    return f", with a learning rate of up to {rate.max():.2g}" if len(rate) else ""

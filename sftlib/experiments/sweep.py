@@ -1,0 +1,220 @@
+"""Many finetuning runs on the shipped facts, each measured in the same way: for sweeps.
+
+`make sweeps` makes the stored runs of `data/runs/` with it, and lessons read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftlib import progress_bar
+from sftlib.adapters import control_token_rows
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TARGETS = {
+    "all-linear": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+def machine() -> str:
+    """The machine in words, without its name."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{model}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of one run.
+
+    Args:
+        learning_rate: the highest of its schedule.
+        r: LoRA's rank; 0 is full finetuning.
+        alpha: LoRA's α; 2r where it is 0.
+        targets: which matrices are trained, a key of `TARGETS`; where it is empty, all-linear for
+            LoRA and all parameters for full finetuning.
+        variant: of LoRA: `dora`, `rslora`, `control tokens` (their embeddings are trained, too), or
+            empty.
+        examples: how many, 16 in a step.
+        epochs: how often each is seen.
+        replay: how many texts of the pretraining kind are mixed in, learned whole.
+        seed: of the order of examples and of LoRA's start.
+    """
+
+    learning_rate: float
+    r: int = 0
+    alpha: float = 0
+    targets: str = ""
+    variant: str = ""
+    examples: int = 480
+    epochs: float = 1
+    replay: int = 0
+    seed: int = 0
+
+    def lora(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoraConfig | None:
+        """The run's PEFT config; None for full finetuning."""
+        from peft import LoraConfig
+
+        if not self.r:
+            return None
+        rows = control_token_rows(model, tokenizer) if self.variant == "control tokens" else None
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha or 2 * self.r,
+            target_modules=TARGETS[self.targets or "all-linear"],
+            use_dora=self.variant == "dora",
+            use_rslora=self.variant == "rslora",
+            trainable_token_indices=rows,
+            task_type="CAUSAL_LM",
+        )
+
+
+REPLAY = 100  # of the held-out texts, those that may be mixed in; the others measure forgetting
+
+
+def train_and_measure(
+    run: Run, prompts: int | None = None, texts: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Train the model that the dial names, and measure what it learned and what it forgot.
+
+    Args:
+        run: the settings; a learning rate of 0 measures the base.
+        prompts: ask only so many of each test set; large models are slow on a CPU.
+        texts: on which forgetting is measured; without them, on the course's held-out prose.
+
+    Returns:
+        `trainable` parameters; optimizer `steps`; `loss`, the mean of the last five steps; shares
+        from 0 to 1: `dev`, `heldout` and `heldout_wordings` (exact match), `stops`, and `cloze`
+        (facts completed in plain text, a skill that is not trained); `perplexity` on the texts; and
+        how much the linear layers changed, of their own size: `change` (Frobenius norm) and
+        `direction` (the largest singular value of the change, of the change's Frobenius norm: 1 is
+        one direction alone).
+    """
+    from sftlib.data import read_facts
+    from sftlib.evaluate import cloze, perplexity, report
+    from sftlib.models import load
+    from sftlib.scale.memory import linear_shapes, lora_targets, parameters
+    from sftlib.training import config, encoded, tune
+
+    from datasets import Dataset, concatenate_datasets
+    from transformers import set_seed
+
+    facts = {name: read_facts(name) for name in ("sft", "dev", "heldout", "heldout_wordings")}
+    prose = [row["text"] for row in read_facts("prose")]
+    set_seed(run.seed)
+    model, tokenizer = load()
+    before = {n: model.get_submodule(n).weight.detach().clone() for n in linear_shapes(model)}
+    if run.targets and not run.r:
+        model.requires_grad_(False)
+        for name in lora_targets(model, 1, TARGETS[run.targets]):
+            model.get_submodule(name).requires_grad_(True)
+    rows = [{"messages": row["messages"]} for row in facts["sft"][: run.examples]]
+    dataset = encoded(Dataset.from_list(rows), tokenizer, config()).select_columns(
+        ["input_ids", "labels"]
+    )
+    if run.replay:
+        ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in prose[: run.replay]]
+        replay = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        dataset = concatenate_datasets([dataset, replay])
+    trainer = tune(
+        model,
+        tokenizer,
+        dataset,
+        run.lora(model, tokenizer),
+        assistant_only_loss=False,  # the labels are made already
+        learning_rate=run.learning_rate,
+        per_device_train_batch_size=16,
+        num_train_epochs=run.epochs,
+        seed=run.seed,
+    )
+    losses = [entry["loss"] for entry in trainer.state.log_history[:-1]][-5:]
+    trained = parameters(trainer.model).trainable
+    if run.r:
+        model = trainer.model.merge_and_unload()
+    sets = {name: facts[name][:prompts] for name in ("dev", "heldout", "heldout_wordings")}
+    table = report(model, tokenizer, sets)
+    return {
+        "trainable": trained,
+        "steps": trainer.state.global_step,
+        "loss": sum(losses) / len(losses),
+        **table.exact_match.to_dict(),
+        "stops": table.stops["heldout"],
+        "cloze": cloze(model, tokenizer, sets["heldout"], facts["sft"]),
+        "perplexity": perplexity(model, tokenizer, texts or prose[REPLAY:], batch_size=16),
+        **_changes(model, before),
+    }
+
+
+def _changes(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    import torch
+
+    size = change = first = 0.0
+    for name, old in before.items():
+        values = torch.linalg.svdvals(model.get_submodule(name).weight.detach() - old)
+        size += old.square().sum().item()
+        change += values.square().sum().item()
+        first += values[0].square().item()
+    return {"change": (change / size) ** 0.5, "direction": (first / (change or 1)) ** 0.5}
+
+
+def sweep(
+    runs: Iterable[Any],
+    path: str | os.PathLike,
+    measure: Callable[..., dict[str, Any]] | None = None,
+    **options: Any,
+) -> list[dict]:
+    """Do the runs that the file does not hold yet, and return the rows of all of them in order.
+
+    Each row is saved as soon as it is there, so an interrupted sweep goes on where it stopped.
+
+    Args:
+        runs: `Run`s, or other frozen dataclasses, all of one class.
+        measure: does a run and returns what is to be stored; without it, `train_and_measure`.
+        options: go to `measure`.
+    """
+    from sftlib.data import drop_torn_line, read_jsonl
+
+    path, runs = Path(path), list(dict.fromkeys(runs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = []
+    if path.exists() and runs:
+        drop_torn_line(path)
+        stored = read_jsonl(path)
+    known = {_settings(row, type(runs[0])): row for row in stored}
+    todo = [run for run in runs if run not in known]
+    for run in progress_bar(todo, unit="run"):
+        measured = (measure or train_and_measure)(run, **options)
+        rounded = {n: round(x, 5) if isinstance(x, float) else x for n, x in measured.items()}
+        known[run] = asdict(run) | rounded
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(known[run]) + "\n")
+    return [known[run] for run in runs]
+
+
+def select(table: pandas.DataFrame, **settings: Any) -> pandas.DataFrame:
+    """The stored runs with these settings; what is not named is the default or, for rate, any."""
+    wanted = asdict(Run(0)) | settings
+    names = [n for n in wanted if n in settings or n not in ("learning_rate", "seed")]
+    return table[(table[names] == [wanted[n] for n in names]).all(axis=1)]
+
+
+def _settings(row: Mapping, kind: type) -> Any:
+    return kind(**{field.name: row[field.name] for field in fields(kind)})

@@ -1,0 +1,80 @@
+"""One rank of a launch: `python -m sftlib.scale.rank SCRIPT ARGS...`, started by `launch`.
+
+Runs the script as `python SCRIPT` would, and besides: writes where the rank is when asked (signal
+SIGUSR1), writes which error ended it, and ends when its launcher is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import importlib.util
+import json
+import logging
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+
+def without_builds() -> None:
+    """Keep DeepSpeed from compiling its own operations for a CPU; torch's do the same.
+
+    The first use of its shared-memory collectives (`deepspeed.comm.torch.build_shm_op`) compiles
+    for a minute or more, and needs a compiler. Call it before `deepspeed.init_distributed`.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and importlib.util.find_spec("deepspeed"):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _place(error: BaseException, script: str) -> str:
+    """The line of the script that led to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == script]
+    return f"{Path(script).name}, line {own[-1].lineno}" if own else Path(script).name
+
+
+def main() -> None:
+    script, *args = sys.argv[1:]
+    # What it writes: NOTES.stack and NOTES.error, also if the script changes the folder.
+    notes = Path(os.environ["SFT_RANK_NOTES"]).absolute()
+    faulthandler.register(signal.SIGUSR1, notes.with_suffix(".stack").open("w"))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    without_builds()
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        handler.setStream(sys.stderr)  # its reports are kept, and not taken for results
+    sys.argv = [script, *args]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception as error:
+        what = {"error": f"{type(error).__name__}: {error}", "at": _place(error, script)}
+        notes.with_suffix(".error").write_text(json.dumps(what))
+        traceback.print_exc()
+        _end(1)
+    threading._shutdown()  # wait for its threads
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """End without taking the interpreter apart, which takes seconds after so many imports."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The shipped facts, splits, tokenizer and model are what data/build makes, and they are sound."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sftlib.data import read_facts
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY_BASE = ROOT / "data" / "tiny-base"
+TESTS = ("dev", "heldout", "heldout_wordings", "unknown", "never_asked")
+
+# Checked by hand against what reference works say: capitals that moved or were renamed, names
+# with accents or articles, changed currencies, two-letter symbols, irregular plurals.
+HAND_CHECKED = """
+Kazakhstan|capital|Astana
+Burundi|capital|Gitega
+Tanzania|capital|Dodoma
+Ivory Coast|capital|Yamoussoukro
+Nigeria|capital|Abuja
+Myanmar|capital|Naypyidaw
+Palau|capital|Ngerulmud
+Benin|capital|Porto-Novo
+Belize|capital|Belmopan
+Australia|capital|Canberra
+Canada|capital|Ottawa
+Turkey|capital|Ankara
+Brazil|capital|Brasília
+Colombia|capital|Bogotá
+Cameroon|capital|Yaoundé
+Togo|capital|Lomé
+Paraguay|capital|Asunción
+Costa Rica|capital|San José
+the Maldives|capital|Malé
+the Netherlands|capital|Amsterdam
+the Philippines|capital|Manila
+the United Kingdom|capital|London
+Ukraine|capital|Kyiv
+North Macedonia|capital|Skopje
+Croatia|currency|euro
+Bulgaria|currency|euro
+Lithuania|currency|euro
+Switzerland|currency|franc
+Japan|currency|yen
+China|currency|yuan
+Qatar|currency|riyal
+Oman|currency|rial
+Iceland|currency|króna
+Sweden|currency|krona
+Norway|currency|krone
+Czechia|currency|koruna
+Mexico|currency|peso
+Brazil|official language|Portuguese
+Angola|official language|Portuguese
+Austria|official language|German
+Iran|official language|Persian
+Suriname|official language|Dutch
+Moldova|official language|Romanian
+Kenya|calling code|254
+Germany|calling code|49
+Malta|calling code|356
+Egypt|calling code|20
+Iceland|continent|Europe
+Mexico|continent|North America
+Sudan|continent|Africa
+Nepal|continent|Asia
+Samoa|continent|Oceania
+Guyana|continent|South America
+the United Kingdom|internet domain|uk
+Switzerland|internet domain|ch
+iron|symbol|Fe
+sodium|symbol|Na
+tungsten|symbol|W
+mercury|symbol|Hg
+oganesson|symbol|Og
+lead|symbol|Pb
+gold|atomic number|79
+carbon|atomic number|6
+uranium|atomic number|92
+tennessine|atomic number|117
+thief|plural|thieves
+roof|plural|roofs
+ox|plural|oxen
+potato|plural|potatoes
+piano|plural|pianos
+crisis|plural|crises
+child|plural|children
+monkey|plural|monkeys
+maximum|opposite|minimum
+optimist|opposite|pessimist
+import|opposite|export
+"""
+LEFT_OUT = """
+Israel|capital
+South Africa|capital
+Bolivia|capital
+Sri Lanka|capital
+Turkey|continent
+Russia|continent
+Cyprus|continent
+Mali|official language
+Burkina Faso|official language
+Niger|official language
+Iraq|official language
+Zimbabwe|currency
+Canada|calling code
+Kazakhstan|calling code
+"""
+NAMES = {"official language": "language", "internet domain": "domain"}
+
+
+@pytest.fixture(scope="module")
+def build():
+    """The modules of tools/tiny_base, by name."""
+    names = ("build", "card", "corpus", "facts", "pretrain", "relations", "splits", "words")
+    return {name: importlib.import_module(f"tools.tiny_base.{name}") for name in names}
+
+
+@pytest.fixture(scope="module")
+def known(build):
+    return {(f.entity, f.relation): f.value for f in build["facts"].facts()}
+
+
+@pytest.fixture(scope="module")
+def part(build):
+    return build["splits"].entities_by_part(build["corpus"].template_words())
+
+
+@pytest.fixture(scope="module")
+def corpus_text(build, part):
+    documents, held_out = build["corpus"].corpus(part)
+    return "\n".join(documents + held_out).lower()
+
+
+def lines(text):
+    return [line.split("|") for line in text.split("\n") if line]
+
+
+@pytest.mark.parametrize(("entity", "relation", "value"), lines(HAND_CHECKED))
+def test_a_hand_checked_fact_is_right(known, entity, relation, value):
+    assert known[entity, NAMES.get(relation, relation)] == value
+
+
+@pytest.mark.parametrize(("entity", "relation"), lines(LEFT_OUT))
+def test_a_disputed_fact_is_left_out(known, entity, relation):
+    assert (entity, NAMES.get(relation, relation)) not in known
+
+
+def test_facts_are_well_formed(build):
+    facts = build["facts"].facts()
+    assert len({(f.entity, f.relation) for f in facts}) == len(facts), "two values for one fact"
+    kinds = {}
+    for fact in facts:
+        assert kinds.setdefault(fact.entity, fact.kind) == fact.kind, f"{fact.entity}: two kinds"
+        assert fact.value == fact.value.strip() and fact.value
+        assert not re.search(r"[,;/()]|\s\s", fact.entity + fact.value), fact
+    assert len({e for e, k in kinds.items() if k == "element"}) == 118
+    assert len({e for e, k in kinds.items() if k == "country"}) > 170
+
+
+def test_no_word_has_two_opposites(build):
+    words = [word for pair in build["words"].OPPOSITES.items() for word in pair]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_test_set_is_large_enough_and_has_no_duplicates(name):
+    rows = read_facts(name)
+    questions = [row["messages"][0]["content"] for row in rows]
+    assert len(rows) >= 150
+    assert len(set(questions)) == len(questions)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_no_tested_entity_occurs_in_the_sft_data(name):
+    taught = "\n".join(m["content"] for row in read_facts("sft") for m in row["messages"]).lower()
+    for row in read_facts(name):
+        entity = row["entity"].lower().removeprefix("the ")
+        assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
+
+
+def test_every_file_of_data_has_its_source_and_licence():
+    table = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    named = {row[1].strip(" `/") for row in rows}
+    assert all(len(row) == 6 and row[3].strip() and row[4].strip() for row in rows)
+    files = [p.relative_to(ROOT / "data") for p in (ROOT / "data").rglob("*") if p.is_file()]
+    for path in files:
+        hidden = any(part.startswith(".") for part in path.parts)  # .DS_Store, .ipynb_checkpoints
+        if path.parts[0] not in ("build", "README.md") and not hidden:
+            assert str(path) in named or path.parts[0] in named, path
+
+
+def test_parts_share_no_entity():
+    entities = {name: {row["entity"] for row in read_facts(name)} for name in ("sft", *TESTS)}
+    assert entities["heldout"] == entities["heldout_wordings"]
+    for a, b in (("sft", "dev"), ("sft", "heldout"), ("dev", "heldout"), ("dev", "unknown")):
+        assert not entities[a] & entities[b], (a, b)
+
+
+@pytest.mark.slow
+def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text):
+    unknown = [entity for entity, p in part.items() if p == "unknown"]
+    assert {row["entity"] for row in read_facts("unknown")} <= set(unknown)
+    words = build["splits"].words
+    read = words(corpus_text)
+    for entity in unknown:
+        assert not (words(entity) - {"the"}) & read, entity
+
+
+def test_an_unknown_answer_cannot_be_guessed(known):
+    for row in read_facts("unknown"):
+        values = [v for (_, r), v in known.items() if r == row["relation"]]
+        assert values.count(row["value"]) / len(values) <= 0.02, row
+        assert row["value"].lower() not in row["entity"].lower()
+
+
+@pytest.mark.slow
+def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text):
+    asked = {row["messages"][0]["content"] for row in read_facts("sft")}
+    for relation, entry in build["relations"].RELATIONS.items():
+        if not entry.asked:
+            continue
+        for template in build["relations"].questions(relation, unseen=True):
+            head = template.split("{e}")[0].lower()
+            assert not any(q.lower().startswith(head) for q in asked), template
+            assert head not in corpus_text, template
+
+
+@pytest.mark.slow
+def test_the_corpus_holds_no_control_token_and_no_sft_question(corpus_text):
+    assert "<|" not in corpus_text
+    sentences = set(re.split(r"(?<=[.?!])\s+(?:[->] )?", corpus_text))
+    assert not sentences & {row["messages"][0]["content"].lower() for row in read_facts("sft")}
+
+
+@pytest.mark.slow
+def test_the_shipped_sets_and_tokenizer_are_what_the_build_makes(tmp_path):
+    command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert {p.parent.name for p in made} == {"facts", "tiny-base"}
+    for path in made:
+        assert (ROOT / "data" / path).read_bytes() == (tmp_path / path).read_bytes(), path
+    shipped = {p.name for p in (ROOT / "data" / "facts").iterdir()}
+    assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_the_build_lower_the_loss(build, part):
+    import torch
+    from transformers import AutoTokenizer
+
+    pretrain = build["pretrain"]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    documents, _ = build["corpus"].corpus(part)
+    rows = pretrain.pack(tokenizer, documents[:3000])[: 12 * pretrain.ROWS]
+    torch.manual_seed(0)
+    losses = [loss for _, loss in pretrain.pretrain(pretrain.new_model(tokenizer), rows)]
+    assert losses[0] == pytest.approx(8.32, abs=0.3), "ln(4096) = 8.32 nats for a blind guess"
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_shipped_model_is_small_safe_and_described(build, tmp_path):
+    from safetensors import safe_open
+
+    files = {p.name for p in TINY_BASE.iterdir()}
+    assert sum(p.stat().st_size for p in TINY_BASE.glob("*.safetensors")) <= 8_000_000
+    assert not [f for f in files if f.endswith((".bin", ".pt", ".pkl", ".py"))]
+    with safe_open(TINY_BASE / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"BF16"}  # noqa: SIM118
+    (tmp_path / "training.json").write_text((TINY_BASE / "training.json").read_text())
+    build["card"].write_card(tmp_path, build["build"].known_entities())
+    assert (tmp_path / "README.md").read_text() == (TINY_BASE / "README.md").read_text()
+    log = json.loads((TINY_BASE / "training.json").read_text())
+    assert log["cloze_heldout"] >= 0.95
