@@ -16,7 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from sftlib.chat import encode, end_of_turn_id
+from sftlib.chat import LLAMA3, encode, end_of_turn_id
 from sftlib.data import read_facts
 from sftlib.deploy import export, serving
 from sftlib.deploy.talk import _typed, talk
@@ -27,7 +27,6 @@ import openai
 import psutil
 import pytest
 
-import class_5_llama3 as script
 from tests import llama3_like
 
 ROOT = Path(__file__).parents[1]
@@ -251,7 +250,7 @@ def test_our_llama_3_template_gives_the_tokens_of_metas(tmp_path):
     theirs = llama3_like.tokenizer()
     llama3_like.save(tmp_path)
     _, ours = load(tmp_path)  # Meta's does not mark the assistant's tokens; ours does
-    assert ours.chat_template == script.LLAMA3 != theirs.chat_template
+    assert ours.chat_template == LLAMA3 != theirs.chat_template
     for messages in (*ASKED, *LONGER):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encode(messages, ours, add_generation_prompt=True)["input_ids"] == expected

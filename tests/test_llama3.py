@@ -15,6 +15,18 @@ from types import SimpleNamespace
 from sftlib.chat import CHATML, LLAMA3
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
+from sftlib.finetune import checkpoints
+from sftlib.finetune.arguments import FinetuneArguments, check, parse
+from sftlib.finetune.callbacks import StopOnSignal
+from sftlib.finetune.checkpoints import RUN, RunFolder, run_identity
+from sftlib.finetune.data import Data, first_question, load_conversations, load_data
+from sftlib.finetune.model import (
+    allowed_max_length,
+    count_parameters,
+    default_learning_rate,
+    set_template,
+    stop_token_ids,
+)
 from sftlib.models import TINY_BASE, describe, load
 
 import psutil
@@ -69,6 +81,7 @@ def test_help_is_a_page_that_a_person_can_read(capsys):
     for name in ("--model", "--method (full, lora, qlora) [lora]", "--deepspeed", "--help_all"):
         assert name in page
     assert "--no_merge\n" in page and "--merge" not in page  # as it is typed
+    assert "Save the adapter alone" in page and "Do not:" not in page
     assert "--num_train_epochs [1]" in page and "--ask [32]" in page
     assert max(len(line) for line in page.splitlines()) <= 100
 
@@ -149,7 +162,7 @@ def test_a_plan_fits_where_a_tenth_of_the_memory_stays_free(eight, capsys):
 @pytest.mark.parametrize(("asked", "allowed"), [([], 4096), (["--max_length", "8192"], 8192)])
 def test_a_long_context_is_used_where_it_is_asked_for(eight, asked, allowed):
     model, _ = describe(eight)
-    assert script.longest_allowed(model, script.parse(asked)[1]) == allowed
+    assert allowed_max_length(model, parse(asked)[1]) == allowed
 
 
 def test_autocast_keeps_a_copy_of_each_weight_until_the_backward_pass(tiny):
@@ -191,9 +204,9 @@ def test_a_missing_file_and_a_dataset_that_is_nowhere_are_told_apart(monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"found none at nowhere\.jsonl"):
-        script.conversations("nowhere.jsonl")
+        load_conversations("nowhere.jsonl")
     with pytest.raises(OSError, match="found neither for 'no/where'.*set HF_TOKEN"):
-        script.conversations("no/where")
+        load_conversations("no/where")
 
 
 def test_parquet_is_read_and_its_broken_rows_are_numbered(tmp_path):
@@ -201,7 +214,7 @@ def test_parquet_is_read_and_its_broken_rows_are_numbered(tmp_path):
 
     rows = [{"instruction": "Say a.", "output": "a"}, {"instruction": "Say b.", "output": ""}]
     Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    found = script.conversations(str(tmp_path / "data.parquet"))
+    found = load_conversations(str(tmp_path / "data.parquet"))
     assert found.rows[0]["messages"][1]["content"] == "a"
     assert [reject["line"] for reject in found.rejects] == [2]
 
@@ -210,28 +223,28 @@ def test_one_system_message_for_all_does_not_decide_what_is_held_out(tmp_path):
     rows = [{"messages": row["messages"]} for row in read_facts("sft")[:200]]
     system = {"role": "system", "content": "Answer in one sentence."}
     write_jsonl(tmp_path / "all.jsonl", [{"messages": [system, *r["messages"]]} for r in rows])
-    args = script.Llama3Arguments(data=str(tmp_path / "all.jsonl"), held_out="0.1")
-    kept, held, _ = script.sets(args)
+    args = FinetuneArguments(data=str(tmp_path / "all.jsonl"), held_out="0.1")
+    kept, held, _ = load_data(args)
     assert 10 <= len(held) <= 30 and len(kept) + len(held) == 200
-    assert not set(map(script.first_question, kept)) & set(map(script.first_question, held))
+    assert not set(map(first_question, kept)) & set(map(first_question, held))
 
 
 def test_rejects_of_the_held_out_file_are_told_too(facts, tmp_path):
     exam = tmp_path / "exam.jsonl"
     exam.write_text(facts.read_text().splitlines()[0] + '\n{"text": "?"}\n')
-    _, held, rejects = script.sets(script.Llama3Arguments(data=str(facts), held_out=str(exam)))
+    _, held, rejects = load_data(FinetuneArguments(data=str(facts), held_out=str(exam)))
     assert len(held) == 1 and [(r["source"], r["line"]) for r in rejects] == [(str(exam), 2)]
 
 
 def test_a_choice_in_a_file_of_settings_is_checked(tmp_path):
     (tmp_path / "my.yaml").write_text("method: Full\n")
     with pytest.raises(ValueError, match="one of full, lora, qlora for method, found 'Full'"):
-        script.check(*script.parse(["--config", str(tmp_path / "my.yaml")]))
+        check(*parse(["--config", str(tmp_path / "my.yaml")]))
 
 
 def test_held_out_conversations_share_no_question_with_the_others(facts):
-    args = script.Llama3Arguments(data=str(facts), held_out="0.2")
-    rows, held_out, _ = script.sets(args)
+    args = FinetuneArguments(data=str(facts), held_out="0.2")
+    rows, held_out, _ = load_data(args)
     asked = [{row["messages"][0]["content"] for row in part} for part in (rows, held_out)]
     assert not asked[0] & asked[1] and len(rows) + len(held_out) == 96
     assert 10 < len(held_out) < 30
@@ -242,10 +255,10 @@ def test_held_out_conversations_share_no_question_with_the_others(facts):
     [("full", 3e6, 5e-4), ("lora", 1e8, 1e-3), ("full", 8e9, 2e-5)],
 )
 def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate):
-    args, training = script.parse(["--method", method])
+    args, training = parse(["--method", method])
     assert training.learning_rate is None and not training.activation_checkpointing
-    assert script.learning_rate(args, parameters) == pytest.approx(rate)
-    assert script.parse(["--learning_rate", "0.1"])[1].learning_rate == 0.1
+    assert default_learning_rate(method, parameters) == pytest.approx(rate)
+    assert parse(["--learning_rate", "0.1"])[1].learning_rate == 0.1
 
 
 @pytest.mark.parametrize(
@@ -286,38 +299,38 @@ def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_
     ],
 )
 def test_arguments_that_agree_are_accepted(arguments):
-    script.check(*script.parse(arguments.split()))
+    check(*parse(arguments.split()))
 
 
 def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
     long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
     write_jsonl(tmp_path / "data.jsonl", [*read_jsonl(facts), {"messages": long}])
     arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(facts)]
-    args, training = script.parse([*arguments, "--output_dir", str(tmp_path / "run")])
+    args, training = parse([*arguments, "--output_dir", str(tmp_path / "run")])
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
-        trainer, *_ = script.make_trainer(args, training, *script.sets(args)[:2])
+        trainer, *_ = script.make_trainer(args, training, load_data(args))
     assert len(trainer.train_dataset) == 96  # nothing is learned in it
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
-        _, packing = script.parse([*arguments, "--packing", "true", "--output_dir", str(tmp_path)])
-        script.make_trainer(args, packing, *script.sets(args)[:2])
+        _, packing = parse([*arguments, "--packing", "true", "--output_dir", str(tmp_path)])
+        script.make_trainer(args, packing, load_data(args))
 
 
 def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(facts, tmp_path):
     long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
     rows = [{"messages": long}, *read_jsonl(facts)[:3]]
-    args, training = script.parse(["--output_dir", str(tmp_path), "--ask", "2"])
-    _, asked, _ = script.make_trainer(args, training, read_jsonl(facts), rows)
+    args, training = parse(["--output_dir", str(tmp_path), "--ask", "2"])
+    _, asked, _ = script.make_trainer(args, training, Data(read_jsonl(facts), rows, []))
     assert asked.rows == rows[1:3]
     for data, held, name in ((rows[:1], rows, "--data"), (rows, rows[:1], "--held_out")):
-        _, training = script.parse(["--output_dir", str(tmp_path)])
+        _, training = parse(["--output_dir", str(tmp_path)])
         with pytest.raises(ValueError, match=f"for {name} in which something is learned within"):
-            script.make_trainer(args, training, data, held)
+            script.make_trainer(args, training, Data(data, held, []))
 
 
 def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
     arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--packing", "true"]
-    args, training = script.parse([*arguments, "--held_out", str(facts)])
-    trainer, *_ = script.make_trainer(args, training, *script.sets(args)[:2])
+    args, training = parse([*arguments, "--held_out", str(facts)])
+    trainer, *_ = script.make_trainer(args, training, load_data(args))
     packed = trainer.train_dataset
     assert len(packed) < 10 and max(map(len, packed["input_ids"])) <= 512
     assert sum(len(lengths) for lengths in packed["seq_lengths"]) == 96
@@ -329,9 +342,9 @@ def test_four_bits_need_a_gpu(facts, tmp_path):
 
 
 def test_a_template_needs_its_tokens(tiny, tokenizer):
-    script.set_template(tiny[0], tokenizer, script.Llama3Arguments(template="auto"))
+    set_template(tiny[0], tokenizer, FinetuneArguments(template="auto"))
     assert tokenizer.chat_template == LLAMA3
-    script.set_template(tiny[0], tokenizer, script.Llama3Arguments(template="chatml"))
+    set_template(tiny[0], tokenizer, FinetuneArguments(template="chatml"))
     assert "im_start" in tokenizer.chat_template
 
     class Other:
@@ -339,7 +352,7 @@ def test_a_template_needs_its_tokens(tiny, tokenizer):
             return {"a": 0}
 
     with pytest.raises(ValueError, match=r"Expected a tokenizer with <\|eot_id\|>"):
-        script.set_template(tiny[0], Other(), script.Llama3Arguments(template="llama3"))
+        set_template(tiny[0], Other(), FinetuneArguments(template="llama3"))
 
 
 def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_path):
@@ -363,13 +376,13 @@ def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_
 def test_a_model_still_stops_where_it_did(tokenizer):
     model, _ = load()
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
-    assert script.ends(model, tokenizer)[-1] == 7
+    assert stop_token_ids(model, tokenizer)[-1] == 7
 
 
 def test_the_models_own_template_is_kept_to_the_letter_or_refused(tmp_path, tiny):
     model, tokenizer = load()
     model.save_pretrained(tmp_path)
-    args = script.Llama3Arguments(model=str(tmp_path), template="own")
+    args = FinetuneArguments(model=str(tmp_path), template="own")
     unmarked = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )
@@ -379,20 +392,20 @@ def test_the_models_own_template_is_kept_to_the_letter_or_refused(tmp_path, tiny
         _, loaded = load(tmp_path)
         assert loaded.chat_template == CHATML
         with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-            script.set_template(model, loaded, args)
+            set_template(model, loaded, args)
         assert loaded.chat_template == template
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="Expected a model with one chat template"):
-        script.set_template(model, loaded, args)
+        set_template(model, loaded, args)
 
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny):
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     packed, _ = load(quantization_config=four_bits)
     assert sum(p.numel() for p in packed.parameters()) < 0.7 * tiny[0].num_parameters()
-    assert script._size(packed) == script._size(tiny[0]) == tiny[0].num_parameters()
+    assert count_parameters(packed) == count_parameters(tiny[0]) == tiny[0].num_parameters()
 
 
 def test_checkpointing_is_heard_under_both_its_names():
@@ -401,11 +414,11 @@ def test_checkpointing_is_heard_under_both_its_names():
         (["--gradient_checkpointing", "true"], True),
         (["--activation_checkpointing"], True),
     ):
-        assert script.parse(words)[1].activation_checkpointing is found
+        assert parse(words)[1].activation_checkpointing is found
 
 
 def test_splits_and_configurations_of_a_dataset_have_names(facts, tmp_path, monkeypatch):
-    monkeypatch.setattr("sftlib.models.hub_answers", lambda: False)
+    monkeypatch.setattr("sftlib.finetune.data.hub_answers", lambda: False)
     rows = read_jsonl(facts)
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set/train_sft.jsonl", rows[:60])
@@ -417,32 +430,32 @@ def test_splits_and_configurations_of_a_dataset_have_names(facts, tmp_path, monk
     )
     folder = str(tmp_path / "set")
     names = {"data_config": "all", "data_split": "train_sft", "held_out_split": "test_sft"}
-    args = script.Llama3Arguments(data=folder, held_out=folder, **names)
-    kept, held, rejects = script.sets(args)
+    args = FinetuneArguments(data=folder, held_out=folder, **names)
+    kept, held, rejects = load_data(args)
     assert (kept, held, rejects) == (rows[:60], rows[60:], [])
     with pytest.raises(ValueError, match="'train': .*train_sft.* Give --data_config, --data_split"):
-        script.sets(script.Llama3Arguments(data=folder))
+        load_data(FinetuneArguments(data=folder))
 
 
 def test_conversations_that_all_begin_alike_are_split_too(tmp_path):
     texts = [{"role": "assistant", "content": f"Text {n}."} for n in range(20)]
     question = {"role": "user", "content": "Summarise it."}
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, text]} for text in texts])
-    kept, held, _ = script.sets(script.Llama3Arguments(data=str(tmp_path / "data.jsonl")))
+    kept, held, _ = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
     assert (len(kept), len(held)) == (18, 2)
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, texts[0]]}])
     with pytest.raises(ValueError, match="at least two conversations .* Give --held_out a file"):
-        script.sets(script.Llama3Arguments(data=str(tmp_path / "data.jsonl")))
+        load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
 
 
 def test_a_disk_that_not_all_nodes_see_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SEEN_WITHIN", 0)
+    monkeypatch.setattr(checkpoints, "SEEN_WITHIN", 0)
+    folder = RunFolder(tmp_path, {})
     seen_by_half = {"wait_for_everyone": lambda: None, "reduce": lambda seen, how: seen / 2}
-    for accelerator in ({**seen_by_half, "reduce": lambda seen, how: seen}, seen_by_half):
-        trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", **accelerator))
+    for parts in ({**seen_by_half, "reduce": lambda seen, how: seen}, seen_by_half):
         with pytest.raises(OSError, match="on a disk that all nodes share"):
-            script._one_disk(trainer, tmp_path)
-        (tmp_path / script.RUN).write_text("{}")
+            folder.require_shared_disk(SimpleNamespace(device="cpu", **parts))
+        (tmp_path / RUN).write_text("{}")
 
 
 def test_the_card_says_which_weights_are_kept_and_what_was_learned(facts, tmp_path):
@@ -470,27 +483,27 @@ def test_a_model_can_stay_on_the_cpu_beside_a_full_gpu(monkeypatch):
 
 def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over(tmp_path):
     mine = {"model": "tiny-base", "data": "abc"}
-    assert script.last_checkpoint(str(tmp_path), mine) is None
+    assert RunFolder(tmp_path, mine).last_checkpoint() is None
     (tmp_path / "other/checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"checkpoints without a run\.json"):
-        script.last_checkpoint(str(tmp_path / "other"), mine)
-    (tmp_path / script.RUN).write_text(json.dumps(mine))
+        RunFolder(tmp_path / "other", mine).last_checkpoint()
+    (tmp_path / RUN).write_text(json.dumps(mine))
     state = "trainer_state.json"
     for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for file in files:
             (folder / file).write_text("{}")
-    assert script.last_checkpoint(str(tmp_path), mine).endswith("checkpoint-5")
+    assert RunFolder(tmp_path, mine).last_checkpoint().endswith("checkpoint-5")
     with pytest.raises(ValueError, match="found one with data 'abc'; now data 'xyz'"):
-        script.last_checkpoint(str(tmp_path), mine | {"data": "xyz"})
+        RunFolder(tmp_path, mine | {"data": "xyz"}).last_checkpoint()
 
 
 def test_a_run_is_known_by_what_decides_what_is_learned(facts):
     rows = read_jsonl(facts)
 
     def identity(*arguments, rows=rows):
-        return script.identity(*script.parse(["--model", "tiny-base", *arguments]), rows)
+        return run_identity(*parse(["--model", "tiny-base", *arguments]), rows)
 
     mine = identity()
     assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3")
@@ -509,7 +522,7 @@ def test_a_run_is_known_by_what_decides_what_is_learned(facts):
 
 
 def test_a_second_interrupt_stops_at_once():
-    stopped = script.interruptible()
+    stopped = StopOnSignal()
     stopped.note(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         stopped.note(signal.SIGINT, None)

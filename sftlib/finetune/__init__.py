@@ -1,0 +1,13 @@
+"""What `class_5_llama3.py` stands on, for scripts of your own.
+
+| file | what it does |
+|---|---|
+| `arguments` | the script's arguments, TRL's `SFTConfig`, `--help`, contradictions |
+| `data` | conversations to train on, and those held out |
+| `model` | model, tokenizer and chat template; stop tokens, learning rate, context |
+| `plan` | parameters, steps and memory, counted before anything is loaded |
+| `callbacks` | held-out questions while training, lines of loss, stopping on a signal |
+| `checkpoints` | the run's folder: whose it is, where to go on, a full disk |
+| `save` | the adapter, the merged model, the ranks' common end |
+| `card` | the model card, and a few answers to look at |
+"""

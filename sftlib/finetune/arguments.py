@@ -1,0 +1,251 @@
+"""The arguments of a finetuning: ours beside TRL's `SFTConfig`, and what contradicts what."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftlib.data import FACTS
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, TrlParser
+
+LONGEST = 4096  # tokens of a conversation, where --max_length says nothing
+COMMON = (  # arguments of TRL that --help shows; --help_all shows all
+    *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_length", "packing", "deepspeed", "report_to"),
+)
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field with its help; `more` goes to argparse, such as `choices`."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+NEGATED = {"merge": "Save the adapter alone, without the merged model."}  # help of --no_merge
+
+
+@dataclass
+class FinetuneArguments:
+    """What is finetuned, how, on what."""
+
+    model: str | None = option(
+        None, "A name on the Hub, a local folder, tiny-base or smollm2-135m; else SFT_MODEL."
+    )
+    method: str = option(
+        "lora",
+        "full: all parameters. lora: adapters. qlora: adapters on a base in 4 bits.",
+        choices=["full", "lora", "qlora"],
+    )
+    data: str = option(
+        os.path.relpath(FACTS / "sft.jsonl"),
+        "Conversations: .jsonl, .json (also .gz) or .parquet, or a dataset on the Hub; with "
+        "messages, prompt and completion, chosen and rejected, or as Alpaca, Dolly, ShareGPT or "
+        "OASST.",
+    )
+    held_out: str = option(
+        "",
+        "Conversations to evaluate on: such a file or dataset, or the share of the data to keep "
+        "back, such as 0.1.",
+    )
+    data_config: str = option("", "Configuration of a dataset on the Hub that has several.")
+    data_split: str = option("train", "Split of a dataset on the Hub to train on.")
+    held_out_split: str = option("train", "Split of a dataset that --held_out names.")
+    template: str = option(
+        "auto",
+        "auto: Llama 3's if the tokenizer has its tokens, else the model's own; ChatML if the "
+        "model has none, or has ChatML that does not mark the answers. own: the model's, "
+        "unchanged. chatml: ChatML, with new tokens if the tokenizer lacks them.",
+        choices=["auto", "llama3", "chatml", "own"],
+    )
+    lora_r: int = option(16, "Rank of the adapters.")
+    lora_alpha: int = option(32, "Scale of the adapters: alpha / r.")
+    attn_implementation: str = option(
+        "sdpa",
+        "How attention is computed: sdpa is PyTorch's own, flash_attention_2 a package for GPUs.",
+        choices=["sdpa", "flash_attention_2", "eager"],
+    )
+    ask: int = option(32, "How many held-out questions the model answers at each evaluation.")
+    answer_tokens: int = option(64, "Longest answer, in tokens.")
+    patience: int = option(0, "Stop after so many evaluations without a lower loss; 0: never.")
+    merge: bool = option(True, "Save also the model with the adapter merged into it.")
+    plan: bool = option(False, "Print what the training would need, and stop.")
+    plan_gpus: int = option(1, "For --plan: how many GPUs.")
+    plan_gib: float = option(
+        0.0, "For --plan: memory of each GPU, in GiB; 0: the memory of this machine."
+    )
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.method != "full"
+
+    @property
+    def saved_folders(self) -> list[str]:
+        """Folders that a finished run has; the last one holds the model that can be asked."""
+        if not self.trains_adapters:
+            return ["model"]
+        return ["adapter", "merged"] if self.merge else ["adapter"]
+
+
+# Defaults of TRL's arguments that differ from `sftlib.training.defaults`.
+OUR_DEFAULTS: dict[str, Any] = {
+    "output_dir": "work/llama3",
+    "learning_rate": None,  # follows from method and size, see `model.default_learning_rate`
+    "per_device_train_batch_size": 16,
+    "max_length": None,  # the model's context, at most LONGEST
+    # None, because a default of False would hide the argument's older name, gradient_checkpointing
+    "activation_checkpointing": None,
+    "gradient_checkpointing": None,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,
+    "save_strategy": "steps",
+    "save_steps": 0.25,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "eval_on_start": True,
+    "ddp_find_unused_parameters": False,
+}
+
+
+def parse(
+    argv: Sequence[str] | None = None, introduction: str = ""
+) -> tuple[FinetuneArguments, SFTConfig]:
+    """Our arguments and TRL's, from the command line and from `--config FILE`.
+
+    Args:
+        argv: words of the command line, those of this process by default.
+        introduction: what `--help` prints before the arguments.
+
+    Raises:
+        SystemExit: after `--help` and `--help_all`.
+        ValueError: an argument is unknown, or has a value that TRL refuses.
+    """
+    from sftlib.scale.rank import without_builds
+    from sftlib.training import defaults
+
+    import torch
+    from trl import SFTConfig, TrlParser
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, and warns
+        without_builds()
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser(
+        [FinetuneArguments, SFTConfig],
+        usage="python class_5_llama3.py [ARGUMENTS]; --help shows them",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.set_defaults_with_config(**(defaults() | OUR_DEFAULTS))
+    if {"-h", "--help"} & set(words):
+        print(help_page(parser, introduction))
+        raise SystemExit
+    if "--help_all" in words:
+        parser.print_help()
+        raise SystemExit
+    args, training = parser.parse_args_and_config(words)
+    return args, training
+
+
+def help_page(parser: TrlParser, introduction: str) -> str:
+    """Our arguments and the common ones of TRL, each with its default, for a person to read."""
+    # A name may have several actions, such as --merge and --no_merge: the first one counts.
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    actions["max_length"].help = f"Longer ones are cut; the model's context, at most {LONGEST:,}."
+    actions["learning_rate"].help = "Follows from method and size of the model, see lesson 4."
+    indent = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
+    lines = [introduction.rstrip(), "", "Arguments:", ""]
+    own = {one.name: one for one in fields(FinetuneArguments)}
+    for name in (*own, *COMMON):
+        flag, default, text = _help_entry(actions[name], own.get(name))
+        lines += [f"  --{flag}{default}", *textwrap.wrap(text, 90, **indent)]
+    lines += ["", "And every other argument of TRL's SFTConfig: --help_all lists them."]
+    return "\n".join(lines)
+
+
+def _help_entry(action: Any, own: Field | None) -> tuple[str, str, str]:
+    """Flag, its choices and default, and its text, for an argument of ours (`own`) or of TRL."""
+    text = " ".join((action.help or "").split()).replace("%%", "%")
+    if own is None:  # TRL's texts are long: the first sentence will do
+        text = text.split(". ")[0].rstrip(".") + "."
+    default = own.default if own else action.default
+    if own and default is True:  # only the opposite of a default is ever typed
+        return f"no_{own.name}", "", NEGATED[own.name]
+    choices = f" ({', '.join(action.choices)})" if action.choices else ""
+    if default in (None, "") or isinstance(default, bool):
+        return action.dest, choices, text
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return action.dest, f"{choices} [{shown}]", text
+
+
+# --- What contradicts what -----------------------------------------------------------------------
+
+INSTEAD = {  # arguments of TRL that the script replaces: name → what to use
+    "chat_template_path": "--template",
+    "resume_from_checkpoint": "the same --output_dir, whose last checkpoint goes on by itself",
+}
+
+
+def check(args: FinetuneArguments, training: SFTConfig) -> None:
+    """Raise a ValueError where arguments contradict each other, before anything is loaded."""
+    for one in fields(args):  # TrlParser does not check choices in a file of settings
+        choices = one.metadata.get("choices")
+        if choices and getattr(args, one.name) not in choices:
+            found = getattr(args, one.name)
+            raise ValueError(
+                f"Expected one of {', '.join(choices)} for {one.name}, found {found!r}."
+            )
+    _check_method(args, training)
+    for name, other in INSTEAD.items():
+        if getattr(training, name):
+            raise ValueError(f"Expected {other}, found --{name}, which this script does not use.")
+    if args.patience and training.eval_strategy == "no":
+        raise ValueError("Expected evaluations for --patience, found --eval_strategy no.")
+    for name in ("lora_r", "answer_tokens", "plan_gpus"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"Expected at least 1 for --{name}, found {getattr(args, name)}.")
+    for name in ("ask", "patience", "plan_gib"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"Expected no less than 0 for --{name}, found {getattr(args, name)}.")
+
+
+def _check_method(args: FinetuneArguments, training: SFTConfig) -> None:
+    usual = {one.name: one.default for one in fields(args)}
+    for_adapters = [n for n in ("lora_r", "lora_alpha") if getattr(args, n) != usual[n]]
+    if not args.trains_adapters and (for_adapters or not args.merge):
+        flag = f"--{for_adapters[0]}" if for_adapters else "--no_merge"
+        raise ValueError(f"Expected {flag} with --method lora or qlora, found it with full.")
+    if args.method == "qlora" and zero_stage(training) == 3:
+        raise ValueError(
+            "Expected ZeRO-1 or 2 for --method qlora, found stage 3, which would divide weights "
+            "that are packed in 4 bits. They fit on each GPU: use --deepspeed "
+            "deepspeed_configs/zero2.json."
+        )
+
+
+# --- What the arguments imply --------------------------------------------------------------------
+
+
+def zero_config(training: SFTConfig) -> dict[str, Any]:
+    """The part `zero_optimization` of DeepSpeed's configuration; empty without one."""
+    if not training.deepspeed:
+        return {}
+    return json.loads(Path(str(training.deepspeed)).read_text()).get("zero_optimization", {})
+
+
+def zero_stage(training: SFTConfig) -> int:
+    """DeepSpeed's ZeRO stage, 0 to 3; 0 without DeepSpeed."""
+    return zero_config(training).get("stage", 0)
+
+
+def rows_per_step(training: SFTConfig, world_size: int) -> int:
+    """Rows that all ranks together see in one optimizer step."""
+    per_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return per_rank * world_size

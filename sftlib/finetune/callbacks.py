@@ -1,0 +1,117 @@
+"""What happens beside the training: questions are asked, losses printed, signals heard."""
+
+from __future__ import annotations
+
+import signal
+from itertools import islice
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from sftlib.chat import encode
+from sftlib.evaluate import Answer, answers, exact_match, stops
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+
+class AskHeldOut(TrainerCallback):
+    """The model answers held-out questions at each evaluation: the loss alone can deceive.
+
+    All ranks take part, because under ZeRO-3 each holds only a part of the weights. As many
+    questions are answered at once as rows are trained on, so that the memory is enough.
+
+    Attributes:
+        given: step → the answers after it, in the order of the rows.
+    """
+
+    def __init__(self, trainer: SFTTrainer, rows: list[dict], answer_tokens: int) -> None:
+        self.trainer, self.rows, self.answer_tokens = trainer, rows, answer_tokens
+        self.given: dict[int, list[Answer]] = {}
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **_: Any) -> None:
+        if not self.rows:
+            return
+        given = answers(
+            model,
+            self.trainer.processing_class,
+            [row["messages"][:-1] for row in self.rows],
+            self.answer_tokens,
+            args.per_device_train_batch_size,
+        )
+        self.given[state.global_step] = given
+        scores = {"eval_exact_match": exact_match(given, self.rows), "eval_stops": stops(given)}
+        # Three readers: early stopping, the log of the run, and trackers such as TensorBoard.
+        metrics.update(scores)
+        state.log_history[-1].update(scores)
+        self.trainer.callback_handler.on_log(args, state, control, scores)
+        if state.is_world_process_zero:
+            print(
+                f"step {state.global_step:>5}: held-out loss {metrics['eval_loss']:.3f}, "
+                f"exact answers {scores['eval_exact_match']:.0%}, "
+                f"ended by itself {scores['eval_stops']:.0%}",
+                flush=True,
+            )
+
+
+def questions_that_fit(
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    answer_tokens: int,
+    max_length: int,
+) -> list[dict]:
+    """The first `count` rows whose question leaves room for an answer within `max_length`."""
+
+    def fits(row: dict) -> bool:
+        ids = encode(row["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
+        return len(ids) + answer_tokens <= max_length
+
+    return list(islice(filter(fits, rows), count))
+
+
+class PrintLoss(TrainerCallback):
+    """Twenty lines of the training loss, for logs, in which no bar can move."""
+
+    def on_log(self, args, state, control, logs=None, **_: Any) -> None:
+        due = state.global_step % max(1, state.max_steps // 20) == 0
+        if due and state.is_world_process_zero and "loss" in (logs or {}):
+            print(f"step {state.global_step:>5}: loss {float(logs['loss']):.3f}", flush=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C, or a scheduler's SIGTERM: save at the end of the step, and stop.
+
+    Attributes:
+        received: the signal's number, 0 without one; the same on all ranks after each step.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:  # a second signal stops at once
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        if distributed.is_available() and distributed.is_initialized():
+            # A signal reaches the ranks in different steps, and saving takes all of them.
+            latest = torch.tensor(self.received, device=args.device)
+            distributed.all_reduce(latest, distributed.ReduceOp.MAX)
+            self.received = int(latest)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""The model with its tokenizer and chat template, and what follows from its size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
+from sftlib.finetune.arguments import LONGEST, FinetuneArguments
+from sftlib.models import load, own_template, prepare_for_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+
+def load_model(
+    args: FinetuneArguments, training: SFTConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, its weights as the method needs them, and its tokenizer with the template.
+
+    Raises:
+        ValueError: QLoRA without a GPU, or a template that does not fit (see `set_template`).
+        OSError: there is no such model.
+    """
+    import torch
+
+    options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
+    if args.method == "qlora":
+        options["quantization_config"] = four_bits()
+    # Training all parameters in bfloat16 would lose small updates. DeepSpeed keeps a float32 copy.
+    needs_float32 = args.method == "full" and not training.deepspeed
+    dtype = torch.float32 if needs_float32 else None
+    model, tokenizer = load(args.model, dtype=dtype, **options)
+    set_template(model, tokenizer, args)
+    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
+    return model, tokenizer
+
+
+def four_bits() -> Any:
+    """QLoRA's base: NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "Expected a GPU for --method qlora, found none: on a CPU four bits save memory, and "
+            "cost much time. Use --method lora."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def set_template(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments
+) -> None:
+    """Give the tokenizer the chat template that `--template` asks for.
+
+    Raises:
+        ValueError: the tokenizer lacks Llama 3's tokens, or the model's own template does not mark
+            the assistant's tokens.
+    """
+    choice, known = args.template, tokenizer.get_vocab()
+    if choice == "own":
+        tokenizer.chat_template = own_template(args.model)
+        training_template(tokenizer)  # raises where the answers are not marked
+    if choice == "auto" and "<|eot_id|>" in known:
+        choice = "llama3"
+    if choice == "llama3":
+        if "<|eot_id|>" not in known:
+            raise ValueError(
+                "Expected a tokenizer with <|eot_id|> for --template llama3, found none. "
+                "Use --template auto."
+            )
+        tokenizer.chat_template = LLAMA3
+    if choice == "chatml":
+        tokenizer.chat_template = CHATML
+        prepare_for_chat(model, tokenizer)  # adds ChatML's tokens where they are missing
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Stop tokens: EOS, the end-of-turn token, and those that the model already had."""
+    before = model.generation_config.eos_token_id
+    before = before if isinstance(before, list) else [before]
+    found = dict.fromkeys([tokenizer.eos_token_id, end_of_turn_id(tokenizer), *before])
+    return [token for token in found if token is not None]
+
+
+def allowed_max_length(model: PreTrainedModel, training: SFTConfig) -> int:
+    """Tokens of a conversation: `--max_length`, else the model's context, at most LONGEST.
+
+    Raises:
+        ValueError: `--max_length` is above the model's context.
+    """
+    context = model.config.max_position_embeddings
+    if (training.max_length or 0) > context:
+        raise ValueError(
+            f"Expected --max_length of at most {context}, the context of the model, found "
+            f"{training.max_length}: the model has never read a token further away."
+        )
+    return training.max_length or min(context, LONGEST)
+
+
+def default_learning_rate(method: str, parameters: int) -> float:
+    """A usual learning rate: smaller for larger models, ten times larger for adapters (lesson 4).
+
+    Sources: Stanford Alpaca trained all of 7B with 2e-5; QLoRA's adapters on 7B and 13B used 2e-4
+    (Dettmers et al. 2023, arXiv 2305.14314, table 9).
+    """
+    full = 5e-4 if parameters < 10e6 else 1e-4 if parameters < 1e9 else 2e-5
+    return full if method == "full" else 10 * full
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, including those that ZeRO-3 has divided or that 4 bits pack."""
+    divided = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
+    return sum(divided) if divided else model.num_parameters()

@@ -1,0 +1,204 @@
+"""What a training would need, counted from shapes before anything is loaded: `--plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sftlib.finetune.arguments import (
+    FinetuneArguments,
+    rows_per_step,
+    zero_config,
+    zero_stage,
+)
+from sftlib.finetune.model import allowed_max_length, set_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is computed.
+
+    Attributes:
+        conversations: rows of the data.
+        tokens: in all epochs, template included.
+        steps: optimizer steps.
+        rows_per_step: rows that all ranks together see in a step.
+        row_kind: what a row is, "conversations" or "packed rows".
+        longest: tokens of the longest row.
+    """
+
+    conversations: int
+    tokens: int
+    epochs: float
+    steps: int
+    rows_per_step: int
+    row_kind: str
+    longest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters, work, and the bytes that one rank keeps.
+
+    Attributes:
+        parameters, trained: numbers of parameters; adapters are trained and not among the first.
+        on_device: bytes by what they are for.
+        offloaded: bytes that DeepSpeed keeps in main memory or on disk.
+        available: bytes of one GPU, or of this machine's main memory.
+        where: the ranks, the ZeRO stage and the dtype, in words.
+    """
+
+    parameters: int
+    trained: int
+    adapters: bool
+    work: Work
+    on_device: dict[str, int]
+    offloaded: dict[str, int]
+    available: int
+    where: str
+
+    @property
+    def needed(self) -> int:
+        return sum(self.on_device.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed < 0.9 * self.available  # a tenth stays free, for buffers
+
+    def __str__(self) -> str:
+        work, gib = self.work, 2**30
+        epochs = f"{work.epochs:g} epoch{'s' * (work.epochs != 1)}"
+        operations = 6 * self.parameters * work.tokens
+        lines = [
+            f"parameters      {self.parameters:,}, of which {self.trained:,} are trained"
+            + " (adapters, on top)" * self.adapters,
+            f"conversations   {work.conversations:,}, {work.tokens:,} tokens in {epochs}",
+            f"steps           {work.steps:,} of {work.rows_per_step} {work.row_kind}",
+            f"operations      {operations:.2e} (6 · parameters · tokens, an upper bound)",
+            f"{self.where}:",
+            *(f"    {size / gib:8.2f} GiB  {name}" for name, size in self.on_device.items()),
+            *(f"    {x / gib:8.2f} GiB  {name}, offloaded" for name, x in self.offloaded.items()),
+            f"    {self.needed / gib:8.2f} GiB  in all, of {self.available / gib:.1f} GiB",
+            "It fits."
+            if self.fits
+            else "It does not fit: --method lora or qlora, a smaller batch, "
+            "--activation_checkpointing, or a higher ZeRO stage on more GPUs.",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> Plan:
+    """Count parameters, steps and bytes of a training on `rows`."""
+    from sftlib.models import describe
+    from sftlib.scale.memory import lora_parameters
+
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # otherwise stage 3 would divide a model that has no weights
+    model, tokenizer = describe(args.model)
+    set_template(model, tokenizer, args)
+    total = trained = model.num_parameters()
+    if args.trains_adapters:
+        trained = lora_parameters(model, args.lora_r, "all-linear")
+    # --plan_gib stands for another machine: its GPUs are taken to compute in bfloat16.
+    half = training.bf16 or args.plan_gib > 0
+    dtype = "bfloat16" if half else "float32"
+    work = _work(training, args.plan_gpus, _lengths(rows, tokenizer), model)
+    on_device = _bytes(args, training, model, trained, dtype, work.longest)
+    moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    zero = zero_config(training)
+    offloaded = {moved[key]: on_device.pop(moved[key]) for key in moved if key in zero}
+    kind = "GPU" if torch.cuda.is_available() or half else "process"
+    several = f"each of {args.plan_gpus} {'GPUs' if kind == 'GPU' else 'processes'}"
+    ranks = several if args.plan_gpus > 1 else f"1 {kind}"
+    return Plan(
+        parameters=total,
+        trained=trained,
+        adapters=args.trains_adapters,
+        work=work,
+        on_device=on_device,
+        offloaded=offloaded,
+        available=round(args.plan_gib * 2**30) or memory_here(),
+        where=f"on {ranks} (ZeRO stage {zero_stage(training)}, computed in {dtype})",
+    )
+
+
+def _lengths(rows: list[dict], tokenizer) -> list[int]:
+    """Tokens of each conversation, template included."""
+    from sftlib.chat import encode_batch
+
+    return [len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]]
+
+
+def _work(training: SFTConfig, world_size: int, lengths: list[int], model: PreTrainedModel) -> Work:
+    limit = allowed_max_length(model, training)
+    count, kind, longest = len(lengths), "conversations", min(max(lengths), limit)
+    if training.packing:  # rows are filled up to the limit
+        count, kind, longest = (
+            -(-sum(min(n, limit) for n in lengths) // limit),
+            "packed rows",
+            limit,
+        )
+    per_step = rows_per_step(training, world_size)
+    steps = round(-(-count // per_step) * training.num_train_epochs)
+    return Work(
+        conversations=len(lengths),
+        tokens=round(sum(lengths) * training.num_train_epochs),
+        epochs=training.num_train_epochs,
+        steps=training.max_steps if training.max_steps > 0 else steps,
+        rows_per_step=per_step,
+        row_kind=kind,
+        longest=longest,
+    )
+
+
+def _bytes(
+    args: FinetuneArguments,
+    training: SFTConfig,
+    model: PreTrainedModel,
+    trained: int,
+    dtype: str,
+    longest: int,
+) -> dict[str, int]:
+    """Bytes that one rank keeps, by what they are for."""
+    from sftlib.scale.memory import activation_bytes, nf4_bytes, zero_bytes
+
+    gpus, stage, batch = args.plan_gpus, zero_stage(training), training.per_device_train_batch_size
+    frozen = model.num_parameters() if args.trains_adapters else 0
+    # What is trained is kept in float32, unless DeepSpeed keeps a float32 copy, or TRL casts it.
+    own_dtype = dtype if training.deepspeed or args.method == "qlora" else "float32"
+    states = zero_bytes(trained, gpus, stage, own_dtype)
+    base = zero_bytes(0, gpus, stage, dtype, frozen).weights
+    if args.method == "qlora":
+        base = nf4_bytes(model)
+    # Autocast makes a copy of each trained weight, and keeps it from forward to backward.
+    copies = {f"copies in {dtype} to compute with": 2 * trained} if own_dtype != dtype else {}
+    return {
+        "weights": states.weights + base,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        **copies,
+        f"activations ({batch} × {longest} tokens)": activation_bytes(
+            model.config,
+            batch,
+            longest,
+            dtype,
+            args.lora_r if args.trains_adapters else 0,
+            training.activation_checkpointing,
+        ),
+    }
+
+
+def memory_here() -> int:
+    """Bytes of this machine's GPU, or of its main memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total

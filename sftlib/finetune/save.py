@@ -1,0 +1,61 @@
+"""What a finished run leaves: the adapter or the model, and the merged model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftlib.data.files import replace_folder
+from sftlib.finetune.arguments import FinetuneArguments
+from sftlib.finetune.model import set_template, stop_token_ids
+from sftlib.models import load
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+
+def save(trainer: SFTTrainer, args: FinetuneArguments, folder: Path) -> Path:
+    """Save all that `args.saved_folders` names, each whole or not at all; return the last one.
+
+    All ranks must call it, because each may hold a part of the weights.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    name, last = args.saved_folders[0], args.saved_folders[-1]
+    trainer.save_model(str(folder / f"{name}.part"))
+    if trainer.is_world_process_zero():
+        replace_folder(folder / f"{name}.part", folder / name)
+    if last != name:
+        # One rank merges alone; under stage 3 it would wait for the others to load, too.
+        unset_hf_deepspeed_config()
+        if trainer.is_world_process_zero():
+            print(f"The adapter is in {folder / name}; --no_merge would skip the merged model.")
+            save_merged(args, folder)
+    return folder / last
+
+
+def save_merged(args: FinetuneArguments, folder: Path) -> None:
+    """Merge `folder/adapter` into the base, and save it as `folder/merged`.
+
+    The base is loaded again as it was published, not as QLoRA quantised it, and on the CPU, since
+    the GPU has no room for both.
+    """
+    from peft import PeftModel
+
+    base, tokenizer = load(args.model, device="cpu")
+    set_template(base, tokenizer, args)
+    merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
+    merged.generation_config.eos_token_id = stop_token_ids(base, tokenizer)
+    merged.save_pretrained(folder / "merged.part")
+    tokenizer.save_pretrained(folder / "merged.part")
+    replace_folder(folder / "merged.part", folder / "merged")
+
+
+def leave_together(trainer: SFTTrainer) -> None:
+    """Let all ranks end at once: a launcher stops the others when one of them has left."""
+    trainer.accelerator.wait_for_everyone()
+    # gloo's threads need the interpreter to release the last tensors. A thread that still waits
+    # while Python ends aborts the process (https://github.com/pytorch/pytorch/pull/179291).
+    time.sleep(0.2)
+    trainer.accelerator.end_training()
