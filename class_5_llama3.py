@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for progress bars
     os.environ.update({"TQDM_DISABLE": "1", "SFT_NO_BARS": "1"})  # libraries read it at import
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # 3. The run's folder: is it finished, or does it go on from a checkpoint?
-    folder = RunFolder(training.output_dir, run_identity(args, training, data.train))
+    folder = RunFolder(str(training.output_dir), run_identity(args, training, data.train))
     first = training.process_index == 0  # one rank speaks and writes for all
     if folder.finished(args.saved_folders[-1]):
         if first:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 6. What came out.
     if first:
-        report(trainer, args, data, asked, saved)
+        report(trainer, args, training, data, asked, saved)
     leave_together(trainer)
     return 0 if saved else INTERRUPTED
 
@@ -114,7 +115,8 @@ def make_trainer(
         Dataset.from_list([{"messages": r["messages"]} for r in rows]) for rows in data[:2]
     )
     trainer = prepare(model, tokenizer, train, lora, held, training)
-    for name, rows in (("--data", trainer.train_dataset), ("--held_out", trainer.eval_dataset)):
+    learned: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
+    for name, rows in learned.items():
         if not len(rows):
             raise ValueError(
                 f"Expected conversations for {name} in which something is learned within "
@@ -189,14 +191,19 @@ def announce(
 
 
 def report(
-    trainer: SFTTrainer, args: FinetuneArguments, data: Data, asked: AskHeldOut, saved: Path | None
+    trainer: SFTTrainer,
+    args: FinetuneArguments,
+    training: SFTConfig,
+    data: Data,
+    asked: AskHeldOut,
+    saved: Path | None,
 ) -> None:
     """Write the model card, and print a few answers and where the model is."""
     last, kept = trainer.state.global_step, saved_step(trainer)
     if saved is None:
         print(f"Stopped and saved at step {last}. The same command again goes on from there.")
         return
-    (saved / "README.md").write_text(model_card(args, trainer, data))
+    (saved / "README.md").write_text(model_card(args, training, trainer, data))
     print_samples(asked.rows, asked.given.get(kept, []))
     if kept < last:
         print(f"Kept: the weights after step {kept}, where the held-out loss was lowest.")

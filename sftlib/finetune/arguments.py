@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.data import FACTS
 
@@ -138,7 +138,7 @@ def parse(
 
     words = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
-        [FinetuneArguments, SFTConfig],
+        cast(Any, [FinetuneArguments, SFTConfig]),
         usage="python class_5_llama3.py [ARGUMENTS]; --help shows them",
         add_help=False,
         allow_abbrev=False,
@@ -151,7 +151,7 @@ def parse(
         parser.print_help()
         raise SystemExit
     args, training = parser.parse_args_and_config(words)
-    return args, training
+    return cast(FinetuneArguments, args), cast("SFTConfig", training)
 
 
 def help_page(parser: TrlParser, introduction: str) -> str:
@@ -160,12 +160,12 @@ def help_page(parser: TrlParser, introduction: str) -> str:
     actions = {action.dest: action for action in reversed(parser._actions)}
     actions["max_length"].help = f"Longer ones are cut; the model's context, at most {LONGEST:,}."
     actions["learning_rate"].help = "Follows from method and size of the model, see lesson 4."
-    indent = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
     lines = [introduction.rstrip(), "", "Arguments:", ""]
     own = {one.name: one for one in fields(FinetuneArguments)}
     for name in (*own, *COMMON):
         flag, default, text = _help_entry(actions[name], own.get(name))
-        lines += [f"  --{flag}{default}", *textwrap.wrap(text, 90, **indent)]
+        wrapped = textwrap.wrap(text, 84)
+        lines += [f"  --{flag}{default}", *(f"      {line}" for line in wrapped)]
     lines += ["", "And every other argument of TRL's SFTConfig: --help_all lists them."]
     return "\n".join(lines)
 
@@ -249,3 +249,10 @@ def rows_per_step(training: SFTConfig, world_size: int) -> int:
     """Rows that all ranks together see in one optimizer step."""
     per_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return per_rank * world_size
+
+
+def schedule(training: SFTConfig) -> str:
+    """The name of the learning rate's schedule, such as "cosine"."""
+    from transformers import SchedulerType
+
+    return SchedulerType(training.lr_scheduler_type).value

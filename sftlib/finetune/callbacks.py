@@ -33,12 +33,21 @@ class AskHeldOut(TrainerCallback):
         self.trainer, self.rows, self.answer_tokens = trainer, rows, answer_tokens
         self.given: dict[int, list[Answer]] = {}
 
-    def on_evaluate(self, args, state, control, model=None, metrics=None, **_: Any) -> None:
+    def on_evaluate(
+        self,
+        args,
+        state,
+        control,
+        model: Any = None,
+        processing_class: Any = None,
+        metrics: Any = None,
+        **_: Any,
+    ) -> None:
         if not self.rows:
             return
         given = answers(
             model,
-            self.trainer.processing_class,
+            processing_class,
             [row["messages"][:-1] for row in self.rows],
             self.answer_tokens,
             args.per_device_train_batch_size,
@@ -77,9 +86,9 @@ def questions_that_fit(
 class PrintLoss(TrainerCallback):
     """Twenty lines of the training loss, for logs, in which no bar can move."""
 
-    def on_log(self, args, state, control, logs=None, **_: Any) -> None:
+    def on_log(self, args, state, control, logs: Any = None, **_: Any) -> None:
         due = state.global_step % max(1, state.max_steps // 20) == 0
-        if due and state.is_world_process_zero and "loss" in (logs or {}):
+        if due and state.is_world_process_zero and "loss" in logs:
             print(f"step {state.global_step:>5}: loss {float(logs['loss']):.3f}", flush=True)
 
 

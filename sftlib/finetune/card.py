@@ -6,12 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftlib.finetune.arguments import schedule
+
 if TYPE_CHECKING:
     from sftlib.evaluate import Answer
     from sftlib.finetune.arguments import FinetuneArguments
     from sftlib.finetune.data import Data
 
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
 
@@ -22,10 +24,12 @@ def saved_step(trainer: SFTTrainer) -> int:
     return best or trainer.state.global_step
 
 
-def model_card(args: FinetuneArguments, trainer: SFTTrainer, data: Data) -> str:
+def model_card(
+    args: FinetuneArguments, training: SFTConfig, trainer: SFTTrainer, data: Data
+) -> str:
     """A model card in Markdown: data, settings, scores, versions. No absolute path is in it."""
-    training = trainer.args
-    base = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    model = str(args.model)
+    base = Path(model).name if Path(model).is_absolute() else model
     rank = f", r = {args.lora_r}, α = {args.lora_alpha}" if args.trains_adapters else ""
     learned = "the assistant's" if training.assistant_only_loss else "all"
     evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -42,7 +46,7 @@ tags: [sft, trl]
 {len(data.held_out):,} held out. Their licence, and that of the base model, apply to this model.
 
 **Settings**: {args.method}{rank}; learning rate {training.learning_rate:g}, \
-{training.lr_scheduler_type.value}; {trainer.state.global_step} steps, of which the weights after \
+{schedule(training)}; {trainer.state.global_step} steps, of which the weights after \
 step {saved_step(trainer)} are kept; seed {training.seed}; loss on {learned} tokens.
 
 | step | held-out loss | exact answers | ended by itself |

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftlib.data import write_jsonl
-from sftlib.finetune.arguments import FinetuneArguments, rows_per_step
+from sftlib.finetune.arguments import FinetuneArguments, rows_per_step, schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +36,7 @@ def run_identity(args: FinetuneArguments, training: SFTConfig, rows: list[dict])
         "data": digest[:16],
         # The product, so that a run can go on with more or fewer GPUs.
         "rows_per_step": rows_per_step(training, training.world_size),
-        "lr_scheduler_type": str(training.lr_scheduler_type.value),
+        "lr_scheduler_type": schedule(training),
         **{name: getattr(training, name) for name in SETTINGS},
     }
 

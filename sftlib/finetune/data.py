@@ -85,7 +85,7 @@ def load_conversations(source: str, config: str = "", split: str = "train") -> C
         return convert(source)
     if Path(source).suffix in FILES:
         raise FileNotFoundError(f"Expected a file of conversations, found none at {source}.")
-    import datasets
+    import datasets.config
     from datasets import load_dataset
     from huggingface_hub import constants
 

@@ -116,5 +116,5 @@ def default_learning_rate(method: str, parameters: int) -> float:
 
 def count_parameters(model: PreTrainedModel) -> int:
     """Number of parameters, including those that ZeRO-3 has divided or that 4 bits pack."""
-    divided = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
-    return sum(divided) if divided else model.num_parameters()
+    divided = [getattr(p, "ds_numel", 0) for p in model.parameters()]
+    return sum(divided) or model.num_parameters()

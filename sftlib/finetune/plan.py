@@ -189,7 +189,7 @@ def _bytes(
             longest,
             dtype,
             args.lora_r if args.trains_adapters else 0,
-            training.activation_checkpointing,
+            bool(training.activation_checkpointing),
         ),
     }
 
