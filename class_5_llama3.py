@@ -1,4 +1,4 @@
-"""Finetune Llama 3, or another model of its kind, to follow instructions.
+"""Finetune Llama 3, or another causal language model, to follow instructions.
 
 Examples:
 
@@ -13,12 +13,12 @@ Examples:
 
     torchrun --nproc-per-node 8 class_5_llama3.py --model meta-llama/Meta-Llama-3-8B \\
         --method full --deepspeed deepspeed_configs/zero3_bf16.json --data my.jsonl
-        All parameters, divided over eight GPUs. `deepspeed` and `accelerate launch` do as well.
+        All parameters, divided over eight GPUs. `deepspeed` and `accelerate launch` start it too.
 
     python class_5_llama3.py --config my.yaml
-        The same arguments from a file; the command line counts more.
+        The same arguments from a file. The command line overrides the file.
 
-The same command again goes on where it was interrupted.
+The same command again resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for 
 from sftlib import progress_bars
 from sftlib.adapters import control_token_rows
 from sftlib.finetune.arguments import FinetuneArguments, check, parse, zero_stage
-from sftlib.finetune.callbacks import AskHeldOut, PrintLoss, StopOnSignal, questions_that_fit
+from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, StopOnSignal, questions_that_fit
 from sftlib.finetune.card import model_card, print_samples, saved_step
 from sftlib.finetune.checkpoints import RunFolder, run_identity
 from sftlib.finetune.data import Data, load_data
@@ -45,7 +45,7 @@ from sftlib.finetune.model import (
     load_model,
 )
 from sftlib.finetune.plan import make_plan
-from sftlib.finetune.save import leave_together, save
+from sftlib.finetune.save import end_all_ranks, save
 from sftlib.models import chosen
 from sftlib.training import prepare
 
@@ -70,38 +70,38 @@ def main(argv: list[str] | None = None) -> int:
         print(make_plan(args, training, data.train))
         return 0
 
-    # 3. The run's folder: is it finished, or does it go on from a checkpoint?
+    # 3. The run's folder: is the run finished, or does it resume a checkpoint?
     folder = RunFolder(str(training.output_dir), run_identity(args, training, data.train))
-    first = training.process_index == 0  # one rank speaks and writes for all
+    is_main = training.process_index == 0  # one rank prints and writes for all
     if folder.finished(args.saved_folders[-1]):
-        if first:
+        if is_main:
             saved = folder.path / args.saved_folders[-1]
-            print(f"{saved} is finished, and stays. Another --output_dir trains anew.")
+            print(f"{saved} is finished already. Give another --output_dir to train again.")
         return 0
     checkpoint = folder.last_checkpoint()
-    if first:
+    if is_main:
         print(f"{len(data.train):,} conversations to train on, {len(data.held_out):,} held out")
 
     # 4. Model and template, adapters, and TRL's trainer.
-    trainer, asked, stopped = make_trainer(args, training, data)
+    trainer, answers, stop_signal = make_trainer(args, training, data)
 
     # 5. Train, and save.
-    if first:  # only now, so that what is refused above leaves no trace
+    if is_main:  # only now: what is refused above must leave no file behind
         folder.begin(data.rejects)
         announce(args, training, folder, data, checkpoint)
-    saved = train_and_save(trainer, args, folder, checkpoint, stopped)
+    saved = train_and_save(trainer, args, folder, checkpoint, stop_signal)
 
     # 6. What came out.
-    if first:
-        report(trainer, args, training, data, asked, saved)
-    leave_together(trainer)
+    if is_main:
+        report(trainer, args, training, data, answers, saved)
+    end_all_ranks(trainer)
     return 0 if saved else INTERRUPTED
 
 
 def make_trainer(
     args: FinetuneArguments, training: SFTConfig, data: Data
-) -> tuple[SFTTrainer, AskHeldOut, StopOnSignal]:
-    """TRL's trainer, ready to train, and the two callbacks that are asked afterwards."""
+) -> tuple[SFTTrainer, HeldOutAnswers, StopOnSignal]:
+    """TRL's trainer, ready to train, and the two callbacks whose results are read afterwards."""
     set_seed(training.seed)
     model, tokenizer = load_model(args, training)
     if training.learning_rate is None:
@@ -115,26 +115,26 @@ def make_trainer(
         Dataset.from_list([{"messages": r["messages"]} for r in rows]) for rows in data[:2]
     )
     trainer = prepare(model, tokenizer, train, lora, held, training)
-    learned: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
-    for name, rows in learned.items():
+    datasets: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
+    for name, rows in datasets.items():
         if not len(rows):
             raise ValueError(
-                f"Expected conversations for {name} in which something is learned within "
+                f"Expected conversations for {name} with an answer within the first "
                 f"{training.max_length} tokens, found none: raise --max_length."
             )
 
     questions = questions_that_fit(
         data.held_out, tokenizer, args.ask, args.answer_tokens, training.max_length
     )
-    asked = AskHeldOut(trainer, questions, args.answer_tokens)
-    stopped = StopOnSignal()
-    trainer.add_callback(asked)
-    trainer.add_callback(stopped)
+    answers = HeldOutAnswers(trainer, questions, args.answer_tokens)
+    stop_signal = StopOnSignal()
+    trainer.add_callback(answers)
+    trainer.add_callback(stop_signal)
     if not progress_bars():
         trainer.add_callback(PrintLoss())
     if args.patience:
         trainer.add_callback(EarlyStoppingCallback(args.patience))
-    return trainer, asked, stopped
+    return trainer, answers, stop_signal
 
 
 def lora_config(
@@ -158,13 +158,13 @@ def train_and_save(
     args: FinetuneArguments,
     folder: RunFolder,
     checkpoint: str | None,
-    stopped: StopOnSignal,
+    stop_signal: StopOnSignal,
 ) -> Path | None:
-    """The folder of the model that can be asked; None where a signal stopped the training."""
+    """The folder of the saved model; None where a signal stopped the training."""
     folder.require_shared_disk(trainer.accelerator)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        return None if stopped.received else save(trainer, args, folder.path)
+        return None if stop_signal.received else save(trainer, args, folder.path)
     except Exception as error:
         folder.raise_if_full(error)
         raise
@@ -186,7 +186,7 @@ def announce(
     if args.method == "lora" and zero_stage(training) == 3:
         print(
             "ZeRO-3 does not train the rows of the control tokens beside an adapter: a base "
-            "model may not learn to end its turn. With zero2.json it does."
+            "model may not learn to end its turn. Use deepspeed_configs/zero2.json to train them."
         )
 
 
@@ -195,22 +195,22 @@ def report(
     args: FinetuneArguments,
     training: SFTConfig,
     data: Data,
-    asked: AskHeldOut,
+    answers: HeldOutAnswers,
     saved: Path | None,
 ) -> None:
     """Write the model card, and print a few answers and where the model is."""
-    last, kept = trainer.state.global_step, saved_step(trainer)
+    last_step, best_step = trainer.state.global_step, saved_step(trainer)
     if saved is None:
-        print(f"Stopped and saved at step {last}. The same command again goes on from there.")
+        print(f"Stopped and saved at step {last_step}. The same command again goes on from there.")
         return
-    (saved / "README.md").write_text(model_card(args, training, trainer, data))
-    print_samples(asked.rows, asked.given.get(kept, []))
-    if kept < last:
-        print(f"Kept: the weights after step {kept}, where the held-out loss was lowest.")
-    took = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
-    print(f"{last} steps in {took.get('train_runtime', 0):.1f} s")
-    talk = f" Talk to it: python -m sftlib.deploy.talk {saved}" if saved.name != "adapter" else ""
-    print(f"Saved in {saved}.{talk}")
+    (saved / "README.md").write_text(model_card(args, training, trainer, data), encoding="utf-8")
+    print_samples(answers.rows, answers.by_step.get(best_step, []))
+    if best_step < last_step:
+        print(f"Kept: the weights after step {best_step}, where the held-out loss was lowest.")
+    summary = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
+    print(f"{last_step} steps in {summary.get('train_runtime', 0):.1f} s")
+    hint = f" Talk to it: python -m sftlib.deploy.talk {saved}" if saved.name != "adapter" else ""
+    print(f"Saved in {saved}.{hint}")
 
 
 if __name__ == "__main__":

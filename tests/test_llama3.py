@@ -18,7 +18,7 @@ from sftlib.evaluate import answers
 from sftlib.finetune import checkpoints
 from sftlib.finetune.arguments import FinetuneArguments, check, parse
 from sftlib.finetune.callbacks import StopOnSignal
-from sftlib.finetune.checkpoints import RUN, RunFolder, run_identity
+from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
 from sftlib.finetune.data import Data, first_question, load_conversations, load_data
 from sftlib.finetune.model import (
     allowed_max_length,
@@ -319,11 +319,11 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(facts, tmp_pa
     long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
     rows = [{"messages": long}, *read_jsonl(facts)[:3]]
     args, training = parse(["--output_dir", str(tmp_path), "--ask", "2"])
-    _, asked, _ = script.make_trainer(args, training, Data(read_jsonl(facts), rows, []))
-    assert asked.rows == rows[1:3]
+    _, answers, _ = script.make_trainer(args, training, Data(read_jsonl(facts), rows, []))
+    assert answers.rows == rows[1:3]
     for data, held, name in ((rows[:1], rows, "--data"), (rows, rows[:1], "--held_out")):
         _, training = parse(["--output_dir", str(tmp_path)])
-        with pytest.raises(ValueError, match=f"for {name} in which something is learned within"):
+        with pytest.raises(ValueError, match=f"for {name} with an answer within"):
             script.make_trainer(args, training, Data(data, held, []))
 
 
@@ -449,13 +449,13 @@ def test_conversations_that_all_begin_alike_are_split_too(tmp_path):
 
 
 def test_a_disk_that_not_all_nodes_see_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SEEN_WITHIN", 0)
+    monkeypatch.setattr(checkpoints, "SHARED_DISK_SECONDS", 0)
     folder = RunFolder(tmp_path, {})
     seen_by_half = {"wait_for_everyone": lambda: None, "reduce": lambda seen, how: seen / 2}
     for parts in ({**seen_by_half, "reduce": lambda seen, how: seen}, seen_by_half):
         with pytest.raises(OSError, match="on a disk that all nodes share"):
             folder.require_shared_disk(SimpleNamespace(device="cpu", **parts))
-        (tmp_path / RUN).write_text("{}")
+        (tmp_path / RUN_FILE).write_text("{}")
 
 
 def test_the_card_says_which_weights_are_kept_and_what_was_learned(facts, tmp_path):
@@ -487,7 +487,7 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
     (tmp_path / "other/checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"checkpoints without a run\.json"):
         RunFolder(tmp_path / "other", mine).last_checkpoint()
-    (tmp_path / RUN).write_text(json.dumps(mine))
+    (tmp_path / RUN_FILE).write_text(json.dumps(mine))
     state = "trainer_state.json"
     for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
         folder = tmp_path / f"checkpoint-{step}"
@@ -523,9 +523,9 @@ def test_a_run_is_known_by_what_decides_what_is_learned(facts):
 
 def test_a_second_interrupt_stops_at_once():
     stopped = StopOnSignal()
-    stopped.note(signal.SIGINT, None)
+    stopped.handle(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
-        stopped.note(signal.SIGINT, None)
+        stopped.handle(signal.SIGINT, None)
 
 
 @pytest.mark.slow
@@ -615,7 +615,7 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path, c
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     assert script.main([str(word) for word in ("--config", file, *more, *SHORT[:2])]) == 0
-    assert "is finished, and stays" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="found one with learning_rate 0.003"):
         script.main([str(word) for word in ("--config", file, *more, "--learning_rate", "1e-3")])

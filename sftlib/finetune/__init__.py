@@ -2,12 +2,12 @@
 
 | file | what it does |
 |---|---|
-| `arguments` | the script's arguments, TRL's `SFTConfig`, `--help`, contradictions |
+| `arguments` | the script's arguments, TRL's `SFTConfig`, `--help`, and how they are validated |
 | `data` | conversations to train on, and those held out |
 | `model` | model, tokenizer and chat template; stop tokens, learning rate, context |
 | `plan` | parameters, steps and memory, counted before anything is loaded |
-| `callbacks` | held-out questions while training, lines of loss, stopping on a signal |
-| `checkpoints` | the run's folder: whose it is, where to go on, a full disk |
-| `save` | the adapter, the merged model, the ranks' common end |
+| `callbacks` | answers to held-out questions while training, lines of loss, stopping on a signal |
+| `checkpoints` | the run's folder: which run it belongs to, where to resume, a full disk |
+| `save` | the adapter and the merged model |
 | `card` | the model card, and a few answers to look at |
 """

@@ -1,4 +1,4 @@
-"""The arguments of a finetuning: ours beside TRL's `SFTConfig`, and what contradicts what."""
+"""The arguments of a finetuning: ours beside TRL's `SFTConfig`, their help, their validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sftlib.data import FACTS
 if TYPE_CHECKING:
     from trl import SFTConfig, TrlParser
 
-LONGEST = 4096  # tokens of a conversation, where --max_length says nothing
+DEFAULT_MAX_LENGTH = 4096  # tokens of a conversation, where --max_length is not given
 COMMON = (  # arguments of TRL that --help shows; --help_all shows all
     *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_length", "packing", "deepspeed", "report_to"),
@@ -59,9 +59,9 @@ class FinetuneArguments:
     held_out_split: str = option("train", "Split of a dataset that --held_out names.")
     template: str = option(
         "auto",
-        "auto: Llama 3's if the tokenizer has its tokens, else the model's own; ChatML if the "
-        "model has none, or has ChatML that does not mark the answers. own: the model's, "
-        "unchanged. chatml: ChatML, with new tokens if the tokenizer lacks them.",
+        "llama3: Llama 3's. chatml: ChatML, with new tokens if the tokenizer lacks them. own: the "
+        "model's own, unchanged. auto: llama3 if the tokenizer has its tokens, else the model's "
+        "own, or chatml if the model has no template that marks the answers.",
         choices=["auto", "llama3", "chatml", "own"],
     )
     lora_r: int = option(16, "Rank of the adapters.")
@@ -87,7 +87,7 @@ class FinetuneArguments:
 
     @property
     def saved_folders(self) -> list[str]:
-        """Folders that a finished run has; the last one holds the model that can be asked."""
+        """Folders that a finished run has; `sftlib.models.load` reads the last one."""
         if not self.trains_adapters:
             return ["model"]
         return ["adapter", "merged"] if self.merge else ["adapter"]
@@ -98,18 +98,18 @@ OUR_DEFAULTS: dict[str, Any] = {
     "output_dir": "work/llama3",
     "learning_rate": None,  # follows from method and size, see `model.default_learning_rate`
     "per_device_train_batch_size": 16,
-    "max_length": None,  # the model's context, at most LONGEST
+    "max_length": None,  # the model's context, at most DEFAULT_MAX_LENGTH
     # None, because a default of False would hide the argument's older name, gradient_checkpointing
     "activation_checkpointing": None,
     "gradient_checkpointing": None,
     "eval_strategy": "steps",
-    "eval_steps": 0.25,
+    "eval_steps": 0.25,  # a share of all steps: four evaluations, at any length of training
     "save_strategy": "steps",
     "save_steps": 0.25,
     "save_total_limit": 2,
-    "load_best_model_at_end": True,
+    "load_best_model_at_end": True,  # needs equal steps for saving and evaluating
     "eval_on_start": True,
-    "ddp_find_unused_parameters": False,
+    "ddp_find_unused_parameters": False,  # every trained parameter is used; searching costs time
 }
 
 
@@ -134,7 +134,7 @@ def parse(
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, and warns
-        without_builds()
+        without_builds()  # otherwise DeepSpeed compiles C++ for a minute
 
     words = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
@@ -158,10 +158,12 @@ def help_page(parser: TrlParser, introduction: str) -> str:
     """Our arguments and the common ones of TRL, each with its default, for a person to read."""
     # A name may have several actions, such as --merge and --no_merge: the first one counts.
     actions = {action.dest: action for action in reversed(parser._actions)}
-    actions["max_length"].help = f"Longer ones are cut; the model's context, at most {LONGEST:,}."
+    actions[
+        "max_length"
+    ].help = f"Longer ones are cut; the model's context, at most {DEFAULT_MAX_LENGTH:,}."
     actions["learning_rate"].help = "Follows from method and size of the model, see lesson 4."
     lines = [introduction.rstrip(), "", "Arguments:", ""]
-    own = {one.name: one for one in fields(FinetuneArguments)}
+    own = {argument.name: argument for argument in fields(FinetuneArguments)}
     for name in (*own, *COMMON):
         flag, default, text = _help_entry(actions[name], own.get(name))
         wrapped = textwrap.wrap(text, 84)
@@ -185,25 +187,24 @@ def _help_entry(action: Any, own: Field | None) -> tuple[str, str, str]:
     return action.dest, f"{choices} [{shown}]", text
 
 
-# --- What contradicts what -----------------------------------------------------------------------
+# --- Validation ----------------------------------------------------------------------------------
 
-INSTEAD = {  # arguments of TRL that the script replaces: name → what to use
+NOT_USED = {  # arguments of TRL that the script does not use: name → what to use
     "chat_template_path": "--template",
-    "resume_from_checkpoint": "the same --output_dir, whose last checkpoint goes on by itself",
+    "resume_from_checkpoint": "the same --output_dir, which resumes its last checkpoint by itself",
 }
 
 
 def check(args: FinetuneArguments, training: SFTConfig) -> None:
     """Raise a ValueError where arguments contradict each other, before anything is loaded."""
-    for one in fields(args):  # TrlParser does not check choices in a file of settings
-        choices = one.metadata.get("choices")
-        if choices and getattr(args, one.name) not in choices:
-            found = getattr(args, one.name)
+    for argument in fields(args):  # TrlParser does not check choices in a file of settings
+        choices, found = argument.metadata.get("choices"), getattr(args, argument.name)
+        if choices and found not in choices:
             raise ValueError(
-                f"Expected one of {', '.join(choices)} for {one.name}, found {found!r}."
+                f"Expected one of {', '.join(choices)} for {argument.name}, found {found!r}."
             )
     _check_method(args, training)
-    for name, other in INSTEAD.items():
+    for name, other in NOT_USED.items():
         if getattr(training, name):
             raise ValueError(f"Expected {other}, found --{name}, which this script does not use.")
     if args.patience and training.eval_strategy == "no":
@@ -217,11 +218,14 @@ def check(args: FinetuneArguments, training: SFTConfig) -> None:
 
 
 def _check_method(args: FinetuneArguments, training: SFTConfig) -> None:
-    usual = {one.name: one.default for one in fields(args)}
-    for_adapters = [n for n in ("lora_r", "lora_alpha") if getattr(args, n) != usual[n]]
+    default = {argument.name: argument.default for argument in fields(args)}
+    for_adapters = [n for n in ("lora_r", "lora_alpha") if getattr(args, n) != default[n]]
     if not args.trains_adapters and (for_adapters or not args.merge):
         flag = f"--{for_adapters[0]}" if for_adapters else "--no_merge"
-        raise ValueError(f"Expected {flag} with --method lora or qlora, found it with full.")
+        raise ValueError(
+            f"Expected {flag} with --method lora or qlora, found it with --method full, which has "
+            "no adapter."
+        )
     if args.method == "qlora" and zero_stage(training) == 3:
         raise ValueError(
             "Expected ZeRO-1 or 2 for --method qlora, found stage 3, which would divide weights "

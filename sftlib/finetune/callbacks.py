@@ -1,4 +1,4 @@
-"""What happens beside the training: questions are asked, losses printed, signals heard."""
+"""What happens beside the training: held-out questions, lines of loss, signals."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 
-class AskHeldOut(TrainerCallback):
+class HeldOutAnswers(TrainerCallback):
     """The model answers held-out questions at each evaluation: the loss alone can deceive.
 
-    All ranks take part, because under ZeRO-3 each holds only a part of the weights. As many
-    questions are answered at once as rows are trained on, so that the memory is enough.
+    All ranks take part, because under ZeRO-3 each holds only a part of the weights. A batch has as
+    many questions as a training batch has rows, which bounds the memory.
 
     Attributes:
-        given: step → the answers after it, in the order of the rows.
+        rows: the questions, and the right answers.
+        by_step: step → the answers after it, in the order of `rows`.
     """
 
     def __init__(self, trainer: SFTTrainer, rows: list[dict], answer_tokens: int) -> None:
         self.trainer, self.rows, self.answer_tokens = trainer, rows, answer_tokens
-        self.given: dict[int, list[Answer]] = {}
+        self.by_step: dict[int, list[Answer]] = {}
 
     def on_evaluate(
         self,
@@ -52,7 +53,7 @@ class AskHeldOut(TrainerCallback):
             self.answer_tokens,
             args.per_device_train_batch_size,
         )
-        self.given[state.global_step] = given
+        self.by_step[state.global_step] = given
         scores = {"eval_exact_match": exact_match(given, self.rows), "eval_stops": stops(given)}
         # Three readers: early stopping, the log of the run, and trackers such as TensorBoard.
         metrics.update(scores)
@@ -84,7 +85,7 @@ def questions_that_fit(
 
 
 class PrintLoss(TrainerCallback):
-    """Twenty lines of the training loss, for logs, in which no bar can move."""
+    """About twenty lines of the training loss, for logs, in which no progress bar can move."""
 
     def on_log(self, args, state, control, logs: Any = None, **_: Any) -> None:
         due = state.global_step % max(1, state.max_steps // 20) == 0
@@ -105,22 +106,26 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.note)
+            self.handlers[number] = signal.signal(number, self.handle)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:  # a second signal stops at once
             raise KeyboardInterrupt
         self.received = number
 
-    def on_step_end(self, args, state, control, **_: Any) -> None:
+    def tell_all_ranks(self, device: torch.device) -> None:
+        """A signal reaches the ranks in different steps, or only one of them; saving takes all."""
         if distributed.is_available() and distributed.is_initialized():
-            # A signal reaches the ranks in different steps, and saving takes all of them.
-            latest = torch.tensor(self.received, device=args.device)
+            latest = torch.tensor(self.received, device=device)
             distributed.all_reduce(latest, distributed.ReduceOp.MAX)
             self.received = int(latest)
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        self.tell_all_ranks(args.device)
         if self.received:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.tell_all_ranks(args.device)  # a signal may have come after the last step
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

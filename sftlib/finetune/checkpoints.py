@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, from where it goes on, and what a full disk left there."""
+"""The folder of a run: which run it belongs to, where to resume, what a full disk left there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from trl import SFTConfig
 
-RUN = "run.json"
-SEEN_WITHIN = 90  # seconds after which a network disk shows a new file on all nodes
+RUN_FILE = "run.json"
+SHARED_DISK_SECONDS = 90  # after which a network disk shows a new file on all nodes
 SETTINGS = (  # of TRL's settings, those that decide what is learned; others may change
     *("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "max_length", "packing"),
     "seed",
@@ -48,9 +48,9 @@ class RunFolder:
         self.path, self.identity = Path(path), identity
 
     def begin(self, rejects: list[dict]) -> None:
-        """Write whose the folder is, and which records of the data could not be used."""
+        """Write which run the folder belongs to, and the records that could not be used."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.path / RUN, [self.identity])
+        write_jsonl(self.path / RUN_FILE, [self.identity])
         if rejects:
             write_jsonl(self.path / "rejects.jsonl", rejects)
 
@@ -69,14 +69,14 @@ class RunFolder:
         return list(self.path.glob("checkpoint-*"))
 
     def _check_owner(self) -> None:
-        if not (self.path / RUN).exists():
+        if not (self.path / RUN_FILE).exists():
             if self._checkpoints():
                 raise ValueError(
                     f"Expected {self.path} to be empty or of this script, found checkpoints "
-                    f"without a {RUN}: nothing says of which model. Give another --output_dir."
+                    f"without a {RUN_FILE}: nothing says of which model. Give another --output_dir."
                 )
             return
-        before = json.loads((self.path / RUN).read_text())
+        before = json.loads((self.path / RUN_FILE).read_text())
         differ = [name for name in self.identity if before.get(name) != self.identity[name]]
         if differ:
             was = ", ".join(f"{name} {before.get(name)!r}" for name in differ)
@@ -98,10 +98,10 @@ class RunFolder:
         import torch
 
         accelerator.wait_for_everyone()
-        deadline = time.monotonic() + SEEN_WITHIN
-        while not (self.path / RUN).exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + SHARED_DISK_SECONDS
+        while not (self.path / RUN_FILE).exists() and time.monotonic() < deadline:
             time.sleep(0.5)
-        seen = torch.tensor(float((self.path / RUN).exists()), device=accelerator.device)
+        seen = torch.tensor(float((self.path / RUN_FILE).exists()), device=accelerator.device)
         if accelerator.reduce(seen, "mean") < 1:
             raise OSError(
                 f"Expected {self.path} on a disk that all nodes share, found that not every node "
@@ -114,6 +114,7 @@ class RunFolder:
         Each library reports a full disk in another way. Half-written files are removed, because
         otherwise there would be no room to go on.
         """
+        # Some libraries hide the system's message, and a failed write may have freed its space.
         free = shutil.disk_usage(self.path).free
         if free > 64 * 2**20 and "No space left" not in str(error):
             return

@@ -48,8 +48,8 @@ def load_data(args: FinetuneArguments) -> Data:
             f"Expected at least two conversations in {args.data}, found one: none could be held "
             "out. Give --held_out a file."
         )
-    # Rows with the same question stay on one side, or the held-out score would be a memory test.
-    # Where all rows ask the same ("Summarise it."), whole rows are told apart instead.
+    # Rows with the same question stay on one side, so that no held-out question is trained on.
+    # Where all rows ask the same ("Summarise it."), rows are grouped by their whole text instead.
     asks_one_question = len({first_question(row) for row in found.rows}) == 1
     train, held = split(found.rows, str if asks_one_question else first_question, share)
     return Data(train, held, found.rejects)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
-from sftlib.finetune.arguments import LONGEST, FinetuneArguments
+from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments
 from sftlib.models import load, own_template, prepare_for_chat
 
 if TYPE_CHECKING:
@@ -26,25 +26,25 @@ def load_model(
 
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
     if args.method == "qlora":
-        options["quantization_config"] = four_bits()
+        options["quantization_config"] = four_bit_config()
     # Training all parameters in bfloat16 would lose small updates. DeepSpeed keeps a float32 copy.
     needs_float32 = args.method == "full" and not training.deepspeed
-    dtype = torch.float32 if needs_float32 else None
+    dtype = torch.float32 if needs_float32 else None  # None: bfloat16 on a GPU
     model, tokenizer = load(args.model, dtype=dtype, **options)
     set_template(model, tokenizer, args)
     model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
     return model, tokenizer
 
 
-def four_bits() -> Any:
+def four_bit_config() -> Any:
     """QLoRA's base: NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
     import torch
     from transformers import BitsAndBytesConfig
 
     if not torch.cuda.is_available():
         raise ValueError(
-            "Expected a GPU for --method qlora, found none: on a CPU four bits save memory, and "
-            "cost much time. Use --method lora."
+            "Expected a GPU for --method qlora, found none: weights in 4 bits are slow on a CPU. "
+            "Use --method lora."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -63,6 +63,7 @@ def set_template(
         ValueError: the tokenizer lacks Llama 3's tokens, or the model's own template does not mark
             the assistant's tokens.
     """
+    # `load` has already set a template: the model's own, or one of ours where it had none.
     choice, known = args.template, tokenizer.get_vocab()
     if choice == "own":
         tokenizer.chat_template = own_template(args.model)
@@ -90,7 +91,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def allowed_max_length(model: PreTrainedModel, training: SFTConfig) -> int:
-    """Tokens of a conversation: `--max_length`, else the model's context, at most LONGEST.
+    """Tokens of a conversation: `--max_length`, else the context, at most DEFAULT_MAX_LENGTH.
 
     Raises:
         ValueError: `--max_length` is above the model's context.
@@ -101,7 +102,7 @@ def allowed_max_length(model: PreTrainedModel, training: SFTConfig) -> int:
             f"Expected --max_length of at most {context}, the context of the model, found "
             f"{training.max_length}: the model has never read a token further away."
         )
-    return training.max_length or min(context, LONGEST)
+    return training.max_length or min(context, DEFAULT_MAX_LENGTH)
 
 
 def default_learning_rate(method: str, parameters: int) -> float:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """How much is computed.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
     parameters: int
     trained: int
     adapters: bool
-    work: Work
+    work: Workload
     on_device: dict[str, int]
     offloaded: dict[str, int]
     available: int
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.needed < 0.9 * self.available  # a tenth stays free, for buffers
+        return self.needed < 0.9 * self.available  # the rest is for buffers, which are not counted
 
     def __str__(self) -> str:
         work, gib = self.work, 2**30
         epochs = f"{work.epochs:g} epoch{'s' * (work.epochs != 1)}"
-        operations = 6 * self.parameters * work.tokens
+        operations = 6 * self.parameters * work.tokens  # Kaplan et al. 2020, arXiv 2001.08361
         lines = [
             f"parameters      {self.parameters:,}, of which {self.trained:,} are trained"
             + " (adapters, on top)" * self.adapters,
@@ -106,14 +106,14 @@ def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) ->
     if args.trains_adapters:
         trained = lora_parameters(model, args.lora_r, "all-linear")
     # --plan_gib stands for another machine: its GPUs are taken to compute in bfloat16.
-    half = training.bf16 or args.plan_gib > 0
-    dtype = "bfloat16" if half else "float32"
+    uses_bfloat16 = training.bf16 or args.plan_gib > 0
+    dtype = "bfloat16" if uses_bfloat16 else "float32"
     work = _work(training, args.plan_gpus, _lengths(rows, tokenizer), model)
     on_device = _bytes(args, training, model, trained, dtype, work.longest)
     moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
     zero = zero_config(training)
     offloaded = {moved[key]: on_device.pop(moved[key]) for key in moved if key in zero}
-    kind = "GPU" if torch.cuda.is_available() or half else "process"
+    kind = "GPU" if torch.cuda.is_available() or uses_bfloat16 else "process"
     several = f"each of {args.plan_gpus} {'GPUs' if kind == 'GPU' else 'processes'}"
     ranks = several if args.plan_gpus > 1 else f"1 {kind}"
     return Plan(
@@ -135,7 +135,9 @@ def _lengths(rows: list[dict], tokenizer) -> list[int]:
     return [len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]]
 
 
-def _work(training: SFTConfig, world_size: int, lengths: list[int], model: PreTrainedModel) -> Work:
+def _work(
+    training: SFTConfig, world_size: int, lengths: list[int], model: PreTrainedModel
+) -> Workload:
     limit = allowed_max_length(model, training)
     count, kind, longest = len(lengths), "conversations", min(max(lengths), limit)
     if training.packing:  # rows are filled up to the limit
@@ -146,7 +148,7 @@ def _work(training: SFTConfig, world_size: int, lengths: list[int], model: PreTr
         )
     per_step = rows_per_step(training, world_size)
     steps = round(-(-count // per_step) * training.num_train_epochs)
-    return Work(
+    return Workload(
         conversations=len(lengths),
         tokens=round(sum(lengths) * training.num_train_epochs),
         epochs=training.num_train_epochs,
@@ -171,13 +173,13 @@ def _bytes(
     gpus, stage, batch = args.plan_gpus, zero_stage(training), training.per_device_train_batch_size
     frozen = model.num_parameters() if args.trains_adapters else 0
     # What is trained is kept in float32, unless DeepSpeed keeps a float32 copy, or TRL casts it.
-    own_dtype = dtype if training.deepspeed or args.method == "qlora" else "float32"
-    states = zero_bytes(trained, gpus, stage, own_dtype)
+    trained_dtype = dtype if training.deepspeed or args.method == "qlora" else "float32"
+    states = zero_bytes(trained, gpus, stage, trained_dtype)
     base = zero_bytes(0, gpus, stage, dtype, frozen).weights
     if args.method == "qlora":
         base = nf4_bytes(model)
     # Autocast makes a copy of each trained weight, and keeps it from forward to backward.
-    copies = {f"copies in {dtype} to compute with": 2 * trained} if own_dtype != dtype else {}
+    copies = {f"copies in {dtype} to compute with": 2 * trained} if trained_dtype != dtype else {}
     return {
         "weights": states.weights + base,
         "gradients": states.gradients,
