@@ -22,11 +22,8 @@ from sftlib import patches
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_TELEMETRY = (
-    "HF_HUB_DISABLE_TELEMETRY",
-    "DISABLE_TELEMETRY",
-    "DO_NOT_TRACK",
-)  # any of them decides
+# With any of these a student decides about telemetry
+_TELEMETRY = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
 def progress_bars() -> bool:
@@ -52,7 +49,8 @@ def _quiet() -> None:
     The variables also reach child processes, such as the ranks of a launch.
     """
     imported = sys.modules
-    _set("TOKENIZERS_PARALLELISM", "false")  # no warning when a data loader forks; read at each use
+    # A pool of threads does not survive a fork, as by a data loader. Read at each use.
+    _set("TOKENIZERS_PARALLELISM", "false")
     if not any(name in os.environ for name in _TELEMETRY):
         _set("HF_HUB_DISABLE_TELEMETRY", "1")
         patches.stop_telemetry()

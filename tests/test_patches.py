@@ -292,7 +292,7 @@ def aborted(patch: str, place: Path, launches: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo is used on Linux alone")
 def test_a_rank_that_waits_for_gloo_ends_well(tmp_path):
-    assert aborted("wait_for_gloo()", tmp_path, launches=4) == 0
+    assert aborted("wait_for_gloo()", tmp_path, launches=3) == 0
 
 
 @pytest.mark.slow
