@@ -376,7 +376,8 @@ def test_jupyterlab_stays_on_this_machine_and_keeps_its_token():
 
 
 def test_jupyterlab_asks_nobody_for_news_or_for_its_latest_version():
-    from jupyterlab import LabApp, NeverCheckForUpdate
+    from jupyterlab.handlers.announcements import NeverCheckForUpdate
+    from jupyterlab.labapp import LabApp
 
     started = LabApp()
     assert started.news_url and started.check_for_updates_class is not NeverCheckForUpdate
