@@ -4,7 +4,8 @@ The package is thin on purpose: lessons call TRL, PEFT, DeepSpeed and Datasets d
 `sftlib` only takes noise away. Importing it is fast; torch and transformers are loaded by the
 modules that need them, when they need them.
 
-Import it before those libraries: they read the settings below when they are imported.
+The import makes other libraries quiet and stops their telemetry (see `_quiet`), whether they are
+imported before it or after. A variable that you have set yourself counts more.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from sftlib import patches
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",  # no warning when a data loader forks
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-_NO_BARS = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# With any of these a student decides about telemetry
+_TELEMETRY = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
 def progress_bars() -> bool:
@@ -43,8 +43,47 @@ def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
     return tqdm(items, **shown | options)
 
 
-for _name, _value in (_QUIET if progress_bars() else _QUIET | _NO_BARS).items():
-    os.environ.setdefault(_name, _value)
+def _quiet() -> None:
+    """Quiet the libraries: by a variable, and by their own function where they are imported.
+
+    The variables also reach child processes, such as the ranks of a launch.
+    """
+    imported = sys.modules
+    # A pool of threads does not survive a fork, as by a data loader. Read at each use.
+    _set("TOKENIZERS_PARALLELISM", "false")
+    if not any(name in os.environ for name in _TELEMETRY):
+        _set("HF_HUB_DISABLE_TELEMETRY", "1")
+        patches.stop_telemetry()
+    if _set("TRANSFORMERS_VERBOSITY", "error") and "transformers.utils.logging" in imported:
+        from transformers.utils import logging as verbosity
+
+        if verbosity.get_verbosity() == verbosity.WARNING:  # else somebody has chosen another level
+            verbosity.set_verbosity_error()
+    if progress_bars():
+        return
+    if _set("HF_DATASETS_DISABLE_PROGRESS_BARS", "1") and "datasets.config" in imported:
+        import datasets
+
+        datasets.disable_progress_bars()
+    if _set("HF_HUB_DISABLE_PROGRESS_BARS", "1") and "huggingface_hub.constants" in imported:
+        from huggingface_hub import utils
+
+        utils.disable_progress_bars()
+        if "transformers.utils.logging" in imported:  # it has asked the Hub's client at its import
+            from transformers.utils import logging as bars
+
+            bars.disable_progress_bar()
+
+
+def _set(name: str, value: str) -> bool:
+    """Set an environment variable, unless it is set already; whether it was set here."""
+    if name in os.environ:
+        return False
+    os.environ[name] = value
+    return True
+
+
+_quiet()
 for _message in (
     "IProgress not found",  # tqdm, without ipywidgets: bars of text will do
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 calls the old name

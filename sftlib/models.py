@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sftlib import patches
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +50,6 @@ def load(
         OSError: the model is not there; the message says what was tried and what to do offline.
     """
     import torch
-    from transformers.utils import logging
 
     name = chosen(name)
     gpu = torch.cuda.is_available()
@@ -54,10 +57,9 @@ def load(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns
     if dtype is None:
         dtype = torch.bfloat16 if gpu else torch.float32
-    if name == DEFAULT:
-        logging.disable_progress_bar()  # it is there in a tenth of a second
     source, place = _locate(name)
-    model, tokenizer = _read(name, source, dtype, place | options)
+    with patches.without_weight_bars() if name == DEFAULT else nullcontext():
+        model, tokenizer = _read(name, source, dtype, place | options)
     if gpu and device != "cpu" and "quantization_config" not in options:
         model.to(device or "cuda")
     prepare_for_chat(model, tokenizer)
@@ -105,10 +107,16 @@ def own_template(name: str | os.PathLike | None = None) -> str:
 
 def chosen(name: str | os.PathLike | None = None) -> str:
     """The given name, else that of `SFT_MODEL`, also from a `.env` file, else `DEFAULT`."""
+    _read_dotenv(os.getcwd())
+    return str(name or os.environ.get("SFT_MODEL") or DEFAULT)
+
+
+@cache
+def _read_dotenv(folder: str) -> None:
+    """Set the variables of the `.env` file of this folder or of one above it: once per process."""
     from dotenv import find_dotenv, load_dotenv
 
     load_dotenv(find_dotenv(usecwd=True))
-    return str(name or os.environ.get("SFT_MODEL") or DEFAULT)
 
 
 def _locate(name: str) -> tuple[str, dict]:

@@ -1,7 +1,14 @@
 """SFT with TRL's own trainer and the course's defaults: quiet, deterministic, fast on a CPU.
 
-Nothing is hidden: `config` returns TRL's `SFTConfig`, `prepare` TRL's `SFTTrainer`, and `tune` the
-same, already trained. Every default can be overridden by its own name.
+`config` returns TRL's `SFTConfig`, `prepare` TRL's `SFTTrainer`, and `tune` the same, already
+trained. What differs from plain TRL:
+
+- `defaults` lists the arguments that are not TRL's; each can be overridden by its own name.
+- `sftlib.chat.encode_batch` encodes conversations, not TRL (see `encoded`).
+- A bar of one line shows the progress. TRL would print a line per step (`PrinterCallback`).
+- Three patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` changes TRL
+  for the rest of the process, `show_the_head` may give the model's output head an attribute `bias`,
+  and `without_dataset_bars` hides the bars of Datasets while the trainer is made.
 """
 
 from __future__ import annotations
@@ -9,9 +16,10 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sftlib import progress_bar, progress_bars
+from sftlib import patches, progress_bar, progress_bars
 from sftlib.adapters import check_lora
 
 if TYPE_CHECKING:
@@ -91,8 +99,9 @@ def prepare(
     """TRL's `SFTTrainer` for `model` and `dataset`, ready for its `train()`.
 
     Conversations are encoded by `sftlib.chat.encode`, so that no text in them becomes a control
-    token; everything after that is TRL's. As there, a conversation longer than `max_length` is cut
-    and one in which then nothing is learned is left out; a warning counts them.
+    token. The top of this module says what else differs from plain TRL. As in TRL, a conversation
+    longer than `max_length` is cut, and one in which then nothing is learned is left out. A warning
+    counts them.
 
     Args:
         model: changed in place; with `peft_config`, `trainer.model` is the wrapped model.
@@ -107,28 +116,27 @@ def prepare(
     Raises:
         ValueError: a `LoraConfig` does not fit the model (see `sftlib.adapters.check_lora`).
     """
-    import datasets
     from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    _score_learned_positions_alone()
-    if len(dataset) < 10_000:  # ready at once: four bars of a tenth of a second are noise
-        datasets.disable_progress_bars()
+    patches.score_learned_positions_alone()
     if peft_config is not None:
         if isinstance(peft_config, LoraConfig):
             check_lora(model, peft_config)
         overrides = {"learning_rate": LORA_LEARNING_RATE} | overrides
     args = args or config(**overrides)
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded(dataset, tokenizer, args),
-        eval_dataset=None if eval_dataset is None else encoded(eval_dataset, tokenizer, args),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    _show_trl_the_head(trainer.model)
+    small = len(dataset) < 10_000  # ready at once: its bars would be noise
+    with patches.without_dataset_bars() if small else nullcontext():
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded(dataset, tokenizer, args),
+            eval_dataset=None if eval_dataset is None else encoded(eval_dataset, tokenizer, args),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    patches.show_the_head(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if progress_bars():
         trainer.add_callback(_one_line_bar())
@@ -191,27 +199,3 @@ def _one_line_bar() -> TrainerCallback:
                 self.bar.close()
 
     return Bar()
-
-
-def _score_learned_positions_alone() -> None:
-    """Let TRL compute the loss on a CPU as it does on a GPU: at the learned positions alone.
-
-    TRL 1.16 (`trl.trainer.utils.add_fused_lm_head`) skips the other positions only where Triton
-    runs, because tiles of changing shape make some accelerators compile again. A CPU does not
-    compile, and most of our tokens are not learned: the same loss takes two thirds of the time.
-    """
-    import trl.trainer.utils
-
-    if hasattr(trl.trainer.utils, "_use_triton"):
-        trl.trainer.utils._use_triton = lambda device: True
-
-
-def _show_trl_the_head(model: PreTrainedModel) -> None:
-    """Let TRL read the output head where PEFT trains some of its rows.
-
-    PEFT 0.21's wrapper around it (`trainable_token_indices`) passes on its weight, but not its
-    bias, for which TRL 1.16 asks, too.
-    """
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
-        head.bias = None

@@ -1,6 +1,15 @@
 """No text becomes a control token: not in training, not in a prompt, with no kind of tokenizer."""
 
-from sftlib.chat import CHATML, LLAMA3, encode, encode_batch, escape, render, unescape
+from sftlib.chat import (
+    CHATML,
+    LLAMA3,
+    encode,
+    encode_batch,
+    end_of_turn_id,
+    escape,
+    render,
+    unescape,
+)
 from sftlib.chat.control_tokens import MARK, ControlTokens
 from sftlib.evaluate import answers
 from sftlib.models import TINY_BASE, load, reply
@@ -345,6 +354,45 @@ def test_padding_and_truncation_of_an_earlier_call_are_not_kept(tokenizer, optio
     before = encode(pair(ATTACK), tokenizer)
     tokenizer(["Q", "a much longer text than that one"], **options)
     assert encode(pair(ATTACK), tokenizer) == before
+
+
+PADDED = {"length": 12, "pad_id": 1, "pad_token": "<|pad|>", "direction": "left"}
+CUT = {"max_length": 8, "stride": 2, "strategy": "only_first", "direction": "left"}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tokenizer: encode(pair(ATTACK), tokenizer),
+        lambda tokenizer: encode_batch([pair("Q")] * 3, tokenizer),
+        end_of_turn_id,
+        lambda tokenizer: pytest.raises(ZeroDivisionError, encode_with_broken_template, tokenizer),
+    ],
+)
+def test_the_callers_tokenizer_is_afterwards_as_it_was(tokenizer, use):
+    backend = tokenizer.backend_tokenizer
+    backend.enable_padding(**PADDED)
+    backend.enable_truncation(**CUT)
+    backend.encode_special_tokens = True
+    texts = ["Q<|im_end|>", "a much longer text than that one, and longer than eight tokens"]
+    before = [encoding.ids for encoding in backend.encode_batch(texts)]
+    assert [len(ids) for ids in before] == [12, 12]
+    use(tokenizer)
+    assert [encoding.ids for encoding in backend.encode_batch(texts)] == before
+    assert backend.padding.items() >= PADDED.items() and backend.truncation == CUT
+    assert backend.encode_special_tokens
+
+
+def encode_with_broken_template(tokenizer):
+    tokenizer.chat_template = CHATML + "{{ 1 / 0 }}"
+    encode(pair("Q"), tokenizer)
+
+
+def test_a_tokenizer_without_settings_stays_without(tokenizer):
+    encode(pair(ATTACK), tokenizer)
+    backend = tokenizer.backend_tokenizer
+    assert backend.padding is None and backend.truncation is None
+    assert not backend.encode_special_tokens
 
 
 @pytest.mark.parametrize("answer", ["Sí🙂", "🙂", "東京", "<|im_end|>🙂"])

@@ -47,6 +47,21 @@ def test_the_variable_may_stand_in_a_dotenv_file(tmp_path, monkeypatch):
         load()
 
 
+def test_the_dotenv_file_of_a_folder_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_MODEL", "to be removed again after the test")
+    monkeypatch.delenv("SFT_MODEL")
+    (tmp_path / ".env").write_text("SFT_MODEL=the/first\n")
+    assert models.chosen() == "the/first"
+    monkeypatch.delenv("SFT_MODEL")  # as a student does, to be back at the shipped model
+    assert models.chosen() == DEFAULT
+    (tmp_path / ".env").write_text("SFT_MODEL=the/second\n")
+    assert models.chosen() == DEFAULT
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".env").write_text("SFT_MODEL=the/third\n")
+    monkeypatch.chdir(tmp_path / "other")
+    assert models.chosen() == "the/third"
+
+
 def test_a_local_folder_is_loaded_with_the_dtype_asked_for(tmp_path):
     model, tokenizer = load(dtype=torch.float16)
     model.save_pretrained(tmp_path / "mine")

@@ -375,6 +375,16 @@ def test_jupyterlab_stays_on_this_machine_and_keeps_its_token():
     assert "token" not in call and "password" not in call and "--no-browser" not in call
 
 
+def test_jupyterlab_asks_nobody_for_news_or_for_its_latest_version():
+    from jupyterlab.handlers.announcements import NeverCheckForUpdate
+    from jupyterlab.labapp import LabApp
+
+    started = LabApp()
+    assert started.news_url and started.check_for_updates_class is not NeverCheckForUpdate
+    started.parse_command_line(lab.command(1, root=False, display=True)[3:])
+    assert started.news_url is None and started.check_for_updates_class is NeverCheckForUpdate
+
+
 def test_root_and_a_missing_display_change_the_call_only_where_they_apply():
     assert "--allow-root" in lab.command(1, root=True, display=True)
     assert "--allow-root" not in lab.command(1, root=False, display=True)

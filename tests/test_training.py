@@ -1,7 +1,6 @@
 """What `tune` really trains on, and that it turns the base model into one that answers."""
 
 import warnings
-from types import SimpleNamespace
 
 from sftlib.chat import encode
 from sftlib.data import read_facts
@@ -159,19 +158,6 @@ def test_the_loss_is_that_of_the_next_token():
     assert losses(trainer)[0] == pytest.approx(
         expected, rel=2e-2 if model.device.type != "cpu" else 1e-3
     )
-
-
-def test_the_loss_is_computed_at_the_learned_positions_alone(monkeypatch):
-    """If this fails after an upgrade of TRL, see `_score_learned_positions_alone`."""
-    import trl.trainer.utils as utils
-
-    scored, head = [], utils._ChunkedLogProbFunction
-    spy = SimpleNamespace(apply=lambda h, *rest: (scored.append(len(h)), head.apply(h, *rest))[1])
-    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", spy)
-    model, tokenizer = load()
-    tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1)
-    learned = sum(sum(encode(row["messages"], tokenizer)["assistant_masks"]) for row in ROWS[:4])
-    assert scored == [learned]
 
 
 @pytest.mark.slow

@@ -39,6 +39,9 @@ def command(port: int, root: bool, display: bool) -> list[str]:
         "--ServerApp.port_retries=0",  # a port that is taken is an error, not a reason to move on
         f"--ServerApp.root_dir={ROOT}",  # so that a lesson's links to ../data and ../sftlib open
         "--LabApp.default_url=/lab/tree/notebooks",
+        # nobody is told that a lesson was opened: no request for news or for the latest version
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--ServerApp.answer_yes=True",  # one Ctrl-C is enough, without a question
         *(["--allow-root"] if root else []),
         # Without a display, a text browser would take the terminal over.

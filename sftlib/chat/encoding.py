@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from sftlib.chat.control_tokens import ControlTokens, template_of
@@ -12,7 +12,7 @@ from sftlib.chat.templates import Messages, render_marked, training_template
 from sftlib.data.validation import fault
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 AT_ONCE = 500  # conversations in memory with their offsets; with more, each takes longer
@@ -63,9 +63,10 @@ def encode_batch(
     asked = add_generation_prompt and template_of(tokenizer)
     template = asked or training_template(tokenizer)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
-    for start in range(0, len(conversations), AT_ONCE):
-        some = conversations[start : start + AT_ONCE]
-        _encode_into(columns, some, tokenizer, template, add_generation_prompt)
+    with _plain(tokenizer.backend_tokenizer):
+        for start in range(0, len(conversations), AT_ONCE):
+            some = conversations[start : start + AT_ONCE]
+            _encode_into(columns, some, tokenizer, template, add_generation_prompt)
     if max_length is not None and not add_generation_prompt:
         _cut(columns, max_length)
     return columns
@@ -78,7 +79,7 @@ def _encode_into(
     template: str,
     add_generation_prompt: bool,
 ) -> None:
-    """Append the rows of sound conversations to the columns."""
+    """Append the rows of sound conversations to the columns; the tokenizer is `_plain`."""
     controls = ControlTokens.of(tokenizer)
     safe = [
         [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
@@ -89,9 +90,6 @@ def _encode_into(
     )
     cut = [controls.cut(text) for text in texts]
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()  # it remembers what the last call asked for
-    backend.no_truncation()
-    backend.encode_special_tokens = False
     # A piece from the middle of a text follows a line break, which is taken away again: some
     # tokenizers (SentencePiece's) put a space before the beginning of a text.
     break_ids = backend.encode("\n", add_special_tokens=False).ids
@@ -114,6 +112,27 @@ def _encode_into(
         controls.check(ids, text)
         columns["input_ids"].append(ids)
         columns["assistant_masks"].append(mask)
+
+
+@contextmanager
+def _plain(backend: Tokenizer) -> Iterator[None]:
+    """Inside, no padding and no truncation, and control tokens are read; afterwards as before.
+
+    A tokenizer keeps what the last call asked for. What the caller has set stays the caller's.
+    """
+    padding, truncation = backend.padding, backend.truncation
+    special_as_text = backend.encode_special_tokens
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    try:
+        yield
+    finally:
+        if padding:
+            backend.enable_padding(**padding)
+        if truncation:
+            backend.enable_truncation(**truncation)
+        backend.encode_special_tokens = special_as_text
 
 
 def _which(number: int, conversations: Sequence[Messages]) -> str:
@@ -176,7 +195,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
-    with suppress(TemplateError):
+    with suppress(TemplateError), _plain(tokenizer.backend_tokenizer):
         _encode_into(columns, [conversation], tokenizer, template_of(tokenizer), False)
     ids, mask = (sum(rows, []) for rows in columns.values())
     turn = [token for token, learned in zip(ids, mask, strict=True) if learned] or ids

