@@ -126,7 +126,7 @@ def parse(
         SystemExit: after `--help` and `--help_all`.
         ValueError: an argument is unknown, or has a value that TRL refuses.
     """
-    from sftlib.scale.rank import without_builds
+    from sftlib.patches import without_builds
     from sftlib.training import defaults
 
     import torch

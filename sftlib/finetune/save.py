@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from sftlib.data.files import replace_folder
 from sftlib.finetune.arguments import FinetuneArguments
 from sftlib.finetune.model import set_template, stop_token_ids
 from sftlib.models import load
+from sftlib.patches import wait_for_gloo
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -55,7 +55,5 @@ def save_merged(args: FinetuneArguments, folder: Path) -> None:
 def end_all_ranks(trainer: SFTTrainer) -> None:
     """Wait for all ranks, then end: a launcher may stop those that still write after one ended."""
     trainer.accelerator.wait_for_everyone()
-    # gloo's threads need the interpreter to release the last tensors. A thread that still waits
-    # while Python ends aborts the process (https://github.com/pytorch/pytorch/pull/179291).
-    time.sleep(0.2)  # 0 of 42 runs aborted with this wait, 3 of 12 without
+    wait_for_gloo()
     trainer.accelerator.end_training()
