@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sftlib.experiments.logs import rows_of, table
+from sftlib.experiments.logs import log_lines, table
 
 if TYPE_CHECKING:
     import pandas
@@ -74,7 +74,7 @@ _HEALTHY = Finding(
 
 
 def _findings(log: Any) -> Iterator[Finding]:
-    if broken := _not_a_number(rows_of(log)):
+    if broken := _not_a_number(log_lines(log)):
         yield broken
         return  # nothing after it means anything
     rows = table(log)
