@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, untouched, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +23,8 @@ CONVERSATION = [
 ]
 
 
-@exercise
+@exercise(3, 1, "Llama 3's chat template, with `{% generation %}`")
 def check_template(template: Any) -> Verdict:
-    """Lesson 3, exercise 1: Llama 3's chat template, with `{% generation %}`."""
-    if template is ... or template is None:
-        return NOT_ATTEMPTED
     if not isinstance(template, str):
         return wrong(f"Expected the template as a text, found {type(template).__name__}.")
     try:
@@ -123,16 +120,13 @@ def batch_to_mask(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows]
 
 
-@exercise
+@exercise(3, 2, "for each row, the positions that the model learns from")
 def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
-    """Lesson 3, exercise 2: for each row, the positions that the model learns from."""
-    if positions is ... or positions is None:
-        return NOT_ATTEMPTED
     if not isinstance(positions, list | tuple) or len(positions) != 2:
         return wrong("Expected two lists of positions, one for each row of the batch.")
     ids = batch_to_mask(tokenizer)
     for number, (row, messages) in enumerate(zip(positions, TO_MASK, strict=True)):
-        if row is ...:
+        if untouched(row):
             return NOT_ATTEMPTED
         mask = _encoded(tokenizer, messages)["assistant_masks"]
         expected = {p for p, learned in enumerate(mask) if learned}
@@ -208,16 +202,12 @@ def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, li
     }
 
 
-@exercise
+@exercise(3, 3, "the bug of each batch, by its letter")
 def check_bugs(named: Any) -> Verdict:
-    """Lesson 3, exercise 3: the bug of each batch, by its letter."""
-    if named is ... or named is None:
-        return NOT_ATTEMPTED
     if not isinstance(named, dict) or set(named) != set(BUGS):
         return wrong(f"Expected a dict with the keys {', '.join(BUGS)}.")
-    if any(name is ... for name in named.values()):
-        left = [letter for letter, name in named.items() if name is ...]
-        return NOT_ATTEMPTED if len(left) == len(BUGS) else wrong(f"Still open: {', '.join(left)}.")
+    if left := [letter for letter, name in named.items() if name is ...]:
+        return wrong(f"Still open: {', '.join(left)}.")
     for letter, name in named.items():
         if name not in BUGS.values():
             return wrong(f"{letter}: expected one of {sorted(BUGS.values())}, found {name!r}.")

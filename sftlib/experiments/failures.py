@@ -1,8 +1,8 @@
 """Trainings that go wrong on purpose, each in seconds: the laboratory of lesson 8.
 
-A failure is a function that breaks one thing of a sound `Plan`; its docstring says what was done.
-`train` carries a plan out, and returns the log together with what the log does not say: how the
-model answers questions that it never saw.
+A failure is a function that breaks one thing of a sound `Plan`; its decorator says what it did.
+`train` carries a plan out. It returns the log, and what the log does not show: how the model
+answers questions that it never saw.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ class Outcome:
 FAILURES: dict[str, Failure] = {}
 
 
-def failure(sign: str = "") -> Callable:
-    """Enter a function under its own name."""
+def failure(done: str, sign: str = "") -> Callable:
+    """Enter a function into `FAILURES` under its own name."""
 
     def enter(spoil: Callable[[Plan], None]) -> Callable[[Plan], None]:
         name = spoil.__name__.replace("_", " ").replace("warm up", "warm-up")
-        FAILURES[name] = Failure(" ".join((spoil.__doc__ or "").split()), sign, spoil)
+        FAILURES[name] = Failure(done, sign, spoil)
         return spoil
 
     return enter
@@ -115,28 +115,27 @@ def failure(sign: str = "") -> Callable:
 # --- What goes wrong with the learning rate ------------------------------------------------------
 
 
-@failure("unstable")
+@failure("The learning rate times 40.", sign="unstable")
 def learning_rate_too_high(plan: Plan) -> None:
-    """The learning rate times 40."""
     plan.learning_rate *= 40
 
 
-@failure("barely learning")
+@failure("The learning rate divided by 100.", sign="barely learning")
 def learning_rate_too_low(plan: Plan) -> None:
-    """The learning rate divided by 100."""
     plan.learning_rate /= 100
 
 
-@failure("unstable")
+@failure("The learning rate times 10, from the first step on.", sign="unstable")
 def no_warm_up(plan: Plan) -> None:
-    """The learning rate times 10, from the first step on."""
     plan.learning_rate *= 10
     plan.settings["warmup_steps"] = 0
 
 
-@failure("unstable")
+@failure(
+    "Plain SGD with a rate that only clipped gradients bear, and `max_grad_norm=0`.",
+    sign="unstable",
+)
 def no_clipping(plan: Plan) -> None:
-    """Plain SGD with a rate that only clipped gradients bear, and `max_grad_norm=0`."""
     plan.learning_rate *= 600
     plan.settings |= {"optim": "sgd", "max_grad_norm": 0}
 
@@ -144,31 +143,31 @@ def no_clipping(plan: Plan) -> None:
 # --- What goes wrong with the labels -------------------------------------------------------------
 
 
-@failure("starts near chance")
+@failure(
+    "Labels shifted by one place, as if the trainer did not do that itself.",
+    sign="starts near chance",
+)
 def labels_shifted(plan: Plan) -> None:
-    """Labels shifted by one place, as if the trainer did not do that itself."""
     plan.relabel = lambda row: row | {"labels": [IGNORED, *row["labels"][:-1]]}
 
 
-@failure("plateau")
+@failure("Questions and template are learned as well.", sign="plateau")
 def loss_mask_dropped(plan: Plan) -> None:
-    """Questions and template are learned as well."""
     plan.relabel = lambda row: row | {"labels": row["input_ids"]}
 
 
-@failure()
+@failure(
+    "The end-of-turn token serves as padding, and padding is masked: the end is never learned.",
+)
 def padding_is_the_end(plan: Plan) -> None:
-    """The end-of-turn token serves as padding, and padding is masked: the end is never learned."""
     from sftlib.chat import end_of_turn_id
 
     end = end_of_turn_id(plan.tokenizer)
     plan.relabel = lambda row: row | {"labels": [IGNORED if i == end else i for i in row["labels"]]}
 
 
-@failure()
+@failure('Trained on "### Instruction:", and asked in ChatML.')
 def another_template(plan: Plan) -> None:
-    """Trained on "### Instruction:", and asked in ChatML."""
-
     def relabel(row: dict) -> dict:
         question, answer = (message["content"] for message in row["messages"])
         texts = [f"### Instruction:\n{question}\n\n### Response:\n", answer]
@@ -179,10 +178,11 @@ def another_template(plan: Plan) -> None:
     plan.relabel = relabel
 
 
-@failure("not a number")
+@failure(
+    "A batch in which nothing is learned, and a loss that divides by the number of its tokens.",
+    sign="not a number",
+)
 def batch_fully_masked(plan: Plan) -> None:
-    """A batch in which nothing is learned, and a loss that divides by the number of its tokens."""
-
     def mean(outputs, labels, num_items_in_batch=None):
         labels = labels[:, 1:]
         learned = labels != IGNORED
@@ -205,9 +205,8 @@ def batch_fully_masked(plan: Plan) -> None:
 # --- What goes wrong with the data ---------------------------------------------------------------
 
 
-@failure("plateau")
+@failure("Each question has another's answer.", sign="plateau")
 def answers_shuffled(plan: Plan) -> None:
-    """Each question has another's answer."""
     answers = [row["messages"][1] for row in plan.rows]
     plan.rng.shuffle(answers)
     plan.rows = [
@@ -216,33 +215,32 @@ def answers_shuffled(plan: Plan) -> None:
     ]
 
 
-@failure("overfitting")
+@failure("Twenty examples, again and again, at twice the learning rate.", sign="overfitting")
 def twenty_examples(plan: Plan) -> None:
-    """Twenty examples, again and again, at twice the learning rate."""
     plan.settings["num_train_epochs"] = plan.steps / 2
     plan.rows = plan.rows[:20]
     plan.learning_rate *= 2
 
 
-@failure("overfitting")
+@failure(
+    "Seen once, but the same twenty rows again and again; twice the learning rate.",
+    sign="overfitting",
+)
 def data_duplicated(plan: Plan) -> None:
-    """Seen once, but the same twenty rows again and again; twice the learning rate."""
     n = len(plan.rows)
     plan.rows = (plan.rows[:20] * n)[:n]
     plan.rng.shuffle(plan.rows)
     plan.learning_rate *= 2
 
 
-@failure()
+@failure('Twenty examples, as in "twenty examples", and evaluation on these.')
 def evaluation_leaked(plan: Plan) -> None:
-    """Twenty examples, as in "twenty examples", and evaluation on these."""
     twenty_examples(plan)
     plan.dev = plan.rows
 
 
-@failure("spike")
+@failure("A batch of which each answer is random letters, and `max_grad_norm=0`.", sign="spike")
 def poisoned_batch(plan: Plan) -> None:
-    """A batch of which each answer is random letters, and `max_grad_norm=0`."""
     for row in plan.rows[plan.middle]:
         noise = "".join(plan.rng.choices("bcdfghjklmnpqrstvwxz", k=24))
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": noise}]
@@ -252,10 +250,8 @@ def poisoned_batch(plan: Plan) -> None:
 # --- What goes wrong with the trainer ------------------------------------------------------------
 
 
-@failure("out of scale")
+@failure("Eight small batches a step, whose mean losses are added up.", sign="out of scale")
 def accumulation_not_averaged(plan: Plan) -> None:
-    """Eight small batches a step, whose mean losses are added up."""
-
     def change(trainer: SFTTrainer) -> None:
         right = trainer.compute_loss
         trainer.compute_loss = lambda *args, num_items_in_batch=None, **more: right(*args, **more)
@@ -264,9 +260,11 @@ def accumulation_not_averaged(plan: Plan) -> None:
     plan.settings |= {"per_device_train_batch_size": BATCH // 8, "gradient_accumulation_steps": 8}
 
 
-@failure("no gradient")
+@failure(
+    "An adapter loaded to be used (`is_trainable` left out), under activation checkpointing.",
+    sign="no gradient",
+)
 def adapter_frozen(plan: Plan) -> None:
-    """An adapter loaded to be used (`is_trainable` left out), under activation checkpointing."""
     from peft import PeftModel, get_peft_model
 
     with tempfile.TemporaryDirectory() as folder:
