@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 BATCH = 16
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # as a label: this token is not learned
 
 
 @dataclass
@@ -46,16 +46,16 @@ class Plan:
 
     @property
     def middle(self) -> slice:
-        """The rows of one batch after the middle, where the order is kept."""
+        """The rows of one batch a little after the middle, when rows are taken in order."""
         at = self.steps * 6 // 10 * BATCH
         return slice(at, at + BATCH)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What was done, how it is done, and its sign in the log (see `sftlib.experiments.diagnose`).
+    """What was done, its sign in the log (see `diagnose`), and the function that spoils a plan.
 
-    No log shows a failure whose `sign` is empty.
+    Where `sign` is empty, no log shows the failure.
     """
 
     done: str
@@ -68,10 +68,10 @@ class Training:
     """What is trained.
 
     Args:
-        failure: a key of `FAILURES`; empty: nothing is broken.
-        examples: how many, 16 in a step, each seen once where the failure does not say otherwise.
-        rate: of learning, as a multiple of the course's for full finetuning or LoRA.
-        seed: of the choice and order of examples, and of what is random in a failure.
+        failure: a key of `FAILURES`; when it is empty, nothing is broken.
+        examples: how many, 16 per step. Each is seen once, unless the failure changes that.
+        rate: the learning rate, as a multiple of the course's own for full finetuning or LoRA.
+        seed: decides which examples are drawn, their order, and what is random in a failure.
     """
 
     failure: str = ""
@@ -86,7 +86,7 @@ class Training:
 
     @property
     def sign(self) -> str:
-        """That of its failure; empty where there is none in the log."""
+        """The sign of its failure; empty where the log shows none."""
         return FAILURES[self.failure].sign if self.failure else ""
 
 
@@ -192,7 +192,8 @@ def batch_fully_masked(plan: Plan) -> None:
     def change(trainer: SFTTrainer) -> None:
         from datasets import Dataset
 
-        rows = trainer.train_dataset.to_list()  # as TRL made it, or it would leave these rows out
+        # Only after TRL has prepared the dataset: it leaves out rows in which nothing is learned.
+        rows = trainer.train_dataset.to_list()
         for row in rows[plan.middle]:
             row["labels"] = [IGNORED] * len(row["labels"])
         trainer.train_dataset = Dataset.from_list(rows)
@@ -252,6 +253,7 @@ def poisoned_batch(plan: Plan) -> None:
 
 @failure("Eight small batches a step, whose mean losses are added up.", sign="out of scale")
 def accumulation_not_averaged(plan: Plan) -> None:
+    # Without num_items_in_batch, each small batch's loss is the mean over its own tokens.
     def change(trainer: SFTTrainer) -> None:
         right = trainer.compute_loss
         trainer.compute_loss = lambda *args, num_items_in_batch=None, **more: right(*args, **more)
@@ -268,7 +270,7 @@ def adapter_frozen(plan: Plan) -> None:
     from peft import PeftModel, get_peft_model
 
     with tempfile.TemporaryDirectory() as folder:
-        fresh = get_peft_model(plan.model, plan.lora or lora_config())
+        fresh = get_peft_model(plan.model, plan.lora or _lora_config())
         fresh.save_pretrained(folder)
         plan.model = PeftModel.from_pretrained(fresh.unload(), folder)
     plan.lora = None
@@ -278,14 +280,14 @@ def adapter_frozen(plan: Plan) -> None:
 # --- Carrying it out -----------------------------------------------------------------------------
 
 
-def lora_config() -> LoraConfig:
+def _lora_config() -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def unnamed(seed: int = 8) -> dict[str, Training]:
-    """Each failure once and two sound trainings under letters, in an order that says nothing."""
+    """Each failure once and two sound trainings, named by letters in a random order."""
     trainings = [Training(), Training(lora=True), *map(Training, FAILURES)]
     random.Random(seed).shuffle(trainings)
     return {chr(ord("A") + i): training for i, training in enumerate(trainings)}
@@ -297,7 +299,7 @@ def train(
     """Train the model that the dial names, and ask it held-out questions afterwards.
 
     Args:
-        prompts: how many.
+        prompts: how many questions.
         spoil: breaks something that is not among `FAILURES`.
     """
     from sftlib.data import read_facts
@@ -317,7 +319,7 @@ def train(
         rng.sample(read_facts("sft"), training.examples),
         read_facts("dev")[:64],
         training.rate * (LORA_LEARNING_RATE if training.lora else FULL_LEARNING_RATE),
-        lora_config() if training.lora else None,
+        _lora_config() if training.lora else None,
         rng,
     )
     if training.failure:
@@ -351,13 +353,13 @@ _SETTINGS: dict[str, Any] = {
 
 
 def _labelled(rows: Sequence[dict], plan: Plan) -> list[dict]:
-    """Rows as `input_ids` and `labels`: the answer is learned, or what the plan says."""
+    """Rows as `input_ids` and `labels`: the answer is learned, unless the plan relabels it."""
     from sftlib.chat import encode_batch
 
-    found = encode_batch([row["messages"] for row in rows], plan.tokenizer)
-    made = []
-    for row, ids, mask in zip(rows, found["input_ids"], found["assistant_masks"], strict=True):
+    encoded = encode_batch([row["messages"] for row in rows], plan.tokenizer)
+    labelled = []
+    for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         labels = [i if learned else IGNORED for i, learned in zip(ids, mask, strict=True)]
-        given = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
-        made.append({name: given[name] for name in ("input_ids", "labels")})
-    return made
+        changed = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
+        labelled.append({name: changed[name] for name in ("input_ids", "labels")})
+    return labelled
