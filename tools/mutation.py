@@ -57,7 +57,7 @@ HARMLESS = {
     ),
     ("sftlib/checks/verdict.py", "@dataclass(frozen=False)"): "nothing writes to a verdict",
     (
-        "sftlib/data/files.py",
+        "sftlib/data/splits.py",
         "in zip(rows, values, strict=False)",
     ): "a value is made for each row above",
     ("sftlib/data/formats.py", "zip(parts[::2], parts[1::2], strict=False)"): (
