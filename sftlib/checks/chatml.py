@@ -45,7 +45,7 @@ def check_template(template: Any) -> Verdict:
 def _rendered(
     messages: list[dict], template: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text and marks; `bos_token` is Llama 3's, as with its own tokenizer."""
+    """A conversation's text and its marked spans, with Llama 3's own `bos_token`."""
     texts, spans = render_marked(
         [messages], template, add_generation_prompt, bos_token="<|begin_of_text|>"
     )
@@ -63,15 +63,17 @@ def _wrong_text(text: str, asked: str) -> str:
     if text.count("<|begin_of_text|>") > 1:
         return "Write <|begin_of_text|> once, before the loop over messages."
     if " Hi! " in text or " Hello.\n" in text:
-        return "The content is written as it is: take away the spaces around it, with `| trim`."
+        return "The content keeps the spaces around it: remove them with `| trim`."
     if "<|eot_id|>\n" in text:
         return "Nothing stands between <|eot_id|> and the next message."
     if "<|end_header_id|>\n\n" not in text:
-        return "After <|end_header_id|> come two line breaks."
+        return "Write two line breaks after <|end_header_id|>."
     if text == expected + prompt:
-        return "The generation prompt is always written: only `{% if add_generation_prompt %}`."
+        return (
+            "The generation prompt is always written. Do it only `{% if add_generation_prompt %}`."
+        )
     if text == expected:
-        return "Asked with add_generation_prompt=True, the text must end with " + repr(prompt) + "."
+        return f"With add_generation_prompt=True, the text must end with {prompt!r}."
     at = len(os.path.commonprefix([text, expected]))
     return (
         f"After {expected[:at][-30:]!r} expected {expected[at : at + 30]!r}, "
@@ -90,7 +92,7 @@ def _marks(template: str) -> Verdict:
     if any("header" in text for text in marked):
         return wrong("The header is marked, too. The template writes it, not the model.")
     if len(marked) > len(expected):
-        return wrong("Messages of others are marked, too: ask for `message['role']`.")
+        return wrong("Messages of others are marked, too: test `message['role']`.")
     return wrong(f"Expected the marks around {expected}, found them around {marked}.")
 
 
@@ -146,23 +148,23 @@ def _wrong_mask(
 ) -> str:
     """The likely cause of a wrong mask."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answers = sorted(p for p in expected if ids[p] == end)
+    ends = sorted(p for p in expected if ids[p] == end)  # of the answers
     if any(p >= len(mask) for p in found):
-        return "the padding is learned. It is there for the rectangle alone."
+        return "the padding is learned. It only makes the rows equally long."
     if found == {p + 1 for p in expected}:
         return "every position is one too high. Labels stand at the token's own position."
     if found == {p - 1 for p in expected}:
         return "every position is one too low. The model shifts by itself."
-    if expected - found == set(answers):
+    if expected - found == set(ends):
         return "the tokens that end the answers are missing: the model would never stop."
-    if len(answers) > 1 and found == {p for p in expected if p > answers[0]}:
-        return "that is the last answer alone. The first is the assistant's, too."
+    if len(ends) > 1 and found == {p for p in expected if p > ends[0]}:
+        return "that is the last answer alone. The first one is the assistant's, too."
     if extra := sorted(found - expected):
         return (
             f"position {extra[0]}, {tokenizer.decode([ids[extra[0]]])!r}, is not the assistant's."
         )
-    lacking = min(expected - found)
-    return f"position {lacking}, {tokenizer.decode([ids[lacking]])!r}, is missing."
+    missing = min(expected - found)
+    return f"position {missing}, {tokenizer.decode([ids[missing]])!r}, is missing."
 
 
 # --- Find the bug --------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ def check_gpu_hours(function: Any) -> Verdict:
         if not isinstance(found, Real):
             return wrong(f"For {case}: expected a number of hours, found {found!r}.")
         if abs(found / expected - 1) > 1e-6:
-            return wrong(_cause_of_hours(found / expected, case[3], case[4]) or _said(case, found))
+            return wrong(
+                _cause_of_hours(found / expected, case[3], case[4]) or _other_hours(case, found)
+            )
     return right("An hour or two for 8B: the budget is for the runs that you repeat.")
 
 
@@ -43,14 +45,14 @@ def _cause_of_hours(ratio: float, utilisation: float, method: str) -> str | None
         3600.0: "Those are seconds: an hour has 3,600.",
         1e12: "`peak` is in TFLOP/s: 10¹² operations a second.",
         utilisation: "No GPU reaches its peak: divide by the utilisation, too.",
-        utilisation**2: "Divide by the utilisation; multiplied, a lazy GPU would be fast.",
+        utilisation**2: "Divide by the utilisation: a GPU that is used less needs longer.",
         2 / 6 if method == "full" else 2 / 4: "2 · N · D is the forward pass alone.",
         1.5 if method == "lora" else 2 / 3: "6 · N · D for full finetuning, 4 · N · D for LoRA.",
     }
     return next((why for at, why in causes.items() if abs(ratio / at - 1) < 1e-6), None)
 
 
-def _said(case: tuple, found: float) -> str:
+def _other_hours(case: tuple, found: float) -> str:
     names = ("parameters", "tokens", "peak", "utilisation", "method")
     given = ", ".join(f"{name} {value}" for name, value in zip(names, case, strict=True))
     return f"With {given}: expected {gpu_hours(*case):.4g} hours, found {found:.4g}."

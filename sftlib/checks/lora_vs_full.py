@@ -86,7 +86,7 @@ def check_memory(gigabytes: Any) -> Verdict:
             4 * 13: "the base is stored in bfloat16, 2 bytes.",
         },
         "QLoRA": {
-            2 * 13: "NF4 is about half a byte a weight.",
+            2 * 13: "NF4 is about half a byte per weight.",
             16 * 13: "the frozen weights have neither gradients nor moments.",
         },
     }

@@ -78,7 +78,7 @@ def check_learning_rate(function: Any) -> Verdict:
 
 
 def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
-    """`transformers.get_cosine_schedule_with_warmup`, of which a test makes sure."""
+    """As in `transformers.get_cosine_schedule_with_warmup`; a test compares the two."""
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -86,7 +86,7 @@ def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def _slips(step: int, steps: int, warmup: int, peak: float) -> dict[str, float]:
-    """What common mistakes give."""
+    """Common mistakes, and the rate that each of them gives."""
     rises, warm, done = step < warmup, peak * step / warmup, (step - warmup) / (steps - warmup)
     return {
         "That falls in a line; a cosine falls slowly, fast, and slowly again.": (
@@ -119,9 +119,9 @@ def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdic
             return wrong(f"Expected a number for {name}, found {value!r}.")
     expected = {"rows": 4000, "rows_a_step": 32, "tokens_a_row": 180}
     causes = {
-        ("rows", 12000): "rows counts each row once; samples a second count it in each epoch.",
+        ("rows", 12000): "rows counts each row once; samples per second count it in each epoch.",
         ("rows", 1333): "It is the other way round: 12,000 rows were read in three epochs.",
-        ("rows_a_step", 8): "That is samples a second: a step took four seconds.",
+        ("rows_a_step", 8): "That is samples per second: a step took four seconds.",
         ("rows_a_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
         ("tokens_a_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
         ("tokens_a_row", 1080): "6 · N · D: the 6 is left.",

@@ -56,13 +56,13 @@ def check_validator(function: Any) -> Verdict:
 def check_parser(function: Any) -> Verdict:
     one = '{"question": "2 + 2?", "answer": "4"}'
     other = '{"instruction": "Say hello.", "response": "Hello."}'
-    pair, said = ("2 + 2?", "4"), ("Say hello.", "Hello.")
+    pair, other_pair = ("2 + 2?", "4"), ("Say hello.", "Hello.")
     cases = [
         (f"[{one}]", [pair], "A list of one pair."),
         (f"```json\n[{one}]\n```", [pair], "A code fence around the list: look for brackets."),
-        (f"[{other}]", [said], "The keys may be `instruction` and `response`."),
+        (f"[{other}]", [other_pair], "The keys may be `instruction` and `response`."),
         (one, [pair], "A single object, not in a list, is a pair too."),
-        (f"[{one}, {other}]", [pair, said], "Both kinds of keys may stand in one list."),
+        (f"[{one}, {other}]", [pair, other_pair], "Both kinds of keys may stand in one list."),
         (f"Here you are:\n[{one}]\nEnjoy!", [pair], "Sentences before and after the JSON."),
         ("I would rather not.", [], "No JSON at all: an empty list."),
         ('[{"question": "2 + 2?", "ans', [], "JSON that was cut off: catch ValueError."),
@@ -107,7 +107,7 @@ def check_cost(cost: Any) -> Verdict:
     likely = [
         (expected * 0.6, "That pays for 10,000 attempts. Of these only 6,000 would be usable."),
         (expected * 0.36, "You multiplied by 0.6; to *get* 10,000 you must divide by it."),
-        (expected * 1e6, "Prices are for a million tokens."),
+        (expected * 1e6, "Prices are per million tokens."),
         (2.0 * 40 * attempts / 1e6, "The prompt costs too, and here it costs most."),
         (0.5 * 400 * attempts / 1e6, "What the model writes costs too."),
         ((0.5 * 40 + 2.0 * 400) * attempts / 1e6, "The two prices are the wrong way round."),

@@ -35,9 +35,9 @@ def check_dpo_loss(function: Any) -> Verdict:
     for margin, expected in ((-4999, 4999), (4999, 0)):
         far = call(lambda end=float(margin): float(function(end, 0.0, 0.0, 0.0, 1.0)))
         if isinstance(far, Exception) or not abs(far - expected) < 1:  # not: NaN is near nothing
-            said = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
+            shown = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
             return wrong(
-                f"Right, but for a margin of {margin} expected {expected}, found {said}. In "
+                f"Right, but for a margin of {margin} expected {expected}, found {shown}. In "
                 "floating point σ is 0 or 1 there, and exp overflows. Use "
                 "torch.nn.functional.logsigmoid."
             )
@@ -69,10 +69,10 @@ def check_advantages(function: Any) -> Verdict:
         return wrong(f"{method}: for {rewards} expected {right_ones}, found {shown}.")
     equal = _floats(call(function, [1.0, 1.0, 1.0, 1.0], "GRPO"))
     if isinstance(equal, Exception) or not _near(equal, [0.0] * 4):
-        said = type(equal).__name__ if isinstance(equal, Exception) else equal
+        shown = type(equal).__name__ if isinstance(equal, Exception) else equal
         return wrong(
-            f"GRPO, four equal rewards: expected zeros, found {said}. A group of equals has no "
-            "spread to divide by, and nothing to teach; add a small number to the divisor."
+            f"GRPO, four equal rewards: expected zeros, found {shown}. Their standard deviation is "
+            "0, and nothing can be divided by 0: add a small number to it."
         )
     return right("A group of equal rewards teaches nothing: that is why batches must be large.")
 

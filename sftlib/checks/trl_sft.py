@@ -103,7 +103,8 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
         "max_length": 512,
         "packing": True,
     }
-    as_before = {  # what SFTConfig did not set by default, or has to know on a CPU
+    # May be given as well: today's defaults are others, or a CPU needs it.
+    as_before = {
         "use_cpu": True,
         "packing_strategy": "wrapped",
         "learning_rate": 5e-5,

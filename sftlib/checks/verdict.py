@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found: `passed` is True, False, or None for "not attempted"."""
+    """What a check found. `passed` is True, False, or None for "not attempted"."""
 
     passed: bool | None
     message: str

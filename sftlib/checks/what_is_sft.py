@@ -15,7 +15,7 @@ def check_example(messages: Any) -> Verdict:
         return NOT_ATTEMPTED
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return wrong(
-            "Expected a list of dicts, one a message; "
+            "Expected a list of dicts, one per message; "
             f"found {type(messages).__name__}. Start with [{{'role': …, 'content': …}}, …]."
         )
     for number, message in enumerate(messages, 1):

@@ -100,8 +100,8 @@ def _refuse_losses(where: str, item: Mapping) -> None:
     for key in LOST:
         if item.get(key) and item[key] != "[]":  # some datasets store the list as JSON text
             raise RecordError(
-                f"Expected messages of text alone, found {key!r} in {where}. It would be lost: leave "
-                "the example out, or write it into the text."
+                f"Expected messages of text alone, found {key!r} in {where}. It would be lost: "
+                "leave the example out, or write it into the text."
             )
     weight = item.get("weight")
     if weight is not None and weight == 0 and item.get("role") == "assistant":
