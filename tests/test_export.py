@@ -310,7 +310,7 @@ def test_a_conversation_that_has_grown_too_long_is_announced(tiny, capsys):
     model, tokenizer = tiny
     room = model.config.max_position_embeddings
     talk(model, tokenizer, ["word " * (room - 10)], max_new_tokens=2)
-    assert f"(Of {room} tokens " in capsys.readouterr().out
+    assert f"of {room} tokens are used" in capsys.readouterr().out
 
 
 # --- What needs it -------------------------------------------------------------------------------

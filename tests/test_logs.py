@@ -184,6 +184,13 @@ def changed(values, at, value):
 
 SURE = {"mean_token_accuracy": [0.99] * 20, "entropy": [0.2] * 20}
 LOST = {"mean_token_accuracy": [0.02] * 20, "entropy": [1.5] * 20}
+
+
+def begins(accuracy):
+    """Columns of TRL for a model that begins with this accuracy and soon has a high one."""
+    return {"mean_token_accuracy": [accuracy] * 3 + [0.99] * 17, "entropy": [1.5] * 20}
+
+
 SEEN = [  # sign, a log, what a finding must mention
     ("nothing unusual", logged(FALLING, {10: 0.5, 20: 0.13}), "held-out"),
     ("nothing unusual", logged(FALLING, {10: 0.5, 20: 0.13}, grad_norm=[1.0] * 20), "held-out"),
@@ -200,6 +207,8 @@ SEEN = [  # sign, a log, what a finding must mention
     ("out of scale", logged([8 * x for x in FALLING], **SURE), "99% of the"),
     ("starts near chance", logged([4 * x for x in FALLING]), "11.8 for Llama 3"),
     ("starts near chance", logged([3 * x for x in FALLING], **LOST), "2% of guesses"),
+    ("nothing unusual", logged(FALLING, **begins(accuracy=0.1)), "held-out"),
+    ("nothing unusual", logged([3 * x for x in FALLING], **begins(accuracy=0.4)), "held-out"),
     ("too short", logged(FALLING[:7]), "7 logged losses"),
     ("unstable", logged(FALLING[:2] + [9.0] * 4 + FALLING[6:]), "rises from 2.70 to 9.00"),
     ("barely learning", logged([2.7 - 0.01 * i for i in range(20)]), "only."),

@@ -60,7 +60,7 @@ def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
     assert mutation.tests_of(SCRIPT)[0] == "tests/test_llama3.py"
     assert mutation.tests_of("sftlib/chat/encoding.py")[0] == "tests/test_chat.py"
     assert "tests/test_data.py" in mutation.tests_of("sftlib/data/hygiene.py")  # data imports it
-    assert "tests/test_logs.py" in mutation.tests_of("sftlib/experiments/summary.py")
+    assert "tests/test_logs.py" in mutation.tests_of("sftlib/experiments/logs.py")
 
 
 def test_nine_of_ten_stored_damages_were_noticed_and_the_rest_have_a_reason():

@@ -25,13 +25,11 @@ def two(monkeypatch):
     monkeypatch.setattr(module, "EXERCISES", {})
 
     def check(number):
+        @exercise(1, number, f"find the number {number}")
         def check_it(answer):
-            if answer is ...:
-                return NOT_ATTEMPTED
             return right("Yes.") if answer == number else wrong("No.")
 
-        check_it.__doc__ = f"Lesson 1, exercise {number}: find the number {number}."
-        return exercise(check_it)
+        return check_it
 
     return check(1), check(2)
 
@@ -105,12 +103,18 @@ def test_a_damaged_line_costs_no_other(two, solved, somebody_comes):
     assert two[1](2) and list(progress().solved) == ["✓ ✓"]
 
 
-def test_a_check_without_its_lesson_is_refused():
-    def check_it(answer):
-        """Some exercise."""
+def test_help_on_a_check_names_its_lesson(two):
+    assert two[1].__doc__ == "Lesson 1, exercise 2: find the number 2."
 
-    with pytest.raises(ValueError, match="Lesson 1, exercise 2"):
-        exercise(check_it)
+
+@pytest.mark.parametrize("answer", [..., None, {"a": ...}, [..., (..., ...)]])
+def test_an_answer_that_was_not_touched_is_no_attempt(two, answer):
+    assert two[0](answer) is NOT_ATTEMPTED
+
+
+@pytest.mark.parametrize("answer", [[], {}, 0, "", [..., 1], {"a": {"b": 1}}])
+def test_what_was_changed_is_an_attempt(two, answer):
+    assert two[0](answer).passed is False
 
 
 def test_each_check_of_the_lessons_has_its_place():

@@ -57,7 +57,7 @@ HARMLESS = {
     ),
     ("sftlib/checks/verdict.py", "@dataclass(frozen=False)"): "nothing writes to a verdict",
     (
-        "sftlib/data/files.py",
+        "sftlib/data/splits.py",
         "in zip(rows, values, strict=False)",
     ): "a value is made for each row above",
     ("sftlib/data/formats.py", "zip(parts[::2], parts[1::2], strict=False)"): (
@@ -77,9 +77,6 @@ HARMLESS = {
         "sftlib/deploy/serving.py",
         "timeout: float = 240.0",
     ): "it waits longer for a server that hangs",
-    ("sftlib/experiments/summary.py", "in zip(losses.index, before, strict=False)"): (
-        "the line above makes one value for each"
-    ),
     ("sftlib/scale/memory.py", "every: float = 0.004"): "it looks at the memory less often",
     ("sftlib/teacher/local.py", "timeout: float = 240.0"): "as in sftlib/deploy/serving.py",
     ("sftlib/deploy/talk.py", "max_new_tokens: int = 257"): "an answer may be a token longer",

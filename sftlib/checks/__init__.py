@@ -1,7 +1,7 @@
-"""One `check_…` an exercise: ✓ when right, the likely cause when wrong, never just "wrong".
+"""One `check_…` per exercise: ✓ for a right answer, the likely cause for a wrong one.
 
-A check shows its verdict as the last value of a cell. An exercise that was not attempted (the
-answer is still `...`) says so and is no error, so that a notebook with open exercises runs through.
+A check is the last line of a cell, which shows its verdict. An exercise that was not attempted (the
+answer is still `...`) says so and is no error, so a notebook with open exercises runs to its end.
 """
 
 from sftlib.checks.chatml import (

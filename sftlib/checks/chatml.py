@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, untouched, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +23,8 @@ CONVERSATION = [
 ]
 
 
-@exercise
+@exercise(3, 1, "Llama 3's chat template, with `{% generation %}`")
 def check_template(template: Any) -> Verdict:
-    """Lesson 3, exercise 1: Llama 3's chat template, with `{% generation %}`."""
-    if template is ... or template is None:
-        return NOT_ATTEMPTED
     if not isinstance(template, str):
         return wrong(f"Expected the template as a text, found {type(template).__name__}.")
     try:
@@ -48,7 +45,7 @@ def check_template(template: Any) -> Verdict:
 def _rendered(
     messages: list[dict], template: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text and marks; `bos_token` is Llama 3's, as with its own tokenizer."""
+    """A conversation's text and its marked spans, with Llama 3's own `bos_token`."""
     texts, spans = render_marked(
         [messages], template, add_generation_prompt, bos_token="<|begin_of_text|>"
     )
@@ -66,15 +63,17 @@ def _wrong_text(text: str, asked: str) -> str:
     if text.count("<|begin_of_text|>") > 1:
         return "Write <|begin_of_text|> once, before the loop over messages."
     if " Hi! " in text or " Hello.\n" in text:
-        return "The content is written as it is: take away the spaces around it, with `| trim`."
+        return "The content keeps the spaces around it: remove them with `| trim`."
     if "<|eot_id|>\n" in text:
         return "Nothing stands between <|eot_id|> and the next message."
     if "<|end_header_id|>\n\n" not in text:
-        return "After <|end_header_id|> come two line breaks."
+        return "Write two line breaks after <|end_header_id|>."
     if text == expected + prompt:
-        return "The generation prompt is always written: only `{% if add_generation_prompt %}`."
+        return (
+            "The generation prompt is always written. Do it only `{% if add_generation_prompt %}`."
+        )
     if text == expected:
-        return "Asked with add_generation_prompt=True, the text must end with " + repr(prompt) + "."
+        return f"With add_generation_prompt=True, the text must end with {prompt!r}."
     at = len(os.path.commonprefix([text, expected]))
     return (
         f"After {expected[:at][-30:]!r} expected {expected[at : at + 30]!r}, "
@@ -93,7 +92,7 @@ def _marks(template: str) -> Verdict:
     if any("header" in text for text in marked):
         return wrong("The header is marked, too. The template writes it, not the model.")
     if len(marked) > len(expected):
-        return wrong("Messages of others are marked, too: ask for `message['role']`.")
+        return wrong("Messages of others are marked, too: test `message['role']`.")
     return wrong(f"Expected the marks around {expected}, found them around {marked}.")
 
 
@@ -123,16 +122,13 @@ def batch_to_mask(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows]
 
 
-@exercise
+@exercise(3, 2, "for each row, the positions that the model learns from")
 def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
-    """Lesson 3, exercise 2: for each row, the positions that the model learns from."""
-    if positions is ... or positions is None:
-        return NOT_ATTEMPTED
     if not isinstance(positions, list | tuple) or len(positions) != 2:
         return wrong("Expected two lists of positions, one for each row of the batch.")
     ids = batch_to_mask(tokenizer)
     for number, (row, messages) in enumerate(zip(positions, TO_MASK, strict=True)):
-        if row is ...:
+        if untouched(row):
             return NOT_ATTEMPTED
         mask = _encoded(tokenizer, messages)["assistant_masks"]
         expected = {p for p, learned in enumerate(mask) if learned}
@@ -152,23 +148,23 @@ def _wrong_mask(
 ) -> str:
     """The likely cause of a wrong mask."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answers = sorted(p for p in expected if ids[p] == end)
+    ends = sorted(p for p in expected if ids[p] == end)  # of the answers
     if any(p >= len(mask) for p in found):
-        return "the padding is learned. It is there for the rectangle alone."
+        return "the padding is learned. It only makes the rows equally long."
     if found == {p + 1 for p in expected}:
         return "every position is one too high. Labels stand at the token's own position."
     if found == {p - 1 for p in expected}:
         return "every position is one too low. The model shifts by itself."
-    if expected - found == set(answers):
+    if expected - found == set(ends):
         return "the tokens that end the answers are missing: the model would never stop."
-    if len(answers) > 1 and found == {p for p in expected if p > answers[0]}:
-        return "that is the last answer alone. The first is the assistant's, too."
+    if len(ends) > 1 and found == {p for p in expected if p > ends[0]}:
+        return "that is the last answer alone. The first one is the assistant's, too."
     if extra := sorted(found - expected):
         return (
             f"position {extra[0]}, {tokenizer.decode([ids[extra[0]]])!r}, is not the assistant's."
         )
-    lacking = min(expected - found)
-    return f"position {lacking}, {tokenizer.decode([ids[lacking]])!r}, is missing."
+    missing = min(expected - found)
+    return f"position {missing}, {tokenizer.decode([ids[missing]])!r}, is missing."
 
 
 # --- Find the bug --------------------------------------------------------------------------------
@@ -208,16 +204,12 @@ def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, li
     }
 
 
-@exercise
+@exercise(3, 3, "the bug of each batch, by its letter")
 def check_bugs(named: Any) -> Verdict:
-    """Lesson 3, exercise 3: the bug of each batch, by its letter."""
-    if named is ... or named is None:
-        return NOT_ATTEMPTED
     if not isinstance(named, dict) or set(named) != set(BUGS):
         return wrong(f"Expected a dict with the keys {', '.join(BUGS)}.")
-    if any(name is ... for name in named.values()):
-        left = [letter for letter, name in named.items() if name is ...]
-        return NOT_ATTEMPTED if len(left) == len(BUGS) else wrong(f"Still open: {', '.join(left)}.")
+    if left := [letter for letter, name in named.items() if name is ...]:
+        return wrong(f"Still open: {', '.join(left)}.")
     for letter, name in named.items():
         if name not in BUGS.values():
             return wrong(f"{letter}: expected one of {sorted(BUGS.values())}, found {name!r}.")

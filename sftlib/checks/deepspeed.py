@@ -10,15 +10,10 @@ from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.scale.memory import zero_bytes
 
 
-@exercise
+@exercise(5, 1, "what a rank keeps of 13 billion parameters on 16 ranks")
 def check_zero_memory(gigabytes: Any) -> Verdict:
-    """Lesson 5, exercise 1: what a rank keeps of 13 billion parameters on 16 ranks."""
-    if gigabytes is ... or gigabytes is None:
-        return NOT_ATTEMPTED
     if not isinstance(gigabytes, dict) or set(gigabytes) != {1, 2, 3}:
         return wrong("Expected a dict with the keys 1, 2 and 3.")
-    if all(value is ... for value in gigabytes.values()):
-        return NOT_ATTEMPTED
     for stage, found in gigabytes.items():
         if not isinstance(found, Real) or isinstance(found, bool):
             return wrong(f"Stage {stage}: expected a number, found {found!r}.")
@@ -28,7 +23,7 @@ def check_zero_memory(gigabytes: Any) -> Verdict:
 
 
 def _memory_fault(stage: int, found: float) -> str:
-    n = 13.0  # billion parameters, so bytes a parameter give gigabytes
+    n = 13.0  # billion parameters, so bytes per parameter give gigabytes
     parts = vars(zero_bytes(13_000_000_000, 16, stage)).values()
     weights, gradients, optimizer = (part / 1e9 for part in parts)
     if abs(found / (weights + gradients + optimizer) - 1) < 0.02:
@@ -37,9 +32,9 @@ def _memory_fault(stage: int, found: float) -> str:
         16 * n: "that is stage 0: nothing is divided.",
         optimizer: "that is the optimizer alone: add weights and gradients.",
         weights + optimizer: "the gradients are missing.",
-        2 * n + 2 * n + 8 * n / 16: "the optimizer has 12 bytes a parameter: two moments, and the "
-        "weights in float32.",
-        2 * n + (2 + 8) * n / 16: "the optimizer has 12 bytes a parameter.",
+        2 * n + 2 * n + 8 * n / 16: "the optimizer has 12 bytes per parameter: two moments, and "
+        "the weights in float32.",
+        2 * n + (2 + 8) * n / 16: "the optimizer has 12 bytes per parameter.",
         **{
             zero_bytes(13_000_000_000, 16, other).total / 1e9: f"that is stage {other}."
             for other in {1, 2, 3} - {stage}
@@ -49,8 +44,8 @@ def _memory_fault(stage: int, found: float) -> str:
     if near or found > 1e6:
         return near[0] if near else "bytes, not gigabytes?"
     return (
-        f"expected 2 + 2 + 12 bytes a parameter, and what stage {stage} divides divided by 16; "
-        f"found {found:g} GB."
+        f"expected 2 + 2 + 12 bytes per parameter, with a 16th of each part that stage {stage} "
+        f"divides; found {found:g} GB."
     )
 
 
@@ -74,10 +69,9 @@ BROKEN = {
 """The configurations of exercise 2, as the lesson gives them."""
 
 
-@exercise
+@exercise(5, 2, "three DeepSpeed configurations, repaired")
 def check_configs(repaired: Any) -> Verdict:
-    """Lesson 5, exercise 2: three DeepSpeed configurations, repaired."""
-    if repaired is ... or repaired is None or repaired == BROKEN:
+    if repaired == BROKEN:
         return NOT_ATTEMPTED
     if not isinstance(repaired, dict) or set(repaired) != set(BROKEN):
         return wrong("Expected a dict with the keys A, B and C.")
@@ -97,8 +91,8 @@ def _unknown(config: dict) -> str:
     top |= {"zero_optimization", "fp16", "gradient_clipping", "optimizer", "scheduler"}
     if unknown := sorted(set(config) - top):
         return (
-            f"{', '.join(unknown)} is not needed here, or misspelt: DeepSpeed ignores what it does "
-            "not know at the top, without a word."
+            f"{', '.join(unknown)} is not needed here, or misspelt: at the top, DeepSpeed silently "
+            "ignores keys that it does not know."
         )
     offload = config.get("zero_optimization", {}).get("offload_param")
     if isinstance(offload, dict) and (more := sorted(set(offload) - {"device", "pin_memory"})):
@@ -120,7 +114,7 @@ def _fault_a(config: dict) -> str:
     if no_batch := _no_batch(config):
         return no_batch
     if not _on(config, "bf16") or _on(config, "fp16"):
-        return "bfloat16 was wanted, and it alone."
+        return "bfloat16 was wanted, without fp16."
     return ""
 
 
@@ -132,7 +126,7 @@ def _no_batch(config: dict) -> str:
 
 def _fault_b(config: dict) -> str:
     if _stage(config) != 2:
-        return f"keep stage 2: as it stands, it trains with stage {_stage(config)}."
+        return f"keep stage 2: now it trains with stage {_stage(config)}."
     rows, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
     accumulation = config.get("gradient_accumulation_steps")
     if micro not in (4, None) or rows not in (64, None):
@@ -149,11 +143,11 @@ def _fault_b(config: dict) -> str:
 def _fault_c(config: dict) -> str:
     offload = config.get("zero_optimization", {}).get("offload_param")
     if not isinstance(offload, dict) or offload.get("device") != "cpu":
-        return "the weights were to live in the CPU's memory: keep offload_param."
+        return "the weights should be in the CPU's memory: keep offload_param."
     if no_batch := _no_batch(config):
         return no_batch
     if _stage(config) != 3:
-        return "offload_param works with stage 3 alone: below it, each rank keeps its weights."
+        return "offload_param works only with stage 3: below it, each rank keeps all weights."
     return ""
 
 
@@ -161,11 +155,8 @@ def _stage(config: dict) -> Any:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-@exercise
+@exercise(5, 3, "the lowest stage that fits")
 def check_stages(stages: Any) -> Verdict:
-    """Lesson 5, exercise 3: the lowest stage that fits."""
-    if stages is ... or stages is None:
-        return NOT_ATTEMPTED
     # billions of parameters, GPUs, the answer
     wishes = {
         "small": (1.2, 8, 0),
@@ -175,15 +166,13 @@ def check_stages(stages: Any) -> Verdict:
     }
     if not isinstance(stages, dict) or set(stages) != set(wishes):
         return wrong(f"Expected a dict with the keys {', '.join(wishes)}.")
-    if all(value is ... for value in stages.values()):
-        return NOT_ATTEMPTED
     for name, (billions, gpus, best) in wishes.items():
         found = stages[name]
         if found not in (0, 1, 2, 3) or isinstance(found, bool):
             return wrong(f"{name}: expected a stage from 0 to 3, found {found!r}.")
         needs = zero_bytes(round(billions * 1e9), gpus, found).total / 1e9
         if found < best:
-            return wrong(f"{name}: stage {found} keeps {needs:.0f} GB a GPU; 64 are free.")
+            return wrong(f"{name}: stage {found} keeps {needs:.0f} GB per GPU; 64 are free.")
         if found > best:
             why = "sends gradients each time" if best == 1 else "has to gather weights"
             return wrong(f"{name}: stage {found} fits, but {why}; a lower one fits, too.")

@@ -7,29 +7,28 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 
 
-@exercise
+@exercise(9, 1, "hours of one GPU, from operations, peak and utilisation")
 def check_gpu_hours(function: Any) -> Verdict:
-    """Lesson 9, exercise 1: hours of one GPU, from operations, peak and utilisation."""
     cases = [
         (8e9, 24e6, 989.0, 0.4, "full"),
         (8e9, 24e6, 989.0, 0.4, "lora"),
         (7e10, 1e8, 312.0, 0.3, "full"),
     ]
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     for case in cases:
         found, expected = call(function, *case), gpu_hours(*case)
-        if found is ... or found is None:
+        if untouched(found):
             return NOT_ATTEMPTED
         if isinstance(found, Exception):
             return wrong(f"For {case} it raised {type(found).__name__}: {found}")
         if not isinstance(found, Real):
             return wrong(f"For {case}: expected a number of hours, found {found!r}.")
         if abs(found / expected - 1) > 1e-6:
-            return wrong(_cause_of_hours(found / expected, case[3], case[4]) or _said(case, found))
+            return wrong(
+                _cause_of_hours(found / expected, case[3], case[4]) or _other_hours(case, found)
+            )
     return right("An hour or two for 8B: the budget is for the runs that you repeat.")
 
 
@@ -46,28 +45,25 @@ def _cause_of_hours(ratio: float, utilisation: float, method: str) -> str | None
         3600.0: "Those are seconds: an hour has 3,600.",
         1e12: "`peak` is in TFLOP/s: 10¹² operations a second.",
         utilisation: "No GPU reaches its peak: divide by the utilisation, too.",
-        utilisation**2: "Divide by the utilisation; multiplied, a lazy GPU would be fast.",
+        utilisation**2: "Divide by the utilisation: a GPU that is used less needs longer.",
         2 / 6 if method == "full" else 2 / 4: "2 · N · D is the forward pass alone.",
         1.5 if method == "lora" else 2 / 3: "6 · N · D for full finetuning, 4 · N · D for LoRA.",
     }
     return next((why for at, why in causes.items() if abs(ratio / at - 1) < 1e-6), None)
 
 
-def _said(case: tuple, found: float) -> str:
+def _other_hours(case: tuple, found: float) -> str:
     names = ("parameters", "tokens", "peak", "utilisation", "method")
     given = ", ".join(f"{name} {value}" for name, value in zip(names, case, strict=True))
     return f"With {given}: expected {gpu_hours(*case):.4g} hours, found {found:.4g}."
 
 
-@exercise
+@exercise(9, 2, "accumulation and steps that keep the batch on other GPUs")
 def check_schedule(function: Any) -> Verdict:
-    """Lesson 9, exercise 2: accumulation and steps that keep the batch on other GPUs."""
     cases = {(1000, 64, 1, 8): (8, 16), (1000, 64, 8, 8): (1, 16), (1024, 128, 4, 2): (16, 8)}
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     for case, expected in cases.items():
         found = call(function, *case)
-        if found is ... or found is None or (isinstance(found, tuple) and set(found) == {...}):
+        if untouched(found):
             return NOT_ATTEMPTED
         if isinstance(found, Exception):
             return wrong(f"For {case} it raised {type(found).__name__}: {found}")
@@ -94,9 +90,8 @@ def check_schedule(function: Any) -> Verdict:
     return right("The same steps on any number of GPUs, and the learning rate holds.")
 
 
-@exercise
+@exercise(9, 3, "whether an answer has the form, and whether it is right")
 def check_form_and_content(function: Any) -> Verdict:
-    """Lesson 9, exercise 3: whether an answer has the form, and whether it is right."""
     full = {"subject": "Kenya", "relation": "capital", "answer": "Nairobi"}
     cases = [
         (json.dumps(full), (True, True), "the form, and the right value"),
@@ -115,11 +110,9 @@ def check_form_and_content(function: Any) -> Verdict:
         (json.dumps(full | {"answer": 7}), (False, False), "a number in place of text"),
         ("42", (False, False), "a number alone"),
     ]
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     for text, expected, what in cases:
         found = call(function, text, "Nairobi")
-        if found is ... or found is None or (isinstance(found, tuple) and set(found) == {...}):
+        if untouched(found):
             return NOT_ATTEMPTED
         if isinstance(found, Exception):
             return wrong(f"{what} ({text}): it raised {type(found).__name__}: {found}")

@@ -6,25 +6,22 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 from sftlib.scale.memory import adam_bytes
 
 if TYPE_CHECKING:
     import pandas
 
 
-@exercise
+@exercise(4, 1, "the output of an adapted layer")
 def check_adapted_layer(function: Any) -> Verdict:
-    """Lesson 4, exercise 1: the output of an adapted layer."""
     import torch
 
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     make = torch.Generator().manual_seed(0)
     x, w, a, b = (torch.randn(shape, generator=make) for shape in ((5, 4), (3, 4), (2, 4), (3, 2)))
     alpha = 6
     found = call(function, x, w, a, b, alpha)
-    if found is ... or found is None:
+    if untouched(found):
         return NOT_ATTEMPTED
     if isinstance(found, Exception):
         return wrong(f"It raised {type(found).__name__}: {found} Mind the transposes: x @ W.T.")
@@ -49,11 +46,8 @@ def check_adapted_layer(function: Any) -> Verdict:
     return wrong("Expected x Wᵀ + (α / r) x Aᵀ Bᵀ, found other numbers.")
 
 
-@exercise
+@exercise(4, 2, "LoRA's parameters on two matrices of Llama 3 8B")
 def check_trainable(trainable: Any) -> Verdict:
-    """Lesson 4, exercise 2: LoRA's parameters on two matrices of Llama 3 8B."""
-    if trainable is ... or trainable is None:
-        return NOT_ATTEMPTED
     if not isinstance(trainable, Real):
         return wrong(f"Expected a number, found {type(trainable).__name__}.")
     query, value, r, layers = 4096 + 4096, 4096 + 1024, 8, 32
@@ -71,11 +65,8 @@ def check_trainable(trainable: Any) -> Verdict:
     return wrong(causes.get(trainable, fallback))
 
 
-@exercise
+@exercise(4, 3, "what a 13B model keeps in memory in three ways of training")
 def check_memory(gigabytes: Any) -> Verdict:
-    """Lesson 4, exercise 3: what a 13B model keeps in memory in three ways of training."""
-    if gigabytes is ... or gigabytes is None:
-        return NOT_ATTEMPTED
     base, adapter = 13_000_000_000, 60_000_000
     expected = {
         "full": adam_bytes(base, precision="mixed").total / 1e9,
@@ -84,8 +75,6 @@ def check_memory(gigabytes: Any) -> Verdict:
     }
     if not isinstance(gigabytes, dict) or set(gigabytes) != set(expected):
         return wrong(f"Expected a dict with the keys {', '.join(expected)}.")
-    if all(value is ... for value in gigabytes.values()):
-        return NOT_ATTEMPTED
     hints = {
         "full": {
             4 * 13: "that is 4 bytes, the weights in float32: gradients and moments are missing.",
@@ -97,7 +86,7 @@ def check_memory(gigabytes: Any) -> Verdict:
             4 * 13: "the base is stored in bfloat16, 2 bytes.",
         },
         "QLoRA": {
-            2 * 13: "NF4 is about half a byte a weight.",
+            2 * 13: "NF4 is about half a byte per weight.",
             16 * 13: "the frozen weights have neither gradients nor moments.",
         },
     }
@@ -112,15 +101,10 @@ def check_memory(gigabytes: Any) -> Verdict:
     return right("208, 27 and 7.7 GB: three, one and a small part of an 80 GB card.")
 
 
-@exercise
+@exercise(4, 4, "the best learning rate by dev, and its held-out score, for each")
 def check_fair_comparison(fair: Any, full: pandas.DataFrame, lora: pandas.DataFrame) -> Verdict:
-    """Lesson 4, exercise 4: the best learning rate by dev, and its held-out score, for each."""
-    if fair is ... or fair is None:
-        return NOT_ATTEMPTED
     if not isinstance(fair, dict) or set(fair) != {"full", "LoRA"}:
         return wrong("Expected a dict with the keys full and LoRA.")
-    if all(isinstance(pair, tuple) and all(x is ... for x in pair) for pair in fair.values()):
-        return NOT_ATTEMPTED
     for name, runs in (("full", full), ("LoRA", lora)):
         pair = fair[name]
         if not isinstance(pair, list | tuple) or len(pair) != 2:

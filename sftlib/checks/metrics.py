@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 from sftlib.experiments.diagnosis import HEALTHY, SIGNS
 from sftlib.experiments.failures import unnamed
 
@@ -25,9 +25,8 @@ HINTS = {
 }
 
 
-@exercise
+@exercise(8, 1, "the sign in each of the unnamed trainings")
 def check_diagnosis(answer: Any) -> Verdict:
-    """Lesson 8, exercise 1: the sign in each of the unnamed trainings."""
     truth = {letter: training.sign or HEALTHY for letter, training in unnamed().items()}
     if not isinstance(answer, dict):
         return wrong(f"Expected a dictionary, letter → sign, found {type(answer).__name__}.")
@@ -51,14 +50,11 @@ def check_diagnosis(answer: Any) -> Verdict:
     return wrong(f"{count} Look again at {', '.join(named)}. Of {named[0]}: {hint}")
 
 
-@exercise
+@exercise(8, 2, "the rate of each step, with warm-up and then a cosine")
 def check_learning_rate(function: Any) -> Verdict:
-    """Lesson 8, exercise 2: the rate of each step, with warm-up and then a cosine."""
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     peak, warmup, steps = 0.004, 4, 24
     found = [call(function, step, steps, warmup, peak) for step in range(steps)]
-    if any(value is ... or value is None for value in found):
+    if any(map(untouched, found)):
         return NOT_ATTEMPTED
     for step, value in enumerate(found):
         if isinstance(value, Exception):
@@ -82,7 +78,7 @@ def check_learning_rate(function: Any) -> Verdict:
 
 
 def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
-    """`transformers.get_cosine_schedule_with_warmup`, of which a test makes sure."""
+    """As in `transformers.get_cosine_schedule_with_warmup`; a test compares the two."""
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -90,7 +86,7 @@ def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def _slips(step: int, steps: int, warmup: int, peak: float) -> dict[str, float]:
-    """What common mistakes give."""
+    """Common mistakes, and the rate that each of them gives."""
     rises, warm, done = step < warmup, peak * step / warmup, (step - warmup) / (steps - warmup)
     return {
         "That falls in a line; a cosine falls slowly, fast, and slowly again.": (
@@ -113,12 +109,9 @@ def _near(found: list, expected: list) -> bool:
     return all(abs(a - b) < 1e-7 for a, b in zip(found, expected, strict=True))
 
 
-@exercise
+@exercise(8, 3, "what was trained, found from the figures of its `TrainOutput`")
 def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdict:
-    """Lesson 8, exercise 3: what was trained, found from the figures of its `TrainOutput`."""
     given = {"rows": rows, "rows_a_step": rows_a_step, "tokens_a_row": tokens_a_row}
-    if all(value is ... for value in given.values()):
-        return NOT_ATTEMPTED
     for name, value in given.items():
         if value is ...:
             return wrong(f"{name} is still open.")
@@ -126,9 +119,9 @@ def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdic
             return wrong(f"Expected a number for {name}, found {value!r}.")
     expected = {"rows": 4000, "rows_a_step": 32, "tokens_a_row": 180}
     causes = {
-        ("rows", 12000): "rows counts each row once; samples a second count it in each epoch.",
+        ("rows", 12000): "rows counts each row once; samples per second count it in each epoch.",
         ("rows", 1333): "It is the other way round: 12,000 rows were read in three epochs.",
-        ("rows_a_step", 8): "That is samples a second: a step took four seconds.",
+        ("rows_a_step", 8): "That is samples per second: a step took four seconds.",
         ("rows_a_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
         ("tokens_a_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
         ("tokens_a_row", 1080): "6 · N · D: the 6 is left.",

@@ -4,43 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
-import re
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftlib import progress_bars
-from sftlib.checks.verdict import Verdict
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, untouched
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SOLVED = Path(__file__).parents[2] / "work" / "progress.jsonl"
-EXERCISES: dict[tuple[int, int], str] = {}  # lesson and number of each exercise: what it asks for
+EXERCISES: dict[tuple[int, int], str] = {}  # (lesson, number) → what the exercise asks for
+Check = Callable[..., Verdict]
 
 
-def exercise(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
-    """A check that notes when it is passed; its docstring begins with `Lesson 1, exercise 2: …`."""
-    found = re.match(r"Lesson (\d+), exercise (\d+): (.+)", check.__doc__ or "")
-    if not found:
-        raise ValueError(
-            f"Expected a docstring of {check.__name__} that begins with 'Lesson 1, exercise 2: …', "
-            f"found {check.__doc__!r}."
-        )
-    lesson, number, task = found.groups()
-    EXERCISES[int(lesson), int(number)] = task.rstrip(".")
+def exercise(lesson: int, number: int, task: str) -> Callable[[Check], Check]:
+    """A check of this exercise. It is called only with an attempt, and notes when it passes."""
 
-    @functools.wraps(check)
-    def noting(*args, **options) -> Verdict:
-        verdict = check(*args, **options)
-        if verdict and progress_bars():  # somebody is there; neither a test nor a recording
-            with contextlib.suppress(OSError, ValueError):  # a note is not worth an error
-                _note(int(lesson), int(number))
-        return verdict
+    def enter(check: Check) -> Check:
+        EXERCISES[lesson, number] = task
+        check.__doc__ = f"Lesson {lesson}, exercise {number}: {task}."
 
-    return noting
+        @functools.wraps(check)
+        def noting(*args, **options) -> Verdict:
+            if args and untouched(args[0]):
+                return NOT_ATTEMPTED
+            verdict = check(*args, **options)
+            if verdict and progress_bars():  # somebody is there; neither a test nor a recording
+                with contextlib.suppress(OSError, ValueError):  # a note is not worth an error
+                    _note(lesson, number)
+            return verdict
+
+        return noting
+
+    return enter
 
 
 def _note(lesson: int, number: int) -> None:
@@ -65,15 +66,15 @@ def _solved() -> dict[tuple[int, int], str]:
 
 
 def progress() -> pd.DataFrame:
-    """What you have solved, a row a lesson, and the next open exercise of each.
+    """What you have solved: one row per lesson, with the next open exercise of each.
 
     It is kept in `work/progress.jsonl`; remove that file to begin anew.
     """
     import pandas as pd
 
     solved, rows = _solved(), {}
-    for lesson in sorted({lesson for lesson, _ in EXERCISES}):
-        numbers = sorted(number for one, number in EXERCISES if one == lesson)
+    for lesson, group in itertools.groupby(sorted(EXERCISES), key=lambda place: place[0]):
+        numbers = [number for _, number in group]
         left = [number for number in numbers if (lesson, number) not in solved]
         rows[f"lesson {lesson}"] = {
             "solved": " ".join("○" if number in left else "✓" for number in numbers),

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 
 
-@exercise
+@exercise(2, 1, "`function(question, answer) -> list of problems`")
 def check_validator(function: Any) -> Verdict:
-    """Lesson 2, exercise 1: `function(question, answer) -> list of problems`."""
-    if function is ...:
-        return NOT_ATTEMPTED
     question, answer = "What is the capital of Niger?", "The capital of Niger is Niamey."
     cases = [
         (question, answer, False, "There is nothing wrong with a true, plain pair."),
@@ -44,7 +41,7 @@ def check_validator(function: Any) -> Verdict:
     ]
     for *texts, expected, why in cases:
         found = call(function, *texts)
-        if found is ... or found is None:
+        if untouched(found):
             return NOT_ATTEMPTED
         if isinstance(found, Exception):
             return wrong(f"Your function raised {type(found).__name__}: {found}")
@@ -55,27 +52,24 @@ def check_validator(function: Any) -> Verdict:
     return right("It finds what is broken, and leaves what is well.")
 
 
-@exercise
+@exercise(2, 2, "`function(text) -> list of (question, answer)`")
 def check_parser(function: Any) -> Verdict:
-    """Lesson 2, exercise 2: `function(text) -> list of (question, answer)`."""
-    if function is ...:
-        return NOT_ATTEMPTED
     one = '{"question": "2 + 2?", "answer": "4"}'
     other = '{"instruction": "Say hello.", "response": "Hello."}'
-    pair, said = ("2 + 2?", "4"), ("Say hello.", "Hello.")
+    pair, other_pair = ("2 + 2?", "4"), ("Say hello.", "Hello.")
     cases = [
         (f"[{one}]", [pair], "A list of one pair."),
         (f"```json\n[{one}]\n```", [pair], "A code fence around the list: look for brackets."),
-        (f"[{other}]", [said], "The keys may be `instruction` and `response`."),
+        (f"[{other}]", [other_pair], "The keys may be `instruction` and `response`."),
         (one, [pair], "A single object, not in a list, is a pair too."),
-        (f"[{one}, {other}]", [pair, said], "Both kinds of keys may stand in one list."),
+        (f"[{one}, {other}]", [pair, other_pair], "Both kinds of keys may stand in one list."),
         (f"Here you are:\n[{one}]\nEnjoy!", [pair], "Sentences before and after the JSON."),
         ("I would rather not.", [], "No JSON at all: an empty list."),
         ('[{"question": "2 + 2?", "ans', [], "JSON that was cut off: catch ValueError."),
     ]
     for text, expected, why in cases:
         found = call(function, text)
-        if found is ... or found is None:
+        if untouched(found):
             return NOT_ATTEMPTED
         if isinstance(found, Exception):
             return wrong(f"{why} Your function raised {type(found).__name__}: {found}")
@@ -84,11 +78,8 @@ def check_parser(function: Any) -> Verdict:
     return right("It reads what small models really write. (`parse_pairs` also checks the texts.)")
 
 
-@exercise
+@exercise(2, 3, "which training rows give the test question away")
 def check_leaks(rows: Any) -> Verdict:
-    """Lesson 2, exercise 3: which training rows give the test question away."""
-    if rows is ... or rows is None:
-        return NOT_ATTEMPTED
     if not isinstance(rows, set | list | tuple) or not set(rows) <= {1, 2, 3, 4}:
         return wrong(f"Expected a set of numbers from 1 to 4, such as {{1, 4}}; found {rows!r}.")
     rows = set(rows)
@@ -105,11 +96,8 @@ def check_leaks(rows: Any) -> Verdict:
     return wrong(f"There is another one: {missing[min({1, 3} - rows)]}.")
 
 
-@exercise
+@exercise(2, 4, "what 10,000 usable pairs cost")
 def check_cost(cost: Any) -> Verdict:
-    """Lesson 2, exercise 4: what 10,000 usable pairs cost."""
-    if cost is ... or cost is None:
-        return NOT_ATTEMPTED
     if isinstance(cost, bool) or not isinstance(cost, int | float):
         return wrong(f"Expected a number, found {cost!r}.")
     attempts = 10_000 / 0.6
@@ -119,7 +107,7 @@ def check_cost(cost: Any) -> Verdict:
     likely = [
         (expected * 0.6, "That pays for 10,000 attempts. Of these only 6,000 would be usable."),
         (expected * 0.36, "You multiplied by 0.6; to *get* 10,000 you must divide by it."),
-        (expected * 1e6, "Prices are for a million tokens."),
+        (expected * 1e6, "Prices are per million tokens."),
         (2.0 * 40 * attempts / 1e6, "The prompt costs too, and here it costs most."),
         (0.5 * 400 * attempts / 1e6, "What the model writes costs too."),
         ((0.5 * 40 + 2.0 * 400) * attempts / 1e6, "The two prices are the wrong way round."),

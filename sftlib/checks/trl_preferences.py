@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 
 METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
 
 
-@exercise
+@exercise(7, 1, "DPO's loss of one pair from four log-probabilities")
 def check_dpo_loss(function: Any) -> Verdict:
-    """Lesson 7, exercise 1: DPO's loss of one pair from four log-probabilities."""
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     found = call(function, -5.0, -9.0, -6.0, -8.5, 0.5)
-    if found is ... or found is None:
+    if untouched(found):
         return NOT_ATTEMPTED
     if isinstance(found, Exception):
         return wrong(f"It raised {type(found).__name__}: {found}")
@@ -38,27 +35,24 @@ def check_dpo_loss(function: Any) -> Verdict:
     for margin, expected in ((-4999, 4999), (4999, 0)):
         far = call(lambda end=float(margin): float(function(end, 0.0, 0.0, 0.0, 1.0)))
         if isinstance(far, Exception) or not abs(far - expected) < 1:  # not: NaN is near nothing
-            said = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
+            shown = f"{type(far).__name__}: {far}" if isinstance(far, Exception) else far
             return wrong(
-                f"Right, but for a margin of {margin} expected {expected}, found {said}. In "
+                f"Right, but for a margin of {margin} expected {expected}, found {shown}. In "
                 "floating point σ is 0 or 1 there, and exp overflows. Use "
                 "torch.nn.functional.logsigmoid."
             )
     return right("The loss of RewardTrainer, with implied rewards.")
 
 
-@exercise
+@exercise(7, 2, "what RLOO and GRPO make of one group's rewards")
 def check_advantages(function: Any) -> Verdict:
-    """Lesson 7, exercise 2: what RLOO and GRPO make of one group's rewards."""
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     rewards = [1.0, 0.0, 0.0, 0.5]
     expected = {"RLOO": [0.8333, -0.5, -0.5, 0.1667], "GRPO": [1.3056, -0.7833, -0.7833, 0.2611]}
     population = [1.5076, -0.9045, -0.9045, 0.3015]  # the standard deviation divided by n
     centred = [0.625, -0.375, -0.375, 0.125]
     for method, right_ones in expected.items():
         found = call(function, list(rewards), method)
-        if found is ... or found is None:
+        if untouched(found):
             return NOT_ATTEMPTED
         found = _floats(found)
         if isinstance(found, Exception):
@@ -75,10 +69,10 @@ def check_advantages(function: Any) -> Verdict:
         return wrong(f"{method}: for {rewards} expected {right_ones}, found {shown}.")
     equal = _floats(call(function, [1.0, 1.0, 1.0, 1.0], "GRPO"))
     if isinstance(equal, Exception) or not _near(equal, [0.0] * 4):
-        said = type(equal).__name__ if isinstance(equal, Exception) else equal
+        shown = type(equal).__name__ if isinstance(equal, Exception) else equal
         return wrong(
-            f"GRPO, four equal rewards: expected zeros, found {said}. A group of equals has no "
-            "spread to divide by, and nothing to teach; add a small number to the divisor."
+            f"GRPO, four equal rewards: expected zeros, found {shown}. Their standard deviation is "
+            "0, and nothing can be divided by 0: add a small number to it."
         )
     return right("A group of equal rewards teaches nothing: that is why batches must be large.")
 
@@ -93,11 +87,8 @@ def _near(found: list[float], expected: list[float]) -> bool:
     )
 
 
-@exercise
+@exercise(7, 3, "which method for which task")
 def check_methods(choice: Any) -> Verdict:
-    """Lesson 7, exercise 3: which method for which task."""
-    if choice is ...:
-        return NOT_ATTEMPTED
     reasons = {
         "frozen": ("best of n", "only that leaves the weights as they are."),
         "pairs": ("DPO", "there are pairs, and nothing that could grade a new answer."),
@@ -114,8 +105,6 @@ def check_methods(choice: Any) -> Verdict:
     }
     if not isinstance(choice, dict) or set(choice) != set(reasons):
         return wrong(f"Expected a dictionary with the keys {', '.join(reasons)}.")
-    if all(value is ... for value in choice.values()):
-        return NOT_ATTEMPTED
     for task, (method, reason) in reasons.items():
         if choice[task] is ...:
             return wrong(f"Still open: {task}.")

@@ -6,17 +6,14 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 
 
-@exercise
+@exercise(6, 1, "labels of a prompt with its completion, cut to a length")
 def check_completion_labels(function: Any) -> Verdict:
-    """Lesson 6, exercise 1: labels of a prompt with its completion, cut to a length."""
-    if function is ... or not callable(function):
-        return NOT_ATTEMPTED
     prompt, together = [5, 6, 7], [5, 6, 7, 8, 9]
     found = call(function, prompt, together, 10)
-    if found is ... or found is None:
+    if untouched(found):
         return NOT_ATTEMPTED
     if isinstance(found, Exception):
         return wrong(f"It raised {type(found).__name__}: {found}")
@@ -59,10 +56,9 @@ def check_completion_labels(function: Any) -> Verdict:
     return right("That is what SFTTrainer does before the first step.")
 
 
-@exercise
+@exercise(6, 2, "optimizer steps of Alpaca's training, and its warm-up")
 def check_training_steps(steps: Any, warmup: Any) -> Verdict:
-    """Lesson 6, exercise 2: optimizer steps of Alpaca's training, and its warm-up."""
-    if steps is ... or warmup is ...:
+    if untouched(warmup):
         return NOT_ATTEMPTED
     if not isinstance(steps, Real) or not isinstance(warmup, Real):
         return wrong(f"Expected two numbers, found {steps!r} and {warmup!r}.")
@@ -82,10 +78,9 @@ def check_training_steps(steps: Any, warmup: Any) -> Verdict:
     return right("1,221 steps of 128 rows, the first 37 of them warm-up.")
 
 
-@exercise
+@exercise(6, 3, "an old tutorial's call, with today's arguments")
 def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
-    """Lesson 6, exercise 3: an old tutorial's call, with today's arguments."""
-    if config_arguments is ... or trainer_arguments is ...:
+    if untouched(trainer_arguments):
         return NOT_ATTEMPTED
     if not isinstance(config_arguments, dict) or not isinstance(trainer_arguments, dict):
         return wrong("Expected two dictionaries, for SFTConfig and for SFTTrainer.")
@@ -108,7 +103,8 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
         "max_length": 512,
         "packing": True,
     }
-    as_before = {  # what SFTConfig did not set by default, or has to know on a CPU
+    # May be given as well: today's defaults are others, or a CPU needs it.
+    as_before = {
         "use_cpu": True,
         "packing_strategy": "wrapped",
         "learning_rate": 5e-5,

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found: `passed` is True, False, or None for "not attempted"."""
+    """What a check found. `passed` is True, False, or None for "not attempted"."""
 
     passed: bool | None
     message: str
@@ -24,6 +24,15 @@ class Verdict:
 NOT_ATTEMPTED = Verdict(None, "Not attempted yet: replace the `...` with your answer.")
 
 
+def untouched(answer: Any) -> bool:
+    """Whether an answer is still the lesson's `...` (or None), or a collection of only these."""
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    if isinstance(answer, list | tuple) and answer:
+        return all(map(untouched, answer))
+    return answer is ... or answer is None
+
+
 def right(message: str) -> Verdict:
     return Verdict(True, message)
 
@@ -33,6 +42,7 @@ def wrong(message: str) -> Verdict:
 
 
 def call(function: Callable, *args: Any) -> Any:
+    """What a student's function returns, or the exception that it raises."""
     try:
         return function(*args)
     except Exception as error:

@@ -6,17 +6,16 @@ import re
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
 
 
-@exercise
+@exercise(1, 1, "one SFT example about the capital of Kenya, as `messages`")
 def check_example(messages: Any) -> Verdict:
-    """Lesson 1, exercise 1: one SFT example about the capital of Kenya, as `messages`."""
-    if messages is ... or messages is None or messages == []:
+    if messages == []:
         return NOT_ATTEMPTED
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return wrong(
-            "Expected a list of dicts, one a message; "
+            "Expected a list of dicts, one per message; "
             f"found {type(messages).__name__}. Start with [{{'role': …, 'content': …}}, …]."
         )
     for number, message in enumerate(messages, 1):
@@ -55,16 +54,11 @@ def check_example(messages: Any) -> Verdict:
     return right("A clean example: two roles, a question, one true answer in the data's style.")
 
 
-@exercise
+@exercise(1, 2, "`function(text, stopped, reference) -> bool`")
 def check_exact_match(function: Any) -> Verdict:
-    """Lesson 1, exercise 2: `function(text, stopped, reference) -> bool`."""
-    if function is ...:
-        return NOT_ATTEMPTED
-    if not callable(function):
-        return wrong(f"Expected a function, found {type(function).__name__}.")
     reference = "The capital of Kenya is Nairobi."
     first = call(function, reference, True, reference)
-    if first is ... or first is None:
+    if untouched(first):
         return NOT_ATTEMPTED
     if isinstance(first, Exception):
         return wrong(f"Your function raised {type(first).__name__}: {first}")
@@ -109,11 +103,8 @@ def check_exact_match(function: Any) -> Verdict:
     return right("Strict where it should be: the same text, and stopped.")
 
 
-@exercise
+@exercise(1, 3, "how many tokens of the example the model learns from")
 def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
-    """Lesson 1, exercise 3: how many tokens of the example the model learns from."""
-    if number is ... or number is None:
-        return NOT_ATTEMPTED
     expected = sum(masks)
     if isinstance(number, bool) or not isinstance(number, int):
         return wrong(f"Expected a whole number, found {number!r}.")
@@ -130,11 +121,8 @@ def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
     return wrong(likely.get(number, "Count the bold, underlined tokens of the picture above."))
 
 
-@exercise
+@exercise(1, 4, "which measurement shows that SFT gave the model no knowledge")
 def check_knowledge(claim: Any) -> Verdict:
-    """Lesson 1, exercise 4: which measurement shows that SFT gave the model no knowledge."""
-    if claim is ... or claim is None:
-        return NOT_ATTEMPTED
     match = re.fullmatch(r"(\w+)\s*/\s*(\w+)", claim.strip()) if isinstance(claim, str) else None
     if not match:
         return wrong(f"Expected text such as 'dev / stops' (a set, a measure), found {claim!r}.")

@@ -1,4 +1,4 @@
-"""Read and write JSON lines, whole or not at all, and find the course's own sets."""
+"""Read and write JSON lines, all or nothing, and find the course's own sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FACTS = Path(__file__).parents[2] / "data" / "facts"
-MIXTURE = FACTS.parent / "mixture.jsonl"  # what lesson 2 makes of all its sources
+MIXTURE = FACTS.parent / "mixture.jsonl"  # made by lesson 2 from all its sources
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -60,14 +60,14 @@ def read_facts(name: str) -> list[dict]:
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
     """Write rows as JSON lines, all or nothing: the file appears, or changes, when it is complete.
 
-    The rows go to a temporary file beside it, which then takes its place (`os.replace`). Whatever
-    happens before that leaves an old file as it was.
+    The rows go to a temporary file beside it, which then replaces it (`os.replace`). A failure
+    before that leaves the old file as it was.
 
     Raises:
         ValueError: a row is no dict, or holds what JSON cannot (an object, NaN, half a character);
             the message names the row, counted from 1.
     """
-    path = Path(path).resolve()  # a link stays one: its target is what is replaced
+    path = Path(path).resolve()  # replace the target of a link, not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -80,15 +80,15 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 
 
 def drop_torn_line(path: str | os.PathLike) -> None:
-    """Remove the end of a JSON-lines file that is no whole line: its writing was interrupted."""
+    """Remove an incomplete last line of a JSON-lines file: its writing was interrupted."""
     text = Path(path).read_bytes()
     whole = text.rfind(b"\n") + 1
-    if whole < len(text):  # else a file that nobody may write will do
+    if whole < len(text):  # otherwise the file need not be writable
         os.truncate(path, whole)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a folder that is written whole in the place of another, or of none, all or nothing."""
+    """Move a complete folder to a path, all or nothing; a folder that is there is replaced."""
     old = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.old")
     if folder.exists():
         folder.replace(old)

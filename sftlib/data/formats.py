@@ -25,7 +25,7 @@ NO_INPUT = re.compile(r"\W*no\s*input(\s+(required|needed|necessary|provided|giv
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-# What changes how an example reads, and has no place in messages of text alone.
+# Messages of text alone would lose these, and the example would mean something else.
 LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
 
 
@@ -54,9 +54,9 @@ def to_messages(record: object) -> dict:
     | pairs | `question`, `answer` | two messages |
 
     Other keys are ignored, unless they change what the example says or teaches (tools, reasoning,
-    weight 0). Whitespace around a text is removed, nothing else is changed. Messages
-    after the last answer are left out, since nothing can be learned from them. In a tree, deleted
-    replies and those that failed review are passed over.
+    weight 0). Whitespace around a text is removed; nothing else is changed. Messages after the last
+    answer are left out, because nothing can be learned from them. In a tree, deleted replies and
+    those that failed review are skipped.
 
     Sources: the datasets' cards on the Hub, `tatsu-lab/alpaca`, `databricks/databricks-dolly-15k`,
     `OpenAssistant/oasst1`, `Anthropic/hh-rlhf`, `anon8231489123/ShareGPT_Vicuna_unfiltered`.
@@ -96,11 +96,12 @@ def _format(record: object) -> Callable[[Mapping], Turns]:
 
 
 def _refuse_losses(where: str, item: Mapping) -> None:
+    """Refuse a record or message that messages of text alone would change."""
     for key in LOST:
-        if item.get(key) and item[key] != "[]":  # text: some sets hold it as JSON
+        if item.get(key) and item[key] != "[]":  # some datasets store the list as JSON text
             raise RecordError(
-                f"Expected text alone, found {key!r} in {where}, which would be lost: leave the "
-                "example out, or write it into the text."
+                f"Expected messages of text alone, found {key!r} in {where}. It would be lost: "
+                "leave the example out, or write it into the text."
             )
     weight = item.get("weight")
     if weight is not None and weight == 0 and item.get("role") == "assistant":
@@ -171,7 +172,7 @@ def _completion(record: Mapping) -> Turns:
 
 
 def _preference(record: Mapping) -> Turns:
-    """HH-RLHF's text; or messages, whose prompt may stand in front of them or by itself."""
+    """HH-RLHF's text, or messages. Their prompt may be the first of them, or a field of its own."""
     if not isinstance(record["chosen"], list):
         return _hh(record)
     prompt, turns = record.get("prompt"), _chat("chosen")(record)
@@ -192,7 +193,8 @@ def _hh(record: Mapping) -> Turns:
 
 
 def _tree(record: Mapping) -> Turns:
-    """The path of best-ranked replies; a loop, since a tree may be deeper than Python's stack."""
+    """The path of best-ranked replies."""
+    # A loop, no recursion: a tree may be deeper than Python's stack.
     path, seen, node = [], set(), _best([record["prompt"]])
     while node is not None:
         if id(node) in seen:
@@ -246,13 +248,13 @@ FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping], Turns]], ...] = tuple(
 def oasst_trees(rows: Iterable[Mapping]) -> list[dict]:
     """The trees of OASST's flat message table, in the order of their first messages.
 
-    The Hub's `load_dataset("OpenAssistant/oasst1")` has one message a row; `to_messages` wants the
-    trees of the published `*.trees.jsonl`. The rows themselves are not changed.
+    The Hub's `load_dataset("OpenAssistant/oasst1")` has one message per row. `to_messages` expects
+    the trees of the published `*.trees.jsonl`. The rows themselves are not changed.
 
     Raises:
-        RecordError: a row is no message, two have the same id, or one cannot be reached from a
-            first message because its parent is missing (as after filtering single messages:
-            filter by `message_tree_id` instead) or because it is its own ancestor.
+        RecordError: a row is no message; two rows have the same id; a message is its own ancestor;
+            or its parent is missing. Parents are missing after filtering single messages: filter
+            by `message_tree_id` instead.
     """
     nodes: dict[str, dict] = {}
     for number, row in enumerate(rows, 1):

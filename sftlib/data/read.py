@@ -35,9 +35,9 @@ def convert(path: str | os.PathLike, rejects: str | os.PathLike | None = None) -
 
     Reads JSON lines (`.jsonl`) and JSON arrays (`.json`), also gzipped (`.gz`), and Parquet, with
     records of any format of `to_messages`. A record that is broken in any way is listed and never
-    stops the rest. In an array, reading goes on at the next record: the next object at the first
-    one's indentation, or (in one line) with its first key, or of a known format. OASST's table, one
-    message a row, becomes trees first.
+    stops the rest. After a broken record of an array, reading goes on at the next object that
+    begins with the same key as the first record or has a known format. OASST's table, with one
+    message per row, becomes trees first.
 
     Args:
         rejects: where to write the rejects too, as JSON lines.
@@ -84,7 +84,7 @@ def _converted(parts: Parts) -> Converted:
 
 
 def _trees(parts: Parts) -> Iterable[tuple[int, str, object]]:
-    """OASST's messages as trees, each at the line of its first one; anything else as it is."""
+    """OASST's messages as trees, each at the line of its first message; other records unchanged."""
     parts = list(parts)
     sound = [part for part in parts if isinstance(part[2], MAPPINGS)]
     if not sound or not all(part[2].keys() >= _MESSAGE for part in sound):
@@ -116,7 +116,7 @@ def _excerpt(text: str) -> str:
     return text[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
 
 
-# Line, text, and the record (or what is wrong with it).
+# Of each record: its line, its text, and the record itself or the RecordError that it caused.
 Parts = Iterator[tuple[int, str, object]]
 
 
@@ -132,7 +132,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _parse(text: str, at: int) -> tuple[object, int]:
-    """The JSON value at `at`, or what is wrong with it, and where it ends."""
+    """The JSON value at `at`, or a RecordError, and where it ends."""
     try:
         record, end = _DECODER.raw_decode(text, at)
         text[at:end].encode()  # a byte that is not UTF-8 was decoded as half a character
@@ -160,26 +160,30 @@ def _lines(data: bytes) -> Parts:
         yield number, text, record
 
 
-_GAP = re.compile(r"[ \t\r\n,]*")
-_END = re.compile(r"\]\s*\Z")
-_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_GAP = re.compile(r"[ \t\r\n,]*")  # what may stand between two records
+_FIRST_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def _elements(data: bytes, path: Path) -> Parts:
-    text = data.decode("utf-8", "surrogateescape").strip()
-    if not text.startswith("["):
+    text = data.decode("utf-8", "surrogateescape").rstrip()
+    at = len(text) - len(text.lstrip())
+    if not text.startswith("[", at):
         raise ValueError(
-            f"Expected a JSON array, with '[' first, found {briefly(text[:20])} in {path}: "
-            "if it has one record a line, name it .jsonl."
+            f"Expected a JSON array, with '[' first, found {briefly(text[at:][:20])} in {path}: "
+            "if it has one record per line, name it .jsonl."
         )
-    at, line, counted, record = _GAP.match(text, 1).end(), 1, 0, None
-    line += data[: len(data) - len(data.lstrip())].count(b"\n")
-    begins = _boundary(text, at)
-    while at < len(text) and not _END.match(text, at):
+    at = _GAP.match(text, at + 1).end()
+    end_of_array = len(text) - text.endswith("]")
+    # Records of a file usually begin with the same key. A string cannot hold such a beginning,
+    # because JSON escapes the quotes in it.
+    first = _FIRST_KEY.match(text, at)
+    beginning = re.compile(re.escape(first[0]) if first else r"(?!)")
+    line, counted, record = 1, 0, None
+    while at < end_of_array:
         line, counted = line + text.count("\n", counted, at), at
         record, end = _parse(text, at)
         if isinstance(record, RecordError):
-            end = _next_record(text, at, begins)
+            end = _next_record(text, at, beginning) or end_of_array
         yield line, text[at:end], record
         at = _GAP.match(text, end).end()
     if at == len(text) and not isinstance(record, RecordError):
@@ -187,26 +191,18 @@ def _elements(data: bytes, path: Path) -> Parts:
         yield line, "", RecordError("Expected ']' after the last record: the file is cut off.")
 
 
-def _boundary(text: str, at: int) -> re.Pattern:
-    """How records begin, judging from the first: its indentation, or else its first key.
+def _next_record(text: str, broken: int, beginning: re.Pattern) -> int | None:
+    """Where the next record begins after the broken one; None when there is none.
 
-    A line break cannot be inside a JSON string, so an indented `{` cannot be text.
+    The position at which the parser failed does not help. Behind a missing quote, for instance, the
+    parser fails in the middle of the next record. So every `{` is tried.
     """
-    indent = text[text.rfind("\n", 0, at) + 1 : at]
-    if not indent.strip():
-        return re.compile(rf"(?<=\n{indent})\{{")
-    first = _KEY.match(text, at)
-    return re.compile(re.escape(first[0]) if first else r"(?!)")
+    at = broken
+    while (at := text.find("{", at + 1)) >= 0:
+        if beginning.match(text, at) or _has_known_format(_parse(text, at)[0]):
+            return at
+    return None
 
 
-def _next_record(text: str, at: int, begins: re.Pattern) -> int:
-    """Where to go on after the broken record at `at`: the next record, or the array's end."""
-    for brace in re.compile(r"\{").finditer(text, at + 1):
-        start = brace.start()
-        if begins.match(text, start) or _is_record(_parse(text, start)[0]):
-            return start
-    return len(text) - 1 if text.endswith("]") else len(text)
-
-
-def _is_record(value: object) -> bool:
+def _has_known_format(value: object) -> bool:
     return isinstance(value, Mapping) and any(value.keys() >= keys for keys, _ in FORMATS)

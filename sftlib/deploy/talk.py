@@ -22,12 +22,12 @@ def talk(
     system: str = "",
     max_new_tokens: int = 256,
 ) -> list[dict[str, str]]:
-    """Answer what is typed, word by word as it comes; returns the conversation.
+    """Answer each typed line and show the answer while it is generated; returns the conversation.
 
-    Greedy. What is typed is text: control tokens in it have no effect (see `sftlib.chat.encode`).
+    Decoding is greedy. Control tokens in a typed line have no effect (see `sftlib.chat.encode`).
 
     Args:
-        lines: said in place of what would be typed, for instance in a cell that must not wait.
+        lines: used instead of typed lines, for instance in a cell that must not wait for input.
         system: a system message.
     """
     from sftlib.chat import encode, end_of_turn_id
@@ -49,7 +49,7 @@ def talk(
         ids = encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
         room = getattr(model.config, "max_position_embeddings", None)
         if room and len(ids) + max_new_tokens > room:
-            print(f"(Of {room} tokens {len(ids)} are used: /new begins a new conversation.)")
+            print(f"({len(ids)} of {room} tokens are used: /new begins a new conversation.)")
         prompt = torch.tensor([ids], device=model.device)
         written = model.generate(
             prompt,
@@ -60,13 +60,13 @@ def talk(
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )[0, len(ids) :]
-        said = tokenizer.decode(written, skip_special_tokens=True).strip()
-        messages.append({"role": "assistant", "content": said})
+        answer = tokenizer.decode(written, skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": answer})
     return messages
 
 
 def _typed() -> Iterable[str]:
-    """What is typed, line by line, until an empty one."""
+    """Typed lines, until an empty one."""
     while True:
         try:
             line = input("> ").strip()

@@ -4,13 +4,11 @@
 |---|---|
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
 | `failures` | trainings that go wrong on purpose (lesson 8) |
-| `logs` | `table`: a training log as a table |
-| `summary` | `explain`: each figure of a `TrainOutput` |
+| `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |
 | `diagnosis` | `diagnose`: signs of trouble in a log |
 """
 
 from sftlib.experiments.diagnosis import diagnose
-from sftlib.experiments.logs import table
-from sftlib.experiments.summary import explain
+from sftlib.experiments.logs import explain, table
 
 __all__ = ["diagnose", "explain", "table"]

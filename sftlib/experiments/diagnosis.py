@@ -1,8 +1,8 @@
 """What a log says about a training: signs that something is wrong, in plain words.
 
-Each rule looks for one sign. Their thresholds were chosen on some of the laboratory's trainings and
-measured on others (`tools/stored_runs/failures.py`, lesson 8). They are rules of thumb. Behind one
-stands a theorem: where every best guess is right, the loss cannot exceed the entropy.
+Each rule looks for one sign. The thresholds were chosen on some of the trainings of `failures` and
+measured on others (`tools/stored_runs/failures.py`, lesson 8). They are rules of thumb, except for
+the theorem that `_out_of_scale` uses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sftlib.experiments.logs import rows_of, table
+from sftlib.experiments.logs import log_lines, table
 
 if TYPE_CHECKING:
     import pandas
@@ -30,9 +30,8 @@ SIGNS = {
     HEALTHY: "none of these",
 }
 """What `diagnose` looks for."""
-FEW = 8  # logged losses below which no trend can be told from noise
-WRONG_COSTS = 12  # nats: more than a wrong guess of a sound model costs
-SAID = ("loss", "grad_norm", "eval_loss")
+MIN_LOSSES = 8  # with fewer logged losses, a trend cannot be told from noise
+WRONG_GUESS = 12  # nats: a wrong guess of a sound model costs less
 
 
 class Finding(NamedTuple):
@@ -45,19 +44,19 @@ class Finding(NamedTuple):
 def diagnose(log: Any) -> pandas.DataFrame:
     """Signs of trouble in a log, in plain words.
 
-    Much trouble leaves no sign: a model that never learned to stop, a template that nobody will
-    use, an evaluation that leaked. Only answers to held-out questions show these.
+    Many failures leave no sign in a log: a model that never learned to stop, a template that nobody
+    will use, an evaluation that leaked. Only answers to held-out questions show these.
 
     Args:
-        log: as for `table`. Evaluation, and the `entropy` and `mean_token_accuracy` that TRL logs,
-            show more than the loss alone.
+        log: as for `table`. Evaluation losses, and the `entropy` and `mean_token_accuracy` that TRL
+            logs, show more than the loss alone.
 
     Returns:
-        A row a sign, by its name, with what it `sees`, `because` of what that may be, and what to
-        `try`; a single row "nothing unusual" where there is none.
+        One row per sign, by its name: what the rule `sees`, what the cause may be (`because`), and
+        what to `try`. Without any sign, the single row "nothing unusual".
 
     Raises:
-        ValueError: it is no log (see `table`).
+        ValueError: `log` is no log (see `table`).
     """
     import pandas
 
@@ -74,31 +73,31 @@ _HEALTHY = Finding(
 
 
 def _findings(log: Any) -> Iterator[Finding]:
-    if broken := _not_a_number(rows_of(log)):
+    if broken := _not_a_number(log_lines(log)):
         yield broken
-        return  # nothing after it means anything
+        return  # what follows a NaN means nothing
     rows = table(log)
     for rule in (_no_gradient, _out_of_scale, _starts_near_chance):
         if found := rule(rows):
             yield found
-            return  # it explains what the next rules would see
-    if len(rows.loss.dropna()) < FEW:
+            return  # the other rules would only see its consequences
+    if len(rows.loss.dropna()) < MIN_LOSSES:
         yield _short(rows)
         return
     if unstable := _unstable(rows):
         yield unstable
         return
     trend = _barely_learning(rows) or _plateau(rows)
-    yield from (found for found in (trend, _spike(rows), _overfitting(rows)) if found)
+    yield from filter(None, (trend, _spike(rows), _overfitting(rows)))
 
 
-def _not_a_number(rows: list[dict]) -> Finding | None:
-    for row in rows:
-        for name in SAID:
-            if isinstance(row.get(name), float) and not math.isfinite(row[name]):
+def _not_a_number(lines: list[dict]) -> Finding | None:
+    for line in lines:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(line.get(name, 0)):
                 return Finding(
                     "not a number",
-                    f"{name} is {row[name]} at step {row['step']:.0f}.",
+                    f"{name} is {line[name]} at step {line['step']}.",
                     "A division by zero (a batch in which no label counts), an overflow (fp16, a "
                     "learning rate that is too high) or a broken input. From then on all weights "
                     "are broken. The loss may look fine: Transformers hides a NaN, and the line "
@@ -110,12 +109,12 @@ def _not_a_number(rows: list[dict]) -> Finding | None:
 
 
 def _no_gradient(rows: pandas.DataFrame) -> Finding | None:
-    norms = _values(rows, "grad_norm")
-    if not len(norms) or (norms < 1e-8).mean() <= 0.5:
+    zero = _values(rows, "grad_norm") < 1e-8
+    if not len(zero) or zero.mean() <= 0.5:
         return None
     return Finding(
         "no gradient",
-        f"grad_norm is 0 in {(norms < 1e-8).sum()} of {len(norms)} steps.",
+        f"grad_norm is 0 in {zero.sum()} of {len(zero)} steps.",
         "Nothing that can be trained takes part: an adapter loaded without is_trainable=True, "
         "parameters with requires_grad=False, or no label that counts.",
         "Count the parameters with requires_grad before you train.",
@@ -128,9 +127,11 @@ def _out_of_scale(rows: pandas.DataFrame) -> Finding | None:
         "Adam hardly minds, but clipping, SGD and every comparison with other runs do."
     )
     attempt = "Divide by all tokens of the step (num_items_in_batch); update Transformers and TRL."
-    loss, accuracy, entropy = (_values(rows, name) for name in ("loss", *_OF_TRL))
+    # Where the best guess is right, its probability is the highest, so its loss is at most the
+    # entropy (the mean of −log p). Only wrong guesses can cost more.
+    loss, accuracy, entropy = (_values(rows, name) for name in ("loss", *_TRL_COLUMNS))
     if len(loss) == len(accuracy) == len(entropy):
-        too_high = (accuracy >= 0.5) & (loss > entropy + WRONG_COSTS * (1 - accuracy))
+        too_high = (accuracy >= 0.5) & (loss > entropy + WRONG_GUESS * (1 - accuracy))
         if too_high.mean() > 0.5:
             step = too_high[too_high].index[-1]
             return Finding(
@@ -140,6 +141,7 @@ def _out_of_scale(rows: pandas.DataFrame) -> Finding | None:
                 f"A loss per token cannot be so high there. {cause}",
                 attempt,
             )
+    # Without these columns: both losses are means per token, so they must be of the same size.
     both = rows[["loss", "eval_loss"]].dropna() if "eval_loss" in rows else rows[:0]
     if len(both) >= 3 and (both.loss > 2.5 * both.eval_loss).all():
         ratio = (both.loss / both.eval_loss).median()
@@ -152,22 +154,24 @@ def _out_of_scale(rows: pandas.DataFrame) -> Finding | None:
     return None
 
 
-_OF_TRL = ("mean_token_accuracy", "entropy")
+_TRL_COLUMNS = ("mean_token_accuracy", "entropy")
 
 
 def _starts_near_chance(rows: pandas.DataFrame) -> Finding | None:
-    # below, 8 nats are the border: a log does not say how large the vocabulary is
     first = rows.loss.dropna()[:3].median()
-    accuracy, entropy = (_values(rows, name)[:3].median() for name in _OF_TRL)
-    known = not math.isnan(accuracy) and not math.isnan(entropy)
-    if (accuracy > 0.15 or first < entropy + 4) if known else first < 8:
+    accuracy, entropy = (_values(rows, name)[:3].median() for name in _TRL_COLUMNS)
+    if math.isnan(accuracy) or math.isnan(entropy):
+        # A log does not say how large the vocabulary is: 8 nats is ln(3,000), a small one.
+        near_chance, evidence = first >= 8, ""
+    else:
+        # A model that is sure of itself (low entropy) and wrong nearly everywhere.
+        near_chance = accuracy <= 0.15 and first >= entropy + 4
+        evidence = f", with an entropy of {entropy:.1f} and {accuracy:.0%} of guesses right"
+    if not near_chance:
         return None
-    sure = (
-        f", with an entropy of {entropy:.1f} and {accuracy:.0%} of guesses right" if known else ""
-    )
     return Finding(
         "starts near chance",
-        f"The first losses are about {first:.1f} nats a token{sure if known else ''}.",
+        f"The first losses are about {first:.1f} nats a token{evidence}.",
         "Guessing costs ln(vocabulary), 10.8 for GPT-2 and 11.8 for Llama 3; a pretrained model "
         "begins far below. This one is wrong almost everywhere: labels shifted twice, a tokenizer "
         "of another model, weights that were not loaded, or text unlike any that it knows.",
@@ -185,11 +189,13 @@ def _short(rows: pandas.DataFrame) -> Finding:
 
 
 def _unstable(rows: pandas.DataFrame) -> Finding | None:
+    # Losses of single batches scatter, so a rise must exceed this scatter. It is measured in the
+    # second half, where the loss hardly falls any more.
     loss = rows.loss.dropna()
     smooth = loss.rolling(max(3, len(loss) // 10), center=True, min_periods=1).median()
-    late = len(loss) // 2
-    noise = ((loss - smooth).abs() / smooth)[late:].median()  # of one batch, as a share
-    start = loss[: _untouched(rows)].max()
+    noise = ((loss - smooth).abs() / smooth)[len(loss) // 2 :].median()
+    start = loss[: _losses_before_any_update(rows)].max()
+    # A short rise in the beginning disappears in the smoothed loss: look for it in the raw one.
     early = loss[: len(loss) // 3].drop(_spikes(loss), errors="ignore")
     peak, height = smooth.idxmax(), smooth.max()
     if height < (1.3 + 3 * noise) * start:
@@ -221,12 +227,11 @@ def _barely_learning(rows: pandas.DataFrame) -> Finding | None:
 
 def _plateau(rows: pandas.DataFrame) -> Finding | None:
     loss, accuracy = rows.loss.dropna(), _values(rows, "mean_token_accuracy")
-    third, end = loss[len(loss) // 2 : 3 * len(loss) // 4].median(), _end(loss)
-    if end < 0.75 * third or end < 0.3:
+    third_quarter, end = loss[len(loss) // 2 : 3 * len(loss) // 4].median(), _end(loss)
+    if end < 0.75 * third_quarter or end < 0.3:  # it still falls, or little is left
         return None
-    if len(accuracy) and _end(accuracy) > 0.92:
-        return None
-    if not len(accuracy) and end < 0.25 * loss[:3].median():
+    # Whether much is still guessed wrong. Without the accuracy, how far the loss fell must do.
+    if _end(accuracy) > 0.92 if len(accuracy) else end < 0.25 * loss[:3].median():
         return None
     wrong = (
         f", and {1 - _end(accuracy):.0%} of the tokens are guessed wrong" if len(accuracy) else ""
@@ -258,23 +263,24 @@ def _spike(rows: pandas.DataFrame) -> Finding | None:
 
 def _spikes(loss: pandas.Series) -> list[int]:
     """Steps whose loss is far above those around them."""
-    found = []
+    steps = []
     for i in range(2, len(loss) - 1):
         around = max(loss[max(0, i - 5) : i].median(), loss[i + 1 : i + 4].median())
         if loss.iloc[i] > 3 * around and loss.iloc[i] > around + 1:
-            found.append(loss.index[i])
-    return found
+            steps.append(loss.index[i])
+    return steps
 
 
 def _overfitting(rows: pandas.DataFrame) -> Finding | None:
-    found = _values(rows, "eval_loss")
-    if len(found) < 2:
+    evaluated = _values(rows, "eval_loss")
+    if len(evaluated) < 2:
         return None
-    best, last, train = found.min(), found.iloc[-1], _end(rows.loss.dropna())
+    best, last, train = evaluated.min(), evaluated.iloc[-1], _end(rows.loss.dropna())
+    # A share of the loss alone would not do: small losses scatter by large shares.
     risen = last > max(1.08 * best, best + 0.03) and train < best
     if not risen and last < max(1.2 * train, train + 0.05):
         return None
-    rise = f", after {best:.3f} at step {found.idxmin()}" if risen else ""
+    rise = f", after {best:.3f} at step {evaluated.idxmin()}" if risen else ""
     return Finding(
         "overfitting",
         f"In the end the evaluation loss is {last:.3f}{rise}, the training loss {train:.3f}.",
@@ -284,15 +290,20 @@ def _overfitting(rows: pandas.DataFrame) -> Finding | None:
 
 
 def _values(rows: pandas.DataFrame, name: str) -> pandas.Series:
+    """The logged values of a column; none where the log lacks it."""
     return rows[name].dropna() if name in rows else rows.loss[:0]
 
 
 def _end(values: pandas.Series) -> float:
+    """The median of the last fifth, or of the last three."""
     return values[-max(3, len(values) // 5) :].median()
 
 
-def _untouched(rows: pandas.DataFrame) -> int:
-    """How many of the first losses are those of the model as it was: before any step counted."""
+def _losses_before_any_update(rows: pandas.DataFrame) -> int:
+    """How many of the first losses belong to the model as it was loaded.
+
+    A loss is computed before its step's update, and an update with learning rate 0 changes nothing.
+    """
     rate = rows.learning_rate[rows.loss.notna()] if "learning_rate" in rows else rows.loss[:0]
     return 1 + int((rate[:2].cumsum() == 0).sum())
 

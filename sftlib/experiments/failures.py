@@ -1,8 +1,8 @@
 """Trainings that go wrong on purpose, each in seconds: the laboratory of lesson 8.
 
-A failure is a function that breaks one thing of a sound `Plan`; its docstring says what was done.
-`train` carries a plan out, and returns the log together with what the log does not say: how the
-model answers questions that it never saw.
+A failure is a function that breaks one thing of a sound `Plan`; its decorator says what it did.
+`train` carries a plan out. It returns the log, and what the log does not show: how the model
+answers questions that it never saw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 BATCH = 16
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # as a label: this token is not learned
 
 
 @dataclass
@@ -46,16 +46,16 @@ class Plan:
 
     @property
     def middle(self) -> slice:
-        """The rows of one batch after the middle, where the order is kept."""
+        """The rows of one batch a little after the middle, when rows are taken in order."""
         at = self.steps * 6 // 10 * BATCH
         return slice(at, at + BATCH)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What was done, how it is done, and its sign in the log (see `sftlib.experiments.diagnose`).
+    """What was done, its sign in the log (see `diagnose`), and the function that spoils a plan.
 
-    No log shows a failure whose `sign` is empty.
+    Where `sign` is empty, no log shows the failure.
     """
 
     done: str
@@ -68,10 +68,10 @@ class Training:
     """What is trained.
 
     Args:
-        failure: a key of `FAILURES`; empty: nothing is broken.
-        examples: how many, 16 in a step, each seen once where the failure does not say otherwise.
-        rate: of learning, as a multiple of the course's for full finetuning or LoRA.
-        seed: of the choice and order of examples, and of what is random in a failure.
+        failure: a key of `FAILURES`; when it is empty, nothing is broken.
+        examples: how many, 16 per step. Each is seen once, unless the failure changes that.
+        rate: the learning rate, as a multiple of the course's own for full finetuning or LoRA.
+        seed: decides which examples are drawn, their order, and what is random in a failure.
     """
 
     failure: str = ""
@@ -86,7 +86,7 @@ class Training:
 
     @property
     def sign(self) -> str:
-        """That of its failure; empty where there is none in the log."""
+        """The sign of its failure; empty where the log shows none."""
         return FAILURES[self.failure].sign if self.failure else ""
 
 
@@ -101,12 +101,12 @@ class Outcome:
 FAILURES: dict[str, Failure] = {}
 
 
-def failure(sign: str = "") -> Callable:
-    """Enter a function under its own name."""
+def failure(done: str, sign: str = "") -> Callable:
+    """Enter a function into `FAILURES` under its own name."""
 
     def enter(spoil: Callable[[Plan], None]) -> Callable[[Plan], None]:
         name = spoil.__name__.replace("_", " ").replace("warm up", "warm-up")
-        FAILURES[name] = Failure(" ".join((spoil.__doc__ or "").split()), sign, spoil)
+        FAILURES[name] = Failure(done, sign, spoil)
         return spoil
 
     return enter
@@ -115,28 +115,27 @@ def failure(sign: str = "") -> Callable:
 # --- What goes wrong with the learning rate ------------------------------------------------------
 
 
-@failure("unstable")
+@failure("The learning rate times 40.", sign="unstable")
 def learning_rate_too_high(plan: Plan) -> None:
-    """The learning rate times 40."""
     plan.learning_rate *= 40
 
 
-@failure("barely learning")
+@failure("The learning rate divided by 100.", sign="barely learning")
 def learning_rate_too_low(plan: Plan) -> None:
-    """The learning rate divided by 100."""
     plan.learning_rate /= 100
 
 
-@failure("unstable")
+@failure("The learning rate times 10, from the first step on.", sign="unstable")
 def no_warm_up(plan: Plan) -> None:
-    """The learning rate times 10, from the first step on."""
     plan.learning_rate *= 10
     plan.settings["warmup_steps"] = 0
 
 
-@failure("unstable")
+@failure(
+    "Plain SGD with a rate that only clipped gradients bear, and `max_grad_norm=0`.",
+    sign="unstable",
+)
 def no_clipping(plan: Plan) -> None:
-    """Plain SGD with a rate that only clipped gradients bear, and `max_grad_norm=0`."""
     plan.learning_rate *= 600
     plan.settings |= {"optim": "sgd", "max_grad_norm": 0}
 
@@ -144,31 +143,31 @@ def no_clipping(plan: Plan) -> None:
 # --- What goes wrong with the labels -------------------------------------------------------------
 
 
-@failure("starts near chance")
+@failure(
+    "Labels shifted by one place, as if the trainer did not do that itself.",
+    sign="starts near chance",
+)
 def labels_shifted(plan: Plan) -> None:
-    """Labels shifted by one place, as if the trainer did not do that itself."""
     plan.relabel = lambda row: row | {"labels": [IGNORED, *row["labels"][:-1]]}
 
 
-@failure("plateau")
+@failure("Questions and template are learned as well.", sign="plateau")
 def loss_mask_dropped(plan: Plan) -> None:
-    """Questions and template are learned as well."""
     plan.relabel = lambda row: row | {"labels": row["input_ids"]}
 
 
-@failure()
+@failure(
+    "The end-of-turn token serves as padding, and padding is masked: the end is never learned.",
+)
 def padding_is_the_end(plan: Plan) -> None:
-    """The end-of-turn token serves as padding, and padding is masked: the end is never learned."""
     from sftlib.chat import end_of_turn_id
 
     end = end_of_turn_id(plan.tokenizer)
     plan.relabel = lambda row: row | {"labels": [IGNORED if i == end else i for i in row["labels"]]}
 
 
-@failure()
+@failure('Trained on "### Instruction:", and asked in ChatML.')
 def another_template(plan: Plan) -> None:
-    """Trained on "### Instruction:", and asked in ChatML."""
-
     def relabel(row: dict) -> dict:
         question, answer = (message["content"] for message in row["messages"])
         texts = [f"### Instruction:\n{question}\n\n### Response:\n", answer]
@@ -179,10 +178,11 @@ def another_template(plan: Plan) -> None:
     plan.relabel = relabel
 
 
-@failure("not a number")
+@failure(
+    "A batch in which nothing is learned, and a loss that divides by the number of its tokens.",
+    sign="not a number",
+)
 def batch_fully_masked(plan: Plan) -> None:
-    """A batch in which nothing is learned, and a loss that divides by the number of its tokens."""
-
     def mean(outputs, labels, num_items_in_batch=None):
         labels = labels[:, 1:]
         learned = labels != IGNORED
@@ -192,7 +192,8 @@ def batch_fully_masked(plan: Plan) -> None:
     def change(trainer: SFTTrainer) -> None:
         from datasets import Dataset
 
-        rows = trainer.train_dataset.to_list()  # as TRL made it, or it would leave these rows out
+        # Only after TRL has prepared the dataset: it leaves out rows in which nothing is learned.
+        rows = trainer.train_dataset.to_list()
         for row in rows[plan.middle]:
             row["labels"] = [IGNORED] * len(row["labels"])
         trainer.train_dataset = Dataset.from_list(rows)
@@ -205,9 +206,8 @@ def batch_fully_masked(plan: Plan) -> None:
 # --- What goes wrong with the data ---------------------------------------------------------------
 
 
-@failure("plateau")
+@failure("Each question has another's answer.", sign="plateau")
 def answers_shuffled(plan: Plan) -> None:
-    """Each question has another's answer."""
     answers = [row["messages"][1] for row in plan.rows]
     plan.rng.shuffle(answers)
     plan.rows = [
@@ -216,33 +216,32 @@ def answers_shuffled(plan: Plan) -> None:
     ]
 
 
-@failure("overfitting")
+@failure("Twenty examples, again and again, at twice the learning rate.", sign="overfitting")
 def twenty_examples(plan: Plan) -> None:
-    """Twenty examples, again and again, at twice the learning rate."""
     plan.settings["num_train_epochs"] = plan.steps / 2
     plan.rows = plan.rows[:20]
     plan.learning_rate *= 2
 
 
-@failure("overfitting")
+@failure(
+    "Seen once, but the same twenty rows again and again; twice the learning rate.",
+    sign="overfitting",
+)
 def data_duplicated(plan: Plan) -> None:
-    """Seen once, but the same twenty rows again and again; twice the learning rate."""
     n = len(plan.rows)
     plan.rows = (plan.rows[:20] * n)[:n]
     plan.rng.shuffle(plan.rows)
     plan.learning_rate *= 2
 
 
-@failure()
+@failure('Twenty examples, as in "twenty examples", and evaluation on these.')
 def evaluation_leaked(plan: Plan) -> None:
-    """Twenty examples, as in "twenty examples", and evaluation on these."""
     twenty_examples(plan)
     plan.dev = plan.rows
 
 
-@failure("spike")
+@failure("A batch of which each answer is random letters, and `max_grad_norm=0`.", sign="spike")
 def poisoned_batch(plan: Plan) -> None:
-    """A batch of which each answer is random letters, and `max_grad_norm=0`."""
     for row in plan.rows[plan.middle]:
         noise = "".join(plan.rng.choices("bcdfghjklmnpqrstvwxz", k=24))
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": noise}]
@@ -252,10 +251,9 @@ def poisoned_batch(plan: Plan) -> None:
 # --- What goes wrong with the trainer ------------------------------------------------------------
 
 
-@failure("out of scale")
+@failure("Eight small batches a step, whose mean losses are added up.", sign="out of scale")
 def accumulation_not_averaged(plan: Plan) -> None:
-    """Eight small batches a step, whose mean losses are added up."""
-
+    # Without num_items_in_batch, each small batch's loss is the mean over its own tokens.
     def change(trainer: SFTTrainer) -> None:
         right = trainer.compute_loss
         trainer.compute_loss = lambda *args, num_items_in_batch=None, **more: right(*args, **more)
@@ -264,13 +262,15 @@ def accumulation_not_averaged(plan: Plan) -> None:
     plan.settings |= {"per_device_train_batch_size": BATCH // 8, "gradient_accumulation_steps": 8}
 
 
-@failure("no gradient")
+@failure(
+    "An adapter loaded to be used (`is_trainable` left out), under activation checkpointing.",
+    sign="no gradient",
+)
 def adapter_frozen(plan: Plan) -> None:
-    """An adapter loaded to be used (`is_trainable` left out), under activation checkpointing."""
     from peft import PeftModel, get_peft_model
 
     with tempfile.TemporaryDirectory() as folder:
-        fresh = get_peft_model(plan.model, plan.lora or lora_config())
+        fresh = get_peft_model(plan.model, plan.lora or _lora_config())
         fresh.save_pretrained(folder)
         plan.model = PeftModel.from_pretrained(fresh.unload(), folder)
     plan.lora = None
@@ -280,14 +280,14 @@ def adapter_frozen(plan: Plan) -> None:
 # --- Carrying it out -----------------------------------------------------------------------------
 
 
-def lora_config() -> LoraConfig:
+def _lora_config() -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def unnamed(seed: int = 8) -> dict[str, Training]:
-    """Each failure once and two sound trainings under letters, in an order that says nothing."""
+    """Each failure once and two sound trainings, named by letters in a random order."""
     trainings = [Training(), Training(lora=True), *map(Training, FAILURES)]
     random.Random(seed).shuffle(trainings)
     return {chr(ord("A") + i): training for i, training in enumerate(trainings)}
@@ -299,7 +299,7 @@ def train(
     """Train the model that the dial names, and ask it held-out questions afterwards.
 
     Args:
-        prompts: how many.
+        prompts: how many questions.
         spoil: breaks something that is not among `FAILURES`.
     """
     from sftlib.data import read_facts
@@ -319,7 +319,7 @@ def train(
         rng.sample(read_facts("sft"), training.examples),
         read_facts("dev")[:64],
         training.rate * (LORA_LEARNING_RATE if training.lora else FULL_LEARNING_RATE),
-        lora_config() if training.lora else None,
+        _lora_config() if training.lora else None,
         rng,
     )
     if training.failure:
@@ -353,13 +353,13 @@ _SETTINGS: dict[str, Any] = {
 
 
 def _labelled(rows: Sequence[dict], plan: Plan) -> list[dict]:
-    """Rows as `input_ids` and `labels`: the answer is learned, or what the plan says."""
+    """Rows as `input_ids` and `labels`: the answer is learned, unless the plan relabels it."""
     from sftlib.chat import encode_batch
 
-    found = encode_batch([row["messages"] for row in rows], plan.tokenizer)
-    made = []
-    for row, ids, mask in zip(rows, found["input_ids"], found["assistant_masks"], strict=True):
+    encoded = encode_batch([row["messages"] for row in rows], plan.tokenizer)
+    labelled = []
+    for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         labels = [i if learned else IGNORED for i, learned in zip(ids, mask, strict=True)]
-        given = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
-        made.append({name: given[name] for name in ("input_ids", "labels")})
-    return made
+        changed = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
+        labelled.append({name: changed[name] for name in ("input_ids", "labels")})
+    return labelled

@@ -1,21 +1,27 @@
-"""A training log, laid out as a table."""
+"""What a training logged: `table` lays it out, `explain` derives its final figures.
+
+The final figures are those of Transformers' `Trainer`: `trainer.py` and `trainer_utils.py`
+(`speed_metrics`) of version 5.23, with which the tests compare them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
 
-FIRST = ("epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+FIRST_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
 def table(log: Any) -> pandas.DataFrame:
-    """A log with a row a step: what was logged while training and, beside it, what evaluation gave.
+    """A log with one row per step: what training logged and, beside it, what evaluation gave.
 
     Args:
         log: a trainer after training, its `state`, its `state.log_history`, or the path of a
@@ -23,87 +29,165 @@ def table(log: Any) -> pandas.DataFrame:
 
     Returns:
         One row for each logged step, in order, with `step` as the index; values that a step lacks
-        are NaN, and those that were logged as NaN or infinite stay so. Where a run was resumed,
-        steps repeat: what was logged before the resumption and then done again is left out.
+        are NaN, and those that were logged as NaN or infinite stay so. A resumed run logs some
+        steps twice: only what was logged after the resumption counts.
 
     Raises:
-        ValueError: no line of it holds a loss; a line is no dictionary; a step or a loss is no
+        ValueError: no line of the log holds a loss; a line is no dictionary; a step or a loss is no
             number; some lines have a step and others have none.
     """
     import pandas
 
-    frame = pandas.DataFrame(rows_of(log)).set_index("step")
-    frame.index = frame.index.astype(int)
-    order = [name for name in FIRST if name in frame]
-    return frame[order + [name for name in frame if name not in order]]
+    frame = pandas.DataFrame(log_lines(log)).groupby("step").last()
+    first = [name for name in FIRST_COLUMNS if name in frame]
+    return frame[[*first, *frame.columns.difference(first, sort=False)]]
 
 
-def rows_of(log: Any) -> list[dict[str, Any]]:
-    """The rows of `table` as dictionaries, which tell a value that is NaN from one that lacks."""
-    lines = [_numbers(i, line) for i, line in enumerate(_lines(log), 1)]
+def log_lines(log: Any) -> list[dict[str, Any]]:
+    """The checked lines behind `table`. Unlike a table, they tell a logged NaN from no value."""
+    lines = [_checked(number, line) for number, line in enumerate(_history(log), 1)]
     lines = [line for line in lines if "train_runtime" not in line]  # the summary of the whole run
-    if not any(_trains(line) for line in lines):
+    if not any("loss" in line for line in lines):
         raise ValueError(
             f"Expected a log with at least one line that holds a loss, found {len(lines)} without. "
             "Pass trainer.state.log_history, after training with logging_steps small enough."
         )
-    rows: dict[float, dict[str, Any]] = {}
-    trained = -1.0  # the last step of training so far
-    for line in _numbered(lines):
-        step = line["step"]
-        if _trains(line):
-            if step <= trained:  # resumed from before it
-                rows = {at: row for at, row in rows.items() if at < step}
-            trained = step
-        rows[step] = rows.get(step, {}) | line
-    return [rows[step] for step in sorted(rows)]
+    if not any("step" in line for line in lines):  # printed lines have none: count those with loss
+        steps = accumulate(int("loss" in line) for line in lines)
+        lines = [line | {"step": step} for line, step in zip(lines, steps, strict=True)]
+    kept: list[dict[str, Any]] = []
+    trained = -1  # the last step of training so far
+    for number, line in enumerate(lines, 1):
+        if "step" not in line:
+            raise ValueError(
+                f"Expected a step in each line of the log, found none in line {number}."
+            )
+        if "loss" in line:
+            if line["step"] <= trained:  # resumed from a checkpoint before it
+                kept = [earlier for earlier in kept if earlier["step"] < line["step"]]
+            trained = line["step"]
+        kept.append(line)
+    return kept
 
 
-def _lines(log: Any) -> list:
+def _history(log: Any) -> Iterable:
+    """The list of lines, wherever it is."""
     if isinstance(log, str | os.PathLike):
         log = json.loads(Path(log).read_text(encoding="utf-8"))
-    log = getattr(log, "state", log)
-    log = getattr(log, "log_history", log)
-    if isinstance(log, Mapping):
-        log = log.get("log_history", [log])
+    log = log.get("log_history", [log]) if isinstance(log, Mapping) else log
+    log = getattr(getattr(log, "state", log), "log_history", log)
     if not isinstance(log, Iterable):
         raise ValueError(
             f"Expected a trainer, its state or its log_history, found {type(log).__name__}."
         )
-    return list(log)
+    return log
 
 
-def _numbers(number: int, line: Any) -> dict[str, Any]:
+def _checked(number: int, line: Any) -> dict[str, Any]:
+    """A line with its numbers as numbers."""
     if not isinstance(line, Mapping):
         raise ValueError(f"Line {number}: expected a dictionary, found {type(line).__name__}.")
-    found = {}
+    checked = {}
     for name, value in line.items():
         try:
-            found[name] = float(value)
+            checked[name] = float(value)
         except (TypeError, ValueError):
-            found[name] = value  # a callback may note a text
-        if name in ("step", *FIRST) and not isinstance(found[name], float):
-            raise ValueError(f"Line {number}: expected a number for {name}, found {value!r}.")
-    if "step" in found and not (found["step"] >= 0 and found["step"] % 1 == 0):
-        raise ValueError(f"Line {number}: expected a whole step, found {line['step']!r}.")
-    return found
+            if name in ("step", *FIRST_COLUMNS):
+                raise ValueError(
+                    f"Line {number}: expected a number for {name}, found {value!r}."
+                ) from None
+            checked[name] = value  # a callback may log text
+    if "step" in checked:
+        if not (checked["step"] >= 0 and checked["step"] % 1 == 0):
+            raise ValueError(f"Line {number}: expected a whole step, found {line['step']!r}.")
+        checked["step"] = int(checked["step"])
+    return checked
 
 
-def _trains(line: Mapping) -> bool:
-    return "loss" in line
+# --- The final figures ---------------------------------------------------------------------------
 
 
-def _numbered(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each line with its step; a log without any, as printed, is counted by its training lines."""
-    without = [i for i, line in enumerate(lines, 1) if "step" not in line]
-    if not without:
-        return list(lines)
-    if len(without) < len(lines):
+def explain(output: Any, log: Any = None) -> pandas.DataFrame:
+    """Each figure of a `TrainOutput`: its value, what it is, and how it follows from the others.
+
+    Args:
+        output: what `trainer.train()` returned, or its three parts: global_step, training_loss,
+            metrics.
+        log: the run's log, as for `table`; with it the loss is checked, too.
+
+    Returns:
+        One row per figure with `value`, `is` and `follows from`, which holds the arithmetic.
+
+    Raises:
+        ValueError: `output` is no `TrainOutput`.
+    """
+    import pandas
+
+    steps, loss, metrics = _parts(output)
+    runtime = metrics.get("train_runtime", math.nan)
+    follows = _loss(loss) if log is None else _mean_loss(loss, steps, log)
+    rows = {
+        "global_step": (steps, "optimizer steps done, also those before a resumption", ""),
+        "training_loss": (loss, "mean loss of the steps of this call, in nats a token", follows),
+    }
+    for name, value in metrics.items():
+        rows[name] = (value, *_meaning(name, value, steps, runtime))
+    rows.pop("train_loss", None)  # training_loss again
+    return pandas.DataFrame.from_dict(rows, orient="index", columns=["value", "is", "follows from"])
+
+
+def _parts(output: Any) -> tuple[int, float, dict[str, float]]:
+    try:
+        steps, loss, metrics = output
+        return int(steps), float(loss), {name: float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, AttributeError):
         raise ValueError(
-            f"Expected a step in each line of the log, found none in line {without[0]}."
+            "Expected what trainer.train() returns, TrainOutput(global_step, training_loss, "
+            f"metrics), found {type(output).__name__}: {str(output)[:60]}"
+        ) from None
+
+
+def _loss(loss: float) -> str:
+    if not math.isfinite(loss):
+        return "not a finite number: the run is broken from the first step that logs none"
+    return f"perplexity exp({loss:.4g}) = {math.exp(min(loss, 700)):.4g}"
+
+
+def _mean_loss(loss: float, steps: int, log: Any) -> str:
+    import numpy
+
+    losses = table(log).loss.dropna()
+    covers = numpy.diff(losses.index, prepend=0)  # each logged loss is the mean of these many steps
+    mean = numpy.average(losses, weights=covers)
+    said = f"mean of {len(losses)} logged losses = {mean:.6g}; {_loss(loss)}"
+    if losses.index[-1] < steps:
+        said += f"; steps {losses.index[-1] + 1} to {steps} were not logged"
+    return said
+
+
+def _meaning(name: str, value: float, steps: int, runtime: float) -> tuple[str, str]:
+    rate = f"{runtime:g} s"
+    if name == "train_runtime":
+        return "seconds on the clock, with evaluation and saving", ""
+    if name == "train_steps_per_second":
+        return "optimizer steps a second", f"{steps} / {rate} = {_ratio(steps, runtime):.3f}"
+    if name == "train_samples_per_second":
+        rows = value * runtime
+        a_step = f"{rows:.0f} rows; a step had {_ratio(rows, steps):.1f}"
+        return "rows of the dataset a second, each epoch counted", f"times {rate} = {a_step}"
+    if name == "total_flos":
+        return (
+            "floating-point operations, estimated: 6 · parameters without embeddings · tokens, "
+            "padding and frozen parameters included (Kaplan et al. 2020, arXiv 2001.08361)",
+            f"/ {rate} = {_ratio(value, runtime) / 1e9:.3g} GFLOP/s",
         )
-    counted, step = [], 0
-    for line in lines:
-        step += _trains(line)
-        counted.append(line | {"step": step})
-    return counted
+    if name == "epoch":
+        if not math.isfinite(value):
+            return "passes over the dataset", "not a finite number"
+        part = f", {value % 1:.0%} of the next" if value % 1 else ""
+        return "passes over the dataset", f"{int(value)} whole{part}"
+    return "of the trainer's own or of a callback", ""
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan

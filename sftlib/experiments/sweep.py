@@ -1,6 +1,6 @@
-"""Many finetuning runs on the shipped facts, each measured in the same way: for sweeps.
+"""Sweeps: many finetuning runs on the shipped facts, each measured in the same way.
 
-`make sweeps` makes the stored runs of `data/runs/` with it, and lessons read them.
+`make sweeps` makes the stored runs of `data/runs/`, and lessons read them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def machine() -> str:
-    """The machine in words, without its name."""
+    """The machine in words: processor, threads, GPU, torch. Not its host name."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -47,16 +47,16 @@ class Run:
 
     Args:
         learning_rate: the highest of its schedule.
-        r: LoRA's rank; 0 is full finetuning.
-        alpha: LoRA's α; 2r where it is 0.
-        targets: which matrices are trained, a key of `TARGETS`; where it is empty, all-linear for
-            LoRA and all parameters for full finetuning.
+        r: LoRA's rank; 0 means full finetuning.
+        alpha: LoRA's α; 0 means 2r.
+        targets: which matrices are trained, a key of `TARGETS`; empty means all-linear for LoRA,
+            and all parameters for full finetuning.
         variant: of LoRA: `dora`, `rslora`, `control tokens` (their embeddings are trained, too), or
             empty.
-        examples: how many, 16 in a step.
-        epochs: how often each is seen.
-        replay: how many texts of the pretraining kind are mixed in, learned whole.
-        seed: of the order of examples and of LoRA's start.
+        examples: how many, 16 per step.
+        epochs: how often each example is seen.
+        replay: how many pretraining texts are mixed in; all their tokens are learned.
+        seed: decides the order of examples and LoRA's first values.
     """
 
     learning_rate: float
@@ -87,7 +87,7 @@ class Run:
         )
 
 
-REPLAY = 100  # of the held-out texts, those that may be mixed in; the others measure forgetting
+REPLAY = 100  # so many of the held-out texts may be mixed in; the others measure forgetting
 
 
 def train_and_measure(
@@ -97,16 +97,17 @@ def train_and_measure(
 
     Args:
         run: the settings; a learning rate of 0 measures the base.
-        prompts: ask only so many of each test set; large models are slow on a CPU.
-        texts: on which forgetting is measured; without them, on the course's held-out prose.
+        prompts: ask at most so many questions of each test set; large models are slow on a CPU.
+        texts: forgetting is measured on them; without them, on the course's held-out prose.
 
     Returns:
-        `trainable` parameters; optimizer `steps`; `loss`, the mean of the last five steps; shares
-        from 0 to 1: `dev`, `heldout` and `heldout_wordings` (exact match), `stops`, and `cloze`
-        (facts completed in plain text, a skill that is not trained); `perplexity` on the texts; and
-        how much the linear layers changed, of their own size: `change` (Frobenius norm) and
-        `direction` (the largest singular value of the change, of the change's Frobenius norm: 1 is
-        one direction alone).
+        - `trainable` parameters, optimizer `steps`, and `loss`, the mean of the last five steps;
+        - shares from 0 to 1: `dev`, `heldout` and `heldout_wordings` (exact match), `stops`, and
+          `cloze` (facts completed in plain text, a skill that is not trained);
+        - `perplexity` on the texts;
+        - of the linear layers: `change` (Frobenius norm of the change / norm of the weights), and
+          `direction` (largest singular value of the change / its Frobenius norm; at 1, all of the
+          change has one direction).
     """
     from sftlib.data import read_facts
     from sftlib.evaluate import cloze, perplexity, report
@@ -122,7 +123,7 @@ def train_and_measure(
     set_seed(run.seed)
     model, tokenizer = load()
     before = {n: model.get_submodule(n).weight.detach().clone() for n in linear_shapes(model)}
-    if run.targets and not run.r:
+    if run.targets and not run.r:  # full finetuning of some matrices only
         model.requires_grad_(False)
         for name in lora_targets(model, 1, TARGETS[run.targets]):
             model.get_submodule(name).requires_grad_(True)
@@ -166,13 +167,14 @@ def train_and_measure(
 def _changes(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
     import torch
 
-    size = change = first = 0.0
+    # The square of a Frobenius norm is the sum of the squared singular values, so layers add up.
+    size = change = largest = 0.0
     for name, old in before.items():
         values = torch.linalg.svdvals(model.get_submodule(name).weight.detach() - old)
         size += old.square().sum().item()
         change += values.square().sum().item()
-        first += values[0].square().item()
-    return {"change": (change / size) ** 0.5, "direction": (first / (change or 1)) ** 0.5}
+        largest += values[0].square().item()
+    return {"change": (change / size) ** 0.5, "direction": (largest / (change or 1)) ** 0.5}
 
 
 def sweep(
@@ -181,14 +183,14 @@ def sweep(
     measure: Callable[..., dict[str, Any]] | None = None,
     **options: Any,
 ) -> list[dict]:
-    """Do the runs that the file does not hold yet, and return the rows of all of them in order.
+    """Do the runs that the file does not hold yet, and return the rows of all runs in order.
 
-    Each row is saved as soon as it is there, so an interrupted sweep goes on where it stopped.
+    Each row is saved as soon as it is measured, so an interrupted sweep goes on where it stopped.
 
     Args:
         runs: `Run`s, or other frozen dataclasses, all of one class.
-        measure: does a run and returns what is to be stored; without it, `train_and_measure`.
-        options: go to `measure`.
+        measure: does a run and returns what to store; without it, `train_and_measure`.
+        options: keyword arguments of `measure`.
     """
     from sftlib.data import drop_torn_line, read_jsonl
 
@@ -210,7 +212,10 @@ def sweep(
 
 
 def select(table: pandas.DataFrame, **settings: Any) -> pandas.DataFrame:
-    """The stored runs with these settings; what is not named is the default or, for rate, any."""
+    """The stored runs with these settings.
+
+    A setting that is not named has its default; learning rate and seed may then have any value.
+    """
     wanted = asdict(Run(0)) | settings
     names = [n for n in wanted if n in settings or n not in ("learning_rate", "seed")]
     return table[(table[names] == [wanted[n] for n in names]).all(axis=1)]

@@ -1,7 +1,7 @@
 """An LLM that writes SFT data: OpenAI, any compatible server, the local teacher, a recording.
 
-`Teacher` finds the source and asks it; `parse_pairs` reads what it answers; `generate_pairs` asks
-until there are enough usable pairs, and loses none of them.
+`Teacher` finds the source and asks it. `parse_pairs` reads its answers. `generate_pairs` asks until
+there are enough usable pairs, and loses none of them.
 """
 
 from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable

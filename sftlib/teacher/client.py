@@ -1,8 +1,8 @@
-"""Ask an LLM through the `openai` client, and turn all that can go wrong into clear words.
+"""Ask an LLM through the `openai` client; every failure becomes an error that says what to do.
 
-The client itself waits and asks again after a 429, a 5xx, a time-out or a broken connection. What
-it does not catch (openai 3.54) is caught here: a body that is cut off or is not JSON, a web page
-with status 200, `choices` that are null, a quota that no waiting will refill.
+The client itself waits and asks again after a 429, a 5xx, a time-out or a broken connection. It
+does not handle everything (openai 3.54). This module does: a body that is cut off or is not JSON, a
+web page with status 200, `choices` that are null, a quota that no waiting will refill.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SOURCES = ("openai", "server", "local", "recording")
-LONGEST_WAIT = 60.0  # seconds that a server may ask us to wait before the next try
+LONGEST_WAIT = 60.0  # seconds: if a server asks for a longer wait, do not try again
 
 
 class TeacherError(RuntimeError):
-    """The teacher cannot be asked: what happened, and what to do. The key is never part of it."""
+    """The teacher cannot be asked: what happened, and what to do. It never shows the key."""
 
 
 class Unreadable(TeacherError):
@@ -28,10 +28,10 @@ class Unreadable(TeacherError):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a teacher wrote, and what that cost.
+    """What a teacher wrote, and how many tokens it cost.
 
-    `text` is empty where the teacher refused; `finish_reason` is `stop` when it ended by itself,
-    `length` when it was cut off, `content_filter` when it was censored. Tokens are None where the
+    `text` is empty if the teacher refused. `finish_reason` is `stop` when the text ended by itself,
+    `length` when it was cut off, `content_filter` when it was censored. Tokens are None if the
     server does not count them.
     """
 
@@ -43,20 +43,20 @@ class Completion:
 
 
 class Teacher:
-    """An LLM behind the OpenAI protocol, whatever it is: `client` is an ordinary `openai.OpenAI`.
+    """An LLM behind the OpenAI protocol: `client` is an ordinary `openai.OpenAI`.
 
     Args:
-        source: `openai` (needs OPENAI_API_KEY), `server` (OPENAI_BASE_URL: Ollama, vLLM,
-            llama.cpp …), `local` (after `make teacher`), `recording`. Without it SFT_TEACHER
-            decides, and without that the first of these four that is there. Variables may stand in
-            a file `.env`.
-        model: its name there. Without it OPENAI_MODEL, else `gpt-4o-mini`, else the only model
-            that the server has.
+        source: `openai` (needs OPENAI_API_KEY), `server` (needs OPENAI_BASE_URL: Ollama, vLLM,
+            llama.cpp …), `local` (after `make teacher`), or `recording`. By default SFT_TEACHER
+            names it. If that is not set: `server` or `openai` if its variable is set, `local` if it
+            is installed, else `recording`. The variables may be in a file `.env`.
+        model: the model's name. By default OPENAI_MODEL; if that is not set, `gpt-4o-mini` from
+            OpenAI, or the only model that the server has.
         timeout: seconds to wait for an answer.
-        max_retries: times that the client asks again after a failure that may pass.
+        max_retries: how often the client asks again after a failure that may pass.
 
     Raises:
-        TeacherError: the source is not there, or not fully described.
+        TeacherError: the source is not there, or a setting is missing.
     """
 
     def __init__(
@@ -97,20 +97,22 @@ class Teacher:
 
         Args:
             messages: dicts with `role` and `content`, the last one from the user.
-            schema: a JSON schema that the server must keep to ("Structured Outputs").
+            schema: a JSON schema that the completion must follow ("Structured Outputs").
             temperature: 0 for the likeliest text, higher for more variety.
-            seed: with the same seed most servers write the same text again.
-            max_tokens: the completion is cut off there.
+            seed: with the same seed, most servers write the same text again.
+            max_tokens: the completion is cut off at this length.
 
         Raises:
-            Unreadable: a response came, but no completion.
-            TeacherError: none came, and asking again now would not help.
+            Unreadable: the response is no completion.
+            TeacherError: no response came, and asking again now would not help.
         """
         return self.send(self.request(messages, schema, temperature, seed, max_tokens))
 
     def send(self, request: dict[str, Any]) -> Completion:
         """One completion, for a request as `request` makes it; raises what `ask` raises."""
-        return self._caught(lambda: _completion(self.client.chat.completions.create(**request)))
+        return self._with_clear_errors(
+            lambda: _completion(self.client.chat.completions.create(**request))
+        )
 
     def request(
         self,
@@ -134,8 +136,8 @@ class Teacher:
             request["response_format"] = {"type": "json_schema", "json_schema": named}
         return request
 
-    def _caught(self, call: Callable[[], Any]) -> Any:
-        """`call`, with every failure in words, and without the key."""
+    def _with_clear_errors(self, call: Callable[[], Any]) -> Any:
+        """The result of `call`; every failure becomes a TeacherError without the key."""
         import openai
 
         try:
@@ -144,14 +146,14 @@ class Teacher:
             raise
         except (ValueError, openai.APIResponseValidationError) as error:
             # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
-            problem = Unreadable(self._words("The response is no valid JSON", error))
+            problem = Unreadable(self._message("The response is no valid JSON", error))
         except openai.OpenAIError as error:
-            problem = TeacherError(self._words(_advice(error), error))
-        raise problem from None  # the original holds the request, with its headers
+            problem = TeacherError(self._message(_advice(error), error))
+        raise problem from None  # the original error holds the request, whose headers hold the key
 
-    def _words(self, advice: str, error: Exception) -> str:
-        said = " ".join(str(error).split())[:300]
-        text = f"{advice} ({type(error).__name__}: {said})"
+    def _message(self, advice: str, error: Exception) -> str:
+        details = " ".join(str(error).split())[:300]
+        text = f"{advice} ({type(error).__name__}: {details})"
         return text.replace(self._key, "[key]") if self._key else text
 
     def _find_model(self) -> str:
@@ -163,7 +165,9 @@ class Teacher:
             return named
         if self.source == "openai":
             return "gpt-4o-mini"
-        names = self._caught(lambda: [str(model.id) for model in self.client.models.list()])
+        names = self._with_clear_errors(
+            lambda: [str(model.id) for model in self.client.models.list()]
+        )
         if len(names) != 1:
             raise TeacherError(
                 f"Expected one model at OPENAI_BASE_URL, found {len(names)}: "
@@ -183,14 +187,14 @@ def _first_source() -> str:
 
 
 def _address(source: str) -> tuple[str | None, str]:
-    """The address (None for OpenAI's own) and the key."""
+    """The address (None means OpenAI's own) and the key."""
     from sftlib.teacher import local
 
     key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise TeacherError(
-            "OPENAI_API_KEY holds characters that no key has (spaces, quotes of a text processor). "
-            "Copy the key again, without anything around it."
+            "OPENAI_API_KEY holds characters that no key has, such as spaces or curly quotes. Copy "
+            "the key again, without anything around it."
         )
     if source == "openai":
         if not key:
@@ -223,12 +227,12 @@ def _client(source: str, url: str | None, key: str, timeout: float, max_retries:
     if source == "recording":
         options["transport"] = recording.Replay()
     if source == "local":
-        options["trust_env"] = False  # a proxy does not know this machine's 127.0.0.1
+        options["trust_env"] = False  # no proxy: it could not reach this machine's 127.0.0.1
     hooks = [_do_not_retry_in_vain]
     if record := os.environ.get("SFT_RECORD"):
         hooks.append(recording.Recorder(record))
     return openai.OpenAI(
-        api_key=key or "none",  # the client insists on one; servers without keys ignore it
+        api_key=key or "none",  # the client demands a key; servers without keys ignore it
         base_url=url or "https://api.openai.com/v1",
         timeout=timeout,
         max_retries=max_retries,
@@ -237,7 +241,7 @@ def _client(source: str, url: str | None, key: str, timeout: float, max_retries:
 
 
 def _do_not_retry_in_vain(response: Any) -> None:
-    """A response hook: an empty account, and a wait of many minutes, end the tries at once.
+    """A response hook: do not try again if the account is empty or the wait would be too long.
 
     The client obeys the header `x-should-retry` (openai-python, `_base_client._should_retry`).
     """
@@ -278,10 +282,10 @@ def _advice(error: Exception) -> str:
 
 
 def _completion(response: Any) -> Completion:
-    """Read a response that the client has not validated: any part of it may be missing."""
+    """Read a response. The client does not validate it, so any part of it may be missing."""
     choices = getattr(response, "choices", None)
     if not isinstance(choices, list) or not choices:
-        shown = response if isinstance(response, str) else _shown(response)
+        shown = response if isinstance(response, str) else _as_text(response)
         raise Unreadable(
             f"Expected a chat completion with choices, found {' '.join(shown[:120].split())!r}. "
             "Does the address lead to a chat API?"
@@ -304,7 +308,7 @@ def _count(number: Any) -> int | None:
     return number if isinstance(number, int) and number >= 0 else None
 
 
-def _shown(response: Any) -> str:
+def _as_text(response: Any) -> str:
     try:
         return json.dumps(response.model_dump(warnings=False), default=str)
     except Exception:

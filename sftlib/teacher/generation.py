@@ -1,4 +1,4 @@
-"""Ask a teacher for pairs until there are enough, without losing one that was paid for."""
+"""Ask a teacher for pairs until there are enough, and lose none that was paid for."""
 
 from __future__ import annotations
 
@@ -19,30 +19,35 @@ from sftlib.data import drop_torn_line, read_jsonl, write_jsonl
 from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable
 from sftlib.teacher.pairs import PAIR_SCHEMA, Pair, PairError, parse_pairs
 
-UNREADABLE_IN_A_ROW = 5  # then the address is wrong, and not the luck bad
+UNREADABLE_IN_A_ROW = 5  # five unreadable responses in a row mean a wrong address, not bad luck
 Accept = Callable[[Any, Pair], str | None]
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a million tokens cost, in any one currency; see the price list of your provider."""
+    """Prices per million tokens, in any currency; see the price list of your provider."""
 
     prompt: float
     completion: float
 
     def of(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The cost of so many tokens."""
+        """The cost of these tokens."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
 @dataclass
 class Generated:
-    """What came of a generation: `rows` were accepted, `rejected` counts the reasons of the rest.
+    """What came of a generation. Completions from earlier runs count too.
 
-    All of it counts what is in the file, from earlier runs too. `parsed` is the number of
-    completions in which at least one pair was found, usable or not; `cost` is in the currency of
-    the prices, or in tokens where no prices were given, and an upper bound where the server does
-    not count tokens. `stopped` says why there are fewer pairs than wanted.
+    Attributes:
+        rows: the accepted pairs.
+        rejected: reason → how many pairs or completions were rejected for it.
+        rejects: the rejected ones: `topic`, `reason`, `text` (its beginning).
+        attempts: completions that were asked for.
+        parsed: completions in which at least one pair was found, usable or not.
+        cost: in the currency of the prices, or in tokens without prices. It is an upper bound if
+            the server does not count tokens.
+        stopped: why there are fewer pairs than wanted; empty when there are enough.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -79,9 +84,9 @@ def generate_pairs(
 ) -> Generated:
     """Ask the teacher about each topic in turn until `n` pairs are accepted.
 
-    Every completion is on the disk (`out` with the ending `.raw.jsonl`) before the next step, and
-    every accepted pair at once in `out`. Run again with the same arguments after whatever
-    happened: it goes on where it was, and never asks again for what it has.
+    Every completion is on the disk (`out` with the ending `.raw.jsonl`) before the next step. Every
+    accepted pair is at once in `out`. After an interruption, call it again with the same arguments:
+    it goes on where it stopped, and does not ask again for what it has.
 
     Args:
         topics: what to ask about: strings, or anything that JSON can hold.
@@ -90,12 +95,13 @@ def generate_pairs(
         teacher: without it, `Teacher()`.
         prompt: makes the messages that ask about a topic.
         accept: called with topic and pair; returns why the pair is not good enough, or None.
-        schema: a JSON schema for the answer; None for a server that cannot keep to one.
-        max_attempts: completions at most; without it, four times `n`.
-        concurrency: requests under way at the same time.
-        prices: for the cost, from the tokens that the server reports.
-        budget: stop before the cost can exceed it, in the currency of `prices`, else in tokens.
-        seed: of the first attempt; each next one adds 1.
+        schema: a JSON schema for the answer; None for a server that does not support schemas.
+        max_attempts: the most completions; without it, four times `n`.
+        concurrency: how many requests run at the same time.
+        prices: the cost is computed with them from the tokens that the server reports.
+        budget: it stops if the next request, at its highest possible cost, would exceed the budget.
+            In the currency of `prices`, or in tokens without prices.
+        seed: the seed of the first attempt; each next attempt adds 1.
 
     Raises:
         TeacherError: the teacher cannot be asked any more; what was accepted is in `out`.
@@ -136,7 +142,7 @@ class _Attempt:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def worst_case(self) -> tuple[int, int]:
-        """Tokens that it can cost at most: none is shorter than a byte."""
+        """The most prompt and completion tokens that it can cost: a token has at least one byte."""
         text = json.dumps(self.request, ensure_ascii=False).encode()
         return len(text), self.request["max_tokens"]
 
@@ -149,26 +155,26 @@ def _work_through(
     budget: float | None,
     show: Callable[[], None],
 ) -> None:
-    """Ask, at most `concurrency` at a time; whatever happens, keep what comes back."""
+    """Ask, at most `concurrency` requests at a time; whatever happens, keep what comes back."""
     asked: dict[Future[Completion], _Attempt] = {}
     failure: TeacherError | None = None
     pool = ThreadPoolExecutor(concurrency)
     try:
         while True:
             while failure is None and len(asked) < concurrency:
-                if (attempt := journal.next_of(todo, n, asked.values(), budget)) is None:
+                if (attempt := journal.next_attempt(todo, n, asked.values(), budget)) is None:
                     break
                 asked[pool.submit(journal.teacher.send, attempt.request)] = attempt
             if not asked:
                 break
             for future in wait(asked, return_when=FIRST_COMPLETED).done:
-                failure = journal.take(asked.pop(future), future) or failure
+                failure = journal.collect(asked.pop(future), future) or failure
             show()
-    finally:  # an interrupt too: what is under way will be paid for
+    finally:  # also after an interrupt: requests that have been sent must be paid for
         for future, attempt in asked.items():
             if not future.cancel():
-                with contextlib.suppress(Exception):  # another one is on its way already
-                    journal.take(attempt, future)
+                with contextlib.suppress(Exception):  # an earlier exception is being raised already
+                    journal.collect(attempt, future)
         pool.shutdown()
     if failure is not None:
         raise TeacherError(
@@ -178,10 +184,10 @@ def _work_through(
 
 
 class _Journal:
-    """The two files of a generation, and what they amount to.
+    """The two files of a generation, and the result that follows from them.
 
-    `.raw.jsonl` holds each completion as it came, `out` the pairs that follow from it. The first is
-    appended to, a line at a time, and synced; the second can always be derived from it.
+    `.raw.jsonl` holds each completion as it came, `out` the accepted pairs. Each completion is
+    appended as one line and synced to the disk. The pairs can always be derived from it again.
     """
 
     def __init__(
@@ -190,8 +196,8 @@ class _Journal:
         self.out, self.raw = out, out.with_suffix(".raw.jsonl")
         self.teacher, self.accept, self.prices = teacher, accept, prices
         self.known: set[str] = set()  # requests that have been answered
-        self.seen: set[str] = set()  # pairs, to find doubles
-        self.unreadable = 0  # in a row
+        self.seen: set[str] = set()  # accepted pairs, to find duplicates
+        self.unreadable = 0  # unreadable responses in a row
         self.next: _Attempt | None = None
         self.result = Generated()
 
@@ -206,7 +212,7 @@ class _Journal:
                 f"Another generation is writing to {self.out}. Wait for it, or choose another file."
             ) from None
         try:
-            self._take_up()
+            self._resume()
         except BaseException:  # `accept` may raise anything
             self.__exit__()
             raise
@@ -216,8 +222,8 @@ class _Journal:
         for file in self.files:
             file.close()
 
-    def _take_up(self) -> None:
-        """Go on where an earlier run ended, also one that was killed in the middle of a line."""
+    def _resume(self) -> None:
+        """Read what an earlier run left, even if it was killed in the middle of a line."""
         for path in (self.raw, self.out):
             drop_torn_line(path)
         for row in read_jsonl(self.raw):
@@ -226,21 +232,21 @@ class _Journal:
         derived = {json.dumps(row, sort_keys=True) for row in self.result.rows}
         if any(json.dumps(row, sort_keys=True) not in derived for row in there):
             raise ValueError(
-                f"{self.out} holds pairs that do not follow from {self.raw.name} and this check: "
-                "they were edited, or made otherwise. Move that file away, or choose another one; "
-                "completions that are there are not asked for again."
+                f"{self.out} holds pairs that do not follow from {self.raw.name} and `accept`: "
+                "they were edited, or made otherwise. Move that file away, or choose another one. "
+                "Completions that are there are not asked for again."
             )
         if there != self.result.rows:
             self.files.pop().close()
             write_jsonl(self.out, self.result.rows)
             self.files.append(_open_to_append(self.out))
 
-    def next_of(
+    def next_attempt(
         self, todo: Iterator[_Attempt], n: int, asked: Collection[_Attempt], budget: float | None
     ) -> _Attempt | None:
-        """What to ask next; None when that may be enough, or when the budget might not hold.
+        """What to ask next; None when the open requests may be enough, or would use up the budget.
 
-        It holds if everything that is under way may cost as much as it can.
+        The budget counts each open request at its highest possible cost.
         """
         if len(self.result.rows) + len(asked) >= n or self.result.stopped:
             return None
@@ -248,25 +254,25 @@ class _Journal:
         if self.next is None:
             self.result.stopped = "" if asked else "all attempts are used"
             return None
-        if budget is not None and self.result.cost + self._worst(self.next, *asked) > budget:
+        if budget is not None and self.result.cost + self._highest_cost(self.next, *asked) > budget:
             if not asked:
                 self.result.stopped = f"the next request might exceed the budget of {budget:g}"
             return None
         attempt, self.next = self.next, None
         return attempt
 
-    def _worst(self, *attempts: _Attempt) -> float:
+    def _highest_cost(self, *attempts: _Attempt) -> float:
         return sum(self._price(*attempt.worst_case()) for attempt in attempts)
 
-    def take(self, attempt: _Attempt, future: Future[Completion]) -> TeacherError | None:
-        """Keep what a request brought; returns the failure after which to stop, if it is one."""
+    def collect(self, attempt: _Attempt, future: Future[Completion]) -> TeacherError | None:
+        """Keep what a request brought; returns an error if no more requests should follow."""
         try:
             self._keep(attempt, future.result())
             self.unreadable = 0
         except Unreadable as error:  # no completion, but it may have been paid for
             self.unreadable += 1
             self.result.attempts += 1
-            self.result.cost += self._worst(attempt)
+            self.result.cost += self._highest_cost(attempt)
             self._reject(attempt.topic, "unreadable response", str(error))
             return error if self.unreadable >= UNREADABLE_IN_A_ROW else None
         except TeacherError as error:
@@ -287,26 +293,26 @@ class _Journal:
         self.known.add(row["request"])
         self.result.attempts += 1
         self.result.cost += self._price(row["prompt_tokens"], row["completion_tokens"])
-        pairs, bad = _read(row)
+        pairs, bad = _pairs_of(row)
         self.result.parsed += bool(pairs)
         rows = []
         for pair in pairs:
-            if why := self._why_not(row["topic"], pair):
-                bad.append(PairError(why))
+            if reason := self._reason_to_reject(row["topic"], pair):
+                bad.append(PairError(reason))
                 continue
-            kept = {key: row[key] for key in ("topic", "teacher", "request")}
-            rows.append({"messages": pair.messages} | kept)
+            origin = {key: row[key] for key in ("topic", "teacher", "request")}
+            rows.append({"messages": pair.messages} | origin)
         for error in bad:
             self._reject(row["topic"], error.reason, row["text"])
         self.result.rows += rows
         return rows
 
-    def _why_not(self, topic: Any, pair: Pair) -> str | None:
+    def _reason_to_reject(self, topic: Any, pair: Pair) -> str | None:
         key = " ".join(f"{pair.question} {pair.answer}".casefold().split())
         if key in self.seen:
             return "duplicate"
-        if self.accept is not None and (why := self.accept(topic, pair)):
-            return why
+        if self.accept is not None and (reason := self.accept(topic, pair)):
+            return reason
         self.seen.add(key)
         return None
 
@@ -320,8 +326,8 @@ class _Journal:
         return self.prices.of(prompt_tokens, completion_tokens)
 
 
-def _read(row: dict[str, Any]) -> tuple[list[Pair], list[PairError]]:
-    """The good pairs of a completion, and what is wrong with it or with the others."""
+def _pairs_of(row: dict[str, Any]) -> tuple[list[Pair], list[PairError]]:
+    """The good pairs of a completion, and an error for each bad one (or for all of it)."""
     bad: list[PairError] = []
     if row["refusal"] is not None:
         return [], [PairError("refused", row["refusal"])]
@@ -339,8 +345,8 @@ def _open_to_append(path: Path) -> IO[bytes]:
 
 
 def _append(file: IO[bytes], row: dict[str, Any]) -> dict[str, Any]:
-    """One line, in one write, on the disk before it returns; returns what reading it will give."""
-    line = json.dumps(row)  # ASCII: broken characters in a completion do not break the file
+    """Write a row as one line, synced to the disk; returns the row as reading it will give it."""
+    line = json.dumps(row)  # as ASCII, so that broken characters in a completion do no harm
     file.write(line.encode() + b"\n")
     os.fsync(file.fileno())
     return json.loads(line)

@@ -21,10 +21,10 @@ def installed() -> bool:
 
 @functools.cache
 def start(timeout: float = 120.0) -> tuple[str, str]:
-    """Start the server, once a process; returns its address, ending in `/v1`, and its key.
+    """Start the server, once per process; returns its address, ending in `/v1`, and its key.
 
     Raises:
-        RuntimeError: it is not installed, or did not start; with what it said last.
+        RuntimeError: it is not installed, or did not start; with its last output.
     """
     if not installed():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Read question-answer pairs out of what an LLM writes."""
+"""Read question-answer pairs in what an LLM writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sftlib.data.validation import validate
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-LONGEST = 100_000  # characters of a completion; more is a runaway
+LONGEST = 100_000  # characters; a longer completion is a model that does not stop
 
 
 class PairError(ValueError):
-    """A completion, or a part of it, is no pair. `reason` is short, for counting."""
+    """A completion, or a part of it, is no pair. `reason` is short, to be counted."""
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(f"{reason}: {details}" if details else reason)
@@ -23,7 +23,7 @@ class PairError(ValueError):
 
 
 class Pair(BaseModel):
-    """A question with its answer. `instruction` and `response` are read as the same two things."""
+    """A question with its answer. The keys `instruction` and `response` are read as well."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     question: str
@@ -53,11 +53,11 @@ PAIR_SCHEMA = Pair.model_json_schema() | {
 
 
 def parse_pairs(text: str, rejected: list[PairError] | None = None) -> list[Pair]:
-    """The pairs in a completion: bare JSON, in code fences, between sentences, listed or nested.
+    """The pairs in a completion: plain JSON, in code fences, between sentences, listed or nested.
 
     Args:
         text: what the model wrote.
-        rejected: receives an error for each part that looks like a pair and is not a good one.
+        rejected: a list; an error is added for each part that looks like a pair but is not good.
 
     Raises:
         PairError: there is no usable pair at all.
@@ -78,15 +78,16 @@ def parse_pairs(text: str, rejected: list[PairError] | None = None) -> list[Pair
 
 
 def _json_values(text: str) -> list[Any]:
-    """Every JSON object or array that stands in the text, outermost ones only."""
+    """Every JSON object or array in the text; only outermost ones."""
     if not isinstance(text, str):
         raise PairError("not text", f"expected a string, found {type(text).__name__}")
     if len(text) > LONGEST:
         raise PairError("too long", f"{len(text):,} characters; a pair has a few hundred")
-    decoder = json.JSONDecoder(object_pairs_hook=_without_doubles)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     values, problem, at = [], None, 0
-    for _ in range(200):  # more brackets that lead nowhere are not worth the time
-        start = re.compile(r"[\[{]").search(text, at)
+    # At each bracket, try to read JSON from there. A limit: text may have thousands of brackets.
+    for _ in range(200):
+        start = _BRACKET.search(text, at)
         if start is None:
             break
         try:
@@ -96,22 +97,24 @@ def _json_values(text: str) -> list[Any]:
             problem, at = error, start.end()
         except (ValueError, RecursionError) as error:
             problem, at = problem or PairError("broken JSON", str(error)), start.end()
-    if not values and problem:
-        raise problem
     if not values:
-        raise PairError("no JSON", f"expected a JSON object, found {text[:60]!r}")
+        raise problem or PairError("no JSON", f"expected a JSON object, found {text[:60]!r}")
     return values
 
 
-def _without_doubles(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
+_BRACKET = re.compile(r"[\[{]")
+
+
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as a dict. The json module would silently keep the last of two equal keys."""
+    value = dict(items)
+    if len(value) < len(items):
         raise PairError("duplicate keys", f"expected each key once, found {[k for k, _ in items]}")
-    return found
+    return value
 
 
 def _candidates(value: Any, depth: int = 0) -> Iterator[Any]:
-    """What may be a pair: objects, also in lists, and in objects that only wrap a list."""
+    """What may be a pair: objects, also those in lists or in objects around a list."""
     inner = list(value.values()) if isinstance(value, dict) else value
     if isinstance(value, dict) and not any(isinstance(v, list | dict) for v in inner):
         yield value

@@ -1,8 +1,7 @@
 """Replay what a teacher once answered: the real client, without a server.
 
-A recording is a JSON-lines file, an exchange a line: the body of a request and the body of its
-response, as they went over the wire. The client does not notice the difference, so lessons run the
-same code with it as with a server.
+A recording is a JSON-lines file with one exchange per line: the body of a request and the body of
+its response, as they were sent. Lessons run the same code with a recording as with a server.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Recorder:
             "request": json.loads(response.request.content),
             "response": json.loads(response.read()),
         }
-        exchange["response"].pop("timings", None)  # llama.cpp's own, and different each time
+        exchange["response"].pop("timings", None)  # of llama.cpp; they differ each time
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(exchange, ensure_ascii=False) + "\n")
 
