@@ -107,7 +107,7 @@ class Llama3Arguments:
 
 def parse(argv: list[str] | None = None):
     """The script's own arguments, and TRL's `SFTConfig` with defaults that suit them."""
-    from sftlib.scale.rank import without_builds
+    from sftlib.scale.rank_process import without_builds
     from sftlib.training import defaults
 
     import torch

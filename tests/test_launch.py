@@ -308,7 +308,7 @@ def test_the_threads_of_a_script_finish_their_work(script):
 def test_deepspeed_is_left_alone_unless_it_runs_on_a_cpu(value):
     env = {name: text for name, text in os.environ.items() if name != "DS_ACCELERATOR"}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if value is None else {"DS_ACCELERATOR": value})
-    code = "import sys; from sftlib.scale.rank import without_builds; without_builds(); "
+    code = "import sys; from sftlib.scale.rank_process import without_builds; without_builds(); "
     code += "print('deepspeed' in sys.modules)"
     assert python(code, env=env).communicate(timeout=60)[0] == "False\n"
 
@@ -420,7 +420,7 @@ def test_a_failed_script_ends_with_the_code_that_python_itself_would_give(script
     command = [
         sys.executable,
         "-m",
-        "sftlib.scale.rank",
+        "sftlib.scale.rank_process",
         str(script("raise ValueError('bad batch')")),
     ]
     notes = {"SFT_RANK_NOTES": str(tmp_path / "rank0")}
@@ -608,7 +608,7 @@ def test_who_has_the_logs_is_said_even_where_its_number_is_still_to_be_written(t
         threading.Timer(0.2, mark.write_text, ["123"]).start()
         with (
             pytest.raises(RuntimeError, match="Process 123 is running"),
-            launch_module._owned(tmp_path),
+            launch_module._own_logs(tmp_path),
         ):
             pass
 

@@ -67,10 +67,10 @@ HARMLESS = {
     ("sftlib/checks/llama3.py", "(8e9, 24e6, 1978.0"): "an answer is tried on another GPU's speed",
     ("sftlib/checks/lora_vs_full.py", "the other way round.x'"): "a letter behind a sentence",
     (
-        "sftlib/scale/rank.py",
+        "sftlib/scale/rank_process.py",
         "time.sleep(1.0)",
     ): "a rank ends half a second later than its launcher",
-    ("sftlib/scale/rank.py", "os._exit(2)"): "who would read the code has ended",
+    ("sftlib/scale/rank_process.py", "os._exit(2)"): "who would read the code has ended",
     ("sftlib/teacher/generation.py", "text[:501]"): "a reject keeps a character more of a text",
     ("sftlib/teacher/pairs.py", "strict=True, frozen=False"): "nothing writes to a pair",
     (
