@@ -80,7 +80,6 @@ HARMLESS = {
     ("sftlib/experiments/summary.py", "in zip(losses.index, before, strict=False)"): (
         "the line above makes one value for each"
     ),
-    ("sftlib/scale/memory.py", "every: float = 0.004"): "it looks at the memory less often",
     ("sftlib/teacher/local.py", "timeout: float = 240.0"): "as in sftlib/deploy/serving.py",
     ("sftlib/deploy/talk.py", "max_new_tokens: int = 257"): "an answer may be a token longer",
     ("sftlib/deploy/serving.py", "params.n_parallel = 3"): "one more request at a time",
