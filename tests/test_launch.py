@@ -52,6 +52,12 @@ READY = """
 """
 CHILD = "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', __file__])\n"
 PARENT = SLEEP + CHILD + READY
+SAVES = (
+    SLEEP
+    + "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
+    + CHILD
+    + READY
+)
 # Its child ignores SIGTERM, too.
 STUBBORN = SLEEP + "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + CHILD + READY
 # A notebook's kernel, in short. `signal`: in a shell's background SIGINT is ignored.
@@ -337,10 +343,11 @@ def test_odd_bytes_and_line_ends_are_shown_once_and_whole(script, capsys):
         import json, sys, time
         for n in range(4):
             row = json.dumps({{"n": n, "text": {text!r}}}, ensure_ascii=False).encode()
-            sys.stdout.buffer.write(b"caf\xe9 \xff\xff\xff %d\r\nna\xc3\xafve %d\n" % (n, n))
-            sys.stdout.buffer.write(row + b"\r\n")
+            sys.stdout.buffer.write(b"caf\xe9 \xff\xff\xff %d\r\nna\xc3" % n)
             sys.stdout.buffer.flush()
-            time.sleep(0.2)  # so that it is read in parts
+            time.sleep(0.2)  # so that it is read in parts, here in the middle of a character
+            sys.stdout.buffer.write(b"\xafve %d\n" % n + row + b"\r\n")
+            sys.stdout.buffer.flush()
         sys.stdout.buffer.write(b"the end \xc3")
     """)
     rows = run(path, ranks=1).rows
@@ -543,11 +550,14 @@ def test_nothing_is_left_after_a_good_run(script):
 
 @pytest.mark.slow
 def test_an_interrupt_stops_all(launcher, tmp_path):
-    process = launcher(PARENT)
+    """With SIGTERM first, so that a script can save what it has."""
+    process = launcher(SAVES)
     assert len(running(tmp_path)) == 5
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[0].splitlines()[-1] == "interrupted"
     assert left(tmp_path) == []
+    for rank in range(2):
+        assert (tmp_path / "work.logs" / f"rank{rank}.out").read_text() == "ready\nsaved\n"
 
 
 @pytest.mark.slow
