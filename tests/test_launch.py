@@ -309,7 +309,7 @@ def test_what_a_script_leaves_for_its_end_is_done(script, end):
     """)
     result = run(path, ranks=1, check=False)
     assert result.rows[-1] == {"rank": 0, "goodbye": "rank"}
-    assert result.rows[:-1] == [] if "late" in end else [{"rank": 0, "saved": "rank"}]
+    assert result.rows[:-1] == ([] if "late" in end else [{"rank": 0, "saved": "rank"}])
     assert bool(result.failures) == ("late" in end)
 
 
