@@ -1,10 +1,7 @@
 """What the formulas count is what PEFT, PyTorch and the papers say; what measures is exact."""
 
-import mmap
-import threading
-import time
-
 from sftlib.models import TINY_BASE, load
+from sftlib.scale.measure import peak_bytes, saved_bytes, tracked_bytes
 from sftlib.scale.memory import (
     Bytes,
     activation_bytes,
@@ -14,10 +11,6 @@ from sftlib.scale.memory import (
     lora_targets,
     nf4_bytes,
     parameters,
-    peak_bytes,
-    peak_rss,
-    saved_bytes,
-    tracked_bytes,
     zero_bytes,
 )
 
@@ -356,38 +349,3 @@ def test_peak_bytes_are_the_same_in_each_run():
 
     first, tracked = step()
     assert step()[0] == first > tracked
-
-
-def pages(size):
-    """Memory straight from the operating system, none that was freed before, each page in use."""
-    held = mmap.mmap(-1, size)
-    for at in range(0, size, 4096):
-        held[at] = 1
-    return held
-
-
-def test_peak_rss_sees_what_is_given_back_before_the_end():
-    with peak_rss() as rss:
-        held = pages(200_000_000)
-        deadline = time.monotonic() + 10
-        while rss.grown < 150e6 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        held.close()
-    assert 150e6 <= rss.grown < 400e6
-
-
-def test_peak_rss_looks_a_last_time_at_the_end():
-    with peak_rss(every=60) as rss:
-        held = pages(200_000_000)
-    assert rss.grown >= 150e6
-    held.close()
-
-
-def test_peak_rss_ends_its_thread_after_an_exception_too():
-    before = set(threading.enumerate())
-    with peak_rss():
-        assert set(threading.enumerate()) > before
-    assert set(threading.enumerate()) <= before
-    with pytest.raises(RuntimeError, match="inside"), peak_rss():
-        raise RuntimeError("inside")
-    assert set(threading.enumerate()) <= before

@@ -1,27 +1,22 @@
-"""What finetuning needs in memory: counted from shapes before training, and measured while it runs.
+"""What finetuning takes of memory, counted from shapes before it runs.
 
-The counts are formulas with their sources; `tracked_bytes`, `saved_bytes`, `peak_bytes`
-and `peak_rss` are measurements to hold them against.
+Each formula names its source. `sftlib.scale.measure` has the measurements to hold against them.
 """
 
 from __future__ import annotations
 
 import re
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from deepspeed import DeepSpeedEngine
     from transformers import PretrainedConfig, PreTrainedModel
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
-"""Bits a weight. NF4 with double quantisation: an 8-bit scale for each block of 64 weights, and a
-32-bit one for each 256 of those scales (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+"""Bits per weight. NF4 with double quantisation has 4, and an 8-bit scale per block of 64 weights,
+and a 32-bit scale per 256 of those (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -57,9 +52,11 @@ def linear_shapes(model: PreTrainedModel, head: bool = False) -> dict[str, tuple
 
     model = getattr(model, "get_base_model", lambda: model)()
     output = model.get_output_embeddings()
-    heads = set(output.modules()) if output and not head else ()  # with what adapters put around it
+    # An adapter on the head wraps it in modules of its own: leave out all of them.
+    heads = set(output.modules()) if output and not head else ()
     shapes = {}
     for path, module in model.named_modules():
+        # PEFT keeps the wrapped layer as `.base_layer`: report it under the name it had before.
         name = path.removesuffix(".base_layer")
         if module in heads or ".lora_" in path:
             continue
@@ -84,32 +81,13 @@ def lora_targets(
         ValueError: nothing has such a name; the pattern is none; or the rank is below 1 or above
             that of a matrix.
     """
-    if isinstance(target_modules, str):
-        try:
-            re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(
-                f"Expected a regular expression as target_modules, found {target_modules!r}: "
-                f"{error}. For some layers by name, give a list."
-            ) from error
     given = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if given else linear_shapes(model_or_shapes)
+    _every_target_fits(shapes, target_modules)
     targets = {n: shape for n, shape in shapes.items() if is_target(n, target_modules)}
-    pattern = isinstance(target_modules, str)
-    idle = [
-        repr(target)
-        for target in ([target_modules] if pattern else target_modules)
-        if not any(is_target(name, target if pattern else [target]) for name in shapes)
-    ]
-    if idle or not targets:
-        names = sorted({name.rsplit(".", 1)[-1] for name in shapes})
-        raise ValueError(
-            f"Expected target_modules that name linear layers, found {target_modules!r}: "
-            f"{', '.join(idle) or 'an empty list'} fits none. Choose among {', '.join(names)}, "
-            'or write "all-linear".'
-        )
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"Expected a rank of 1 or more, found r={r!r}: 8 or 16 is usual.")
+    # B · A has at most the rank of the matrix that it is added to.
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
     if r > min(shape):
         raise ValueError(
@@ -117,6 +95,31 @@ def lora_targets(
             f"{shape[0]} × {shape[1]} and can have no higher rank. Lower r, or leave it out."
         )
     return targets
+
+
+def _every_target_fits(shapes: Shapes, target_modules: str | Sequence[str]) -> None:
+    """Raise if a target fits no layer: PEFT ignores it silently as long as another one fits."""
+    pattern = isinstance(target_modules, str)
+    if pattern:
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"Expected a regular expression as target_modules, found {target_modules!r}: "
+                f"{error}. For some layers by name, give a list."
+            ) from error
+    idle = [
+        repr(target)
+        for target in ([target_modules] if pattern else target_modules)
+        if not any(is_target(name, target if pattern else [target]) for name in shapes)
+    ]
+    if idle or not target_modules:
+        names = sorted({name.rsplit(".", 1)[-1] for name in shapes})
+        raise ValueError(
+            f"Expected target_modules that name linear layers, found {target_modules!r}: "
+            f"{', '.join(idle) or 'an empty list'} fits none. Choose among {', '.join(names)}, "
+            'or write "all-linear".'
+        )
 
 
 def is_target(name: str, target_modules: str | Iterable[str]) -> bool:
@@ -158,7 +161,7 @@ def adam_bytes(
     Args:
         trainable: number of parameters that are trained.
         frozen: number of those that are not: they have neither gradients nor moments.
-        precision: of training: `float32` (4 + 4 + 8 bytes a parameter), `bfloat16` throughout
+        precision: of training: `float32` (4 + 4 + 8 bytes per parameter), `bfloat16` throughout
             (2 + 2 + 4), or `mixed` (2 + 2 + 12: the moments and a copy of the weights in float32;
             Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, section 3.1).
         frozen_dtype: how the frozen ones are stored, a key of `BITS`.
@@ -203,7 +206,7 @@ def zero_bytes(
         parameters: number of parameters that are trained.
         world_size: number of ranks.
         stage: 0 to 3; with 0 each rank keeps everything.
-        dtype: `bfloat16` or `float16` for mixed precision (2 + 2 + 12 bytes a parameter), or
+        dtype: `bfloat16` or `float16` for mixed precision (2 + 2 + 12 bytes per parameter), or
             `float32` (4 + 4 + 8, and from stage 1 on 4 more: DeepSpeed 0.19 keeps the optimizer's
             own copy of the weights whatever their dtype).
         frozen: number of parameters that are not trained, stored in `dtype`.
@@ -223,6 +226,7 @@ def zero_bytes(
     copy = 4 * parameters if dtype == "float32" and stage else 0
 
     def share(bytes_: int, from_stage: int) -> int:
+        # Rounded up: ranks keep parts of one size, and the last part is padded.
         return -(-bytes_ // world_size) if stage >= from_stage else bytes_
 
     return Bytes(
@@ -246,10 +250,10 @@ def activation_bytes(
 
     Args:
         config: a `LlamaConfig`, or another with its fields.
-        batch_size, length: rows, and tokens a row.
+        batch_size, length: rows, and tokens per row.
         dtype: of the weights, `float32` or `bfloat16`; norms and loss compute in float32 anyway.
         r: rank of LoRA adapters on all linear layers; 0 is full finetuning.
-        checkpointing: keep the input of each layer alone, and compute the rest again for a layer at
+        checkpointing: keep only the input of each layer, and compute the rest again, one layer at
             a time (Chen et al. 2016, arXiv 1604.06174).
 
     Raises:
@@ -260,191 +264,22 @@ def activation_bytes(
     h, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or h // heads
     q, kv = head * heads, head * config.num_key_value_heads
-    norm = 4 * h + 4  # its input and the root mean square, in float32 whatever the weights
+    # All figures below are bytes per token. A norm keeps its input and the root mean square, in
+    # float32 whatever the dtype of the weights.
+    norm = 4 * h + 4
+    # Every layer keeps two norms, attention's queries, keys, values and output with one float32
+    # number per head, and three tensors between the matrices of the MLP.
     shared = 2 * norm + each * (2 * q + 2 * kv + 3 * f) + 4 * heads
-    if not r:  # each norm before and after its gain, and the input of the last matrix
+    # A matrix that is trained keeps its input for its own gradient; a frozen one does not, but its
+    # adapter keeps what goes into A and into B.
+    if not r:  # each norm before and after its gain, and the input of the MLP's last matrix
         layer, last = shared + each * (4 * h + f), norm + 2 * each * h
-    elif each == 4:  # what goes into A and into B
+    elif each == 4:  # adapters on the same input share one tensor
         layer, last = shared + 4 * (2 * h + f + 7 * r), 0
-    else:  # adapters are float32: each gets its input in a copy of its own
+    else:  # adapters are float32, the input is not: PEFT makes a copy for each of the seven
         layer, last = shared + 4 * (5 * h + q + f + 7 * r), 0
-    last += 4 * config.vocab_size
+    last += 4 * config.vocab_size  # the loss keeps the logits in float32
     layers = config.num_hidden_layers
+    # With checkpointing one layer, or what comes after the last one, is there as a whole at a time.
     kept = layers * each * h + max(layer, last) if checkpointing else layers * layer + last
     return batch_size * length * kept
-
-
-def tracked_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
-    """What `adam_bytes` predicts, summed over the tensors that are there after a backward pass."""
-    import torch
-
-    found = list(model.parameters())
-    state = [
-        value
-        for kept in optimizer.state.values()
-        for value in kept.values()
-        if isinstance(value, torch.Tensor)
-    ]
-    return Bytes(_bytes(found), _bytes(p.grad for p in found if p.grad is not None), _bytes(state))
-
-
-def tracked_zero_bytes(engine: DeepSpeedEngine) -> Bytes:
-    """What `zero_bytes` predicts, summed over the tensors that this rank's engine holds now.
-
-    Reads where DeepSpeed 0.19 keeps them; call it after `engine.backward` for the gradients.
-    """
-    found = list(engine.module.parameters())
-    outer, inner = engine.optimizer, engine.optimizer
-    while hasattr(inner, "optimizer"):  # ZeRO wraps the optimizer that was asked for
-        inner = inner.optimizer
-
-    def kept(*names: str) -> list[torch.Tensor]:
-        return [t for name in names for t in _tensors(getattr(outer, name, None))]
-
-    weights = found + [p.ds_tensor for p in found if getattr(p, "ds_tensor", None) is not None]
-    gradients = [p.grad for p in found if p.grad is not None]
-    gradients += kept("averaged_gradients", "grad_partitions_flat_buffer")  # stages 1, 2; 3
-    # the optimizer's own copy of the weights: stages 1 and 2; 3; 0 with bfloat16
-    master = kept("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups")
-    return Bytes(_bytes(weights), _bytes(gradients), _bytes(master + _tensors(dict(inner.state))))
-
-
-def _tensors(kept: object) -> list[torch.Tensor]:
-    """All tensors in lists and dicts within each other."""
-    import torch
-
-    if isinstance(kept, torch.Tensor):
-        return [kept]
-    if isinstance(kept, Mapping):
-        kept = list(kept.values())
-    return [t for one in kept for t in _tensors(one)] if isinstance(kept, list | tuple) else []
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-@dataclass
-class Saved:
-    """What autograd saved: bytes by address of the storage."""
-
-    storages: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
-
-
-@contextmanager
-def saved_bytes(model: torch.nn.Module) -> Iterator[Saved]:
-    """Measure what forward passes inside the block keep for the backward pass, weights aside.
-
-    Reads what autograd saves (`torch.autograd.graph.saved_tensors_hooks`); activation checkpointing
-    hides its own from that.
-    """
-    import torch
-
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved = Saved()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-
-
-@dataclass
-class Peak:
-    """Bytes that tensors occupy now, and the most at one time so far."""
-
-    now: int = 0
-    peak: int = 0
-    _alive: dict[int, weakref.ref] = field(default_factory=dict)
-
-    def see(self, tensor: torch.Tensor) -> None:
-        """Count the tensor's storage until it is given back."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self._alive[key] = weakref.ref(storage, lambda _: self._gone(key, size))
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _gone(self, key: int, size: int) -> None:
-        if self._alive.pop(key, None):
-            self.now -= size
-
-
-@contextmanager
-def peak_bytes(before: Iterable[torch.Tensor] = ()) -> Iterator[Peak]:
-    """Measure the most bytes that tensors occupy at one time inside the block.
-
-    Exact, and the same in each run: sees each tensor as an operation makes it, and when it is given
-    back. That slows steps down, so measure memory and time in two runs.
-
-    Args:
-        before: tensors made before the block that count, such as a model's parameters.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
-
-    peak = Peak()
-    for tensor in before:
-        peak.see(tensor)
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for value in tree_iter(result):
-                if isinstance(value, torch.Tensor):
-                    peak.see(value)
-            return result
-
-    with Watch():
-        yield peak
-
-
-@dataclass
-class Rss:
-    """Resident memory of this process, in bytes: as the block began, and the most since."""
-
-    start: int
-    peak: int
-
-    @property
-    def grown(self) -> int:
-        return self.peak - self.start
-
-
-@contextmanager
-def peak_rss(every: float = 0.002) -> Iterator[Rss]:
-    """Measure how far the process's resident memory rises inside the block.
-
-    What the operating system sees, with all that Python and torch add, looked at each `every`
-    seconds. Memory that was freed before may be used again without a rise: measure large things, in
-    a fresh process.
-    """
-    import psutil
-
-    process = psutil.Process()
-    rss = Rss(*[process.memory_info().rss] * 2)
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(every):
-            rss.peak = max(rss.peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield rss
-    finally:
-        rss.peak = max(rss.peak, process.memory_info().rss)
-        done.set()
-        thread.join()

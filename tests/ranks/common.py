@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from sftlib.models import load
-from sftlib.scale.rank import without_builds
+from sftlib.scale.rank_process import without_builds
 
 import deepspeed
 import torch
@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine, comm
 
 from data import batches
 
-without_builds()  # `sftlib.scale.rank` has done so; other launchers do not
+without_builds()  # `sftlib.scale.rank_process` has done so; other launchers do not
 deepspeed.init_distributed()
 rank, world = comm.get_rank(), comm.get_world_size()
 data = batches()

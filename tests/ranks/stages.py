@@ -2,7 +2,7 @@
 
 import json
 
-from sftlib.scale.memory import tracked_zero_bytes
+from sftlib.scale.measure import tracked_zero_bytes
 
 from common import start, train
 

@@ -1,6 +1,6 @@
-"""One rank of a launch: `python -m sftlib.scale.rank SCRIPT ARGS...`, started by `launch`.
+"""What runs in each process of a launch: `python -m sftlib.scale.rank_process SCRIPT ARGS...`.
 
-Runs the script as `python SCRIPT` would, and besides: writes where the rank is when asked (signal
+It runs the script as `python SCRIPT` would. Besides, it writes where the rank is when asked (signal
 SIGUSR1), writes which error ended it, and ends when its launcher is gone.
 """
 
@@ -22,22 +22,9 @@ from pathlib import Path
 from sftlib.patches import without_builds  # also imported from here
 
 
-def _end_with(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _place(error: BaseException, script: str) -> str:
-    """The line of the script that led to the error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == script]
-    return f"{Path(script).name}, line {own[-1].lineno}" if own else Path(script).name
-
-
 def main() -> None:
     script, *args = sys.argv[1:]
-    # What it writes: NOTES.stack and NOTES.error, also if the script changes the folder.
+    # Two files, NOTES.stack and NOTES.error. The script may change the folder: keep the full path.
     notes = Path(os.environ["SFT_RANK_NOTES"]).absolute()
     faulthandler.register(signal.SIGUSR1, notes.with_suffix(".stack").open("w"))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -49,12 +36,28 @@ def main() -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception as error:
-        what = {"error": f"{type(error).__name__}: {error}", "at": _place(error, script)}
+        what = {"error": f"{type(error).__name__}: {error}", "at": _line(error, script)}
         notes.with_suffix(".error").write_text(json.dumps(what))
         traceback.print_exc()
         _end(1)
-    threading._shutdown()  # wait for its threads
+    threading._shutdown()  # wait for the script's threads, as Python does
     _end(0)
+
+
+def _end_with(launcher: int) -> None:
+    """End this process and its children as soon as the launcher has ended, however it did."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    if os.getpgrp() == os.getpid():  # as `launch` starts it: the group has nobody else
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _line(error: BaseException, script: str) -> str:
+    """The line of the script that led to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if frame.filename == script]
+    return f"{Path(script).name}, line {own[-1]}" if own else Path(script).name
 
 
 def _end(code: int) -> None:
