@@ -439,7 +439,7 @@ def test_deepspeed_on_two_nodes_gives_the_losses_of_launch(namespaces, launched,
 SCALER = """
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"
-from sftlib.scale.rank_process import without_builds
+from sftlib.patches import without_builds
 without_builds()
 import torch
 from deepspeed.runtime.fp16 import loss_scaler

@@ -317,7 +317,7 @@ def test_what_a_script_leaves_for_its_end_is_done(script, end):
 def test_deepspeed_is_left_alone_unless_it_runs_on_a_cpu(value):
     env = {name: text for name, text in os.environ.items() if name != "DS_ACCELERATOR"}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if value is None else {"DS_ACCELERATOR": value})
-    code = "import sys; from sftlib.scale.rank_process import without_builds; without_builds(); "
+    code = "import sys; from sftlib.patches import without_builds; without_builds(); "
     code += "print('deepspeed' in sys.modules)"
     assert python(code, env=env).communicate(timeout=60)[0] == "False\n"
 

@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-from sftlib.patches import without_builds  # also imported from here
+from sftlib.patches import without_builds
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from sftlib.models import load
-from sftlib.scale.rank_process import without_builds
+from sftlib.patches import without_builds
 
 import deepspeed
 import torch
