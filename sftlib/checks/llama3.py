@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import Verdict, call, result_of, right, wrong
 
 
 @exercise(9, 1, "hours of one GPU, from operations, peak and utilisation")
@@ -18,11 +18,8 @@ def check_gpu_hours(function: Any) -> Verdict:
         (7e10, 1e8, 312.0, 0.3, "full"),
     ]
     for case in cases:
-        found, expected = call(function, *case), gpu_hours(*case)
-        if untouched(found):
-            return NOT_ATTEMPTED
-        if isinstance(found, Exception):
-            return wrong(f"For {case} it raised {type(found).__name__}: {found}")
+        found = result_of(function, *case, context=f"For {case}: ")
+        expected = gpu_hours(*case)
         if not isinstance(found, Real):
             return wrong(f"For {case}: expected a number of hours, found {found!r}.")
         if abs(found / expected - 1) > 1e-6:
@@ -62,11 +59,7 @@ def _other_hours(case: tuple, found: float) -> str:
 def check_schedule(function: Any) -> Verdict:
     cases = {(1000, 64, 1, 8): (8, 16), (1000, 64, 8, 8): (1, 16), (1024, 128, 4, 2): (16, 8)}
     for case, expected in cases.items():
-        found = call(function, *case)
-        if untouched(found):
-            return NOT_ATTEMPTED
-        if isinstance(found, Exception):
-            return wrong(f"For {case} it raised {type(found).__name__}: {found}")
+        found = result_of(function, *case, context=f"For {case}: ")
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             return wrong(f"For {case}: expected (accumulation, steps), found {found!r}.")
         accumulation, steps = found
@@ -111,11 +104,7 @@ def check_form_and_content(function: Any) -> Verdict:
         ("42", (False, False), "a number alone"),
     ]
     for text, expected, what in cases:
-        found = call(function, text, "Nairobi")
-        if untouched(found):
-            return NOT_ATTEMPTED
-        if isinstance(found, Exception):
-            return wrong(f"{what} ({text}): it raised {type(found).__name__}: {found}")
+        found = result_of(function, text, "Nairobi", context=f"{what} ({text}): ")
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             return wrong(f"Expected (form, content), found {found!r}.")
         for name, mine, theirs in zip(("form", "content"), expected, found, strict=True):

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import Verdict, result_of, right, wrong
 from sftlib.scale.memory import adam_bytes
 
 if TYPE_CHECKING:
@@ -20,11 +20,7 @@ def check_adapted_layer(function: Any) -> Verdict:
     make = torch.Generator().manual_seed(0)
     x, w, a, b = (torch.randn(shape, generator=make) for shape in ((5, 4), (3, 4), (2, 4), (3, 2)))
     alpha = 6
-    found = call(function, x, w, a, b, alpha)
-    if untouched(found):
-        return NOT_ATTEMPTED
-    if isinstance(found, Exception):
-        return wrong(f"It raised {type(found).__name__}: {found} Mind the transposes: x @ W.T.")
+    found = result_of(function, x, w, a, b, alpha, context="Mind the transposes: x @ W.T. ")
     if not isinstance(found, torch.Tensor) or found.shape != (5, 3):
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         return wrong(f"Expected a tensor of shape (5, 3) for 5 inputs, found {shape}.")

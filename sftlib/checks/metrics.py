@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, wrong
 from sftlib.experiments.diagnosis import HEALTHY, SIGNS
 from sftlib.experiments.failures import unnamed
 
@@ -53,12 +53,11 @@ def check_diagnosis(answer: Any) -> Verdict:
 @exercise(8, 2, "the rate of each step, with warm-up and then a cosine")
 def check_learning_rate(function: Any) -> Verdict:
     peak, warmup, steps = 0.004, 4, 24
-    found = [call(function, step, steps, warmup, peak) for step in range(steps)]
-    if any(map(untouched, found)):
-        return NOT_ATTEMPTED
+    found = [
+        result_of(function, step, steps, warmup, peak, context=f"At step {step}: ")
+        for step in range(steps)
+    ]
     for step, value in enumerate(found):
-        if isinstance(value, Exception):
-            return wrong(f"At step {step} it raised {type(value).__name__}: {value}")
         if not isinstance(value, Real):
             return wrong(f"At step {step}: expected a number, found {value!r}.")
     if _near(found, [cosine(step, steps, warmup, peak) for step in range(steps)]):

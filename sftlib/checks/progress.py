@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftlib import progress_bars
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, untouched
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, untouched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,10 @@ def exercise(lesson: int, number: int, task: str) -> Callable[[Check], Check]:
         def noting(*args, **options) -> Verdict:
             if args and untouched(args[0]):
                 return NOT_ATTEMPTED
-            verdict = check(*args, **options)
+            try:
+                verdict = check(*args, **options)
+            except CheckEnds as end:
+                return end.verdict
             if verdict and progress_bars():  # somebody is there; neither a test nor a recording
                 with contextlib.suppress(OSError, ValueError):  # a note is not worth an error
                     _note(lesson, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import Verdict, result_of, right, wrong
 
 
 @exercise(2, 1, "`function(question, answer) -> list of problems`")
@@ -40,11 +40,7 @@ def check_validator(function: Any) -> Verdict:
         ("Is 2 < 3?", "Yes: 2 < 3, and 3 > 2.", False, "`<` alone is no control token; `<|` is."),
     ]
     for *texts, expected, why in cases:
-        found = call(function, *texts)
-        if untouched(found):
-            return NOT_ATTEMPTED
-        if isinstance(found, Exception):
-            return wrong(f"Your function raised {type(found).__name__}: {found}")
+        found = result_of(function, *texts)
         if not isinstance(found, list):
             return wrong(f"Expected a list of problems, found {type(found).__name__}.")
         if bool(found) is not expected:
@@ -68,11 +64,7 @@ def check_parser(function: Any) -> Verdict:
         ('[{"question": "2 + 2?", "ans', [], "JSON that was cut off: catch ValueError."),
     ]
     for text, expected, why in cases:
-        found = call(function, text)
-        if untouched(found):
-            return NOT_ATTEMPTED
-        if isinstance(found, Exception):
-            return wrong(f"{why} Your function raised {type(found).__name__}: {found}")
+        found = result_of(function, text, context=f"{why} ")
         if not isinstance(found, list) or [tuple(p) for p in found] != expected:
             return wrong(f"{why} Expected {expected}, found {found!r}, for {text!r}.")
     return right("It reads what small models really write. (`parse_pairs` also checks the texts.)")

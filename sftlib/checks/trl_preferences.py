@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import Verdict, call, result_of, right, wrong
 
 METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
 
 
 @exercise(7, 1, "DPO's loss of one pair from four log-probabilities")
 def check_dpo_loss(function: Any) -> Verdict:
-    found = call(function, -5.0, -9.0, -6.0, -8.5, 0.5)
-    if untouched(found):
-        return NOT_ATTEMPTED
-    if isinstance(found, Exception):
-        return wrong(f"It raised {type(found).__name__}: {found}")
-    found = call(float, found)
+    found = call(float, result_of(function, -5.0, -9.0, -6.0, -8.5, 0.5))
     if isinstance(found, Exception):
         return wrong(f"Expected one number, and got: {found}")
     causes = {
@@ -51,12 +46,10 @@ def check_advantages(function: Any) -> Verdict:
     population = [1.5076, -0.9045, -0.9045, 0.3015]  # the standard deviation divided by n
     centred = [0.625, -0.375, -0.375, 0.125]
     for method, right_ones in expected.items():
-        found = call(function, list(rewards), method)
-        if untouched(found):
-            return NOT_ATTEMPTED
-        found = _floats(found)
+        returned = result_of(function, list(rewards), method, context=f"{method}: ")
+        found = _floats(returned)
         if isinstance(found, Exception):
-            return wrong(f"{method}: it raised {type(found).__name__}: {found}")
+            return wrong(f"{method}: expected a list of numbers, found {returned!r}.")
         if _near(found, right_ones) or method == "GRPO" and _near(found, population):
             continue
         if _near(found, centred):

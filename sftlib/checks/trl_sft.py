@@ -6,17 +6,13 @@ from numbers import Real
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, untouched, wrong
 
 
 @exercise(6, 1, "labels of a prompt with its completion, cut to a length")
 def check_completion_labels(function: Any) -> Verdict:
     prompt, together = [5, 6, 7], [5, 6, 7, 8, 9]
-    found = call(function, prompt, together, 10)
-    if untouched(found):
-        return NOT_ATTEMPTED
-    if isinstance(found, Exception):
-        return wrong(f"It raised {type(found).__name__}: {found}")
+    found = result_of(function, prompt, together, 10)
     if not isinstance(found, list):
         return wrong(f"Expected a list of labels, found {type(found).__name__}.")
     causes = {

@@ -41,6 +41,28 @@ def wrong(message: str) -> Verdict:
     return Verdict(False, message)
 
 
+class CheckEnds(Exception):
+    """Raised inside a check that cannot go on; `exercise` returns its verdict."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+
+
+def result_of(function: Callable, *args: Any, context: str = "") -> Any:
+    """What a student's function returns. Ends the check if it is untouched or raises.
+
+    Args:
+        context: comes before the message, for instance "At step 3: ".
+    """
+    result = call(function, *args)
+    if untouched(result):
+        raise CheckEnds(NOT_ATTEMPTED)
+    if isinstance(result, Exception):
+        error = f"{type(result).__name__}: {result}"
+        raise CheckEnds(wrong(f"{context}Your function raised {error}"))
+    return result
+
+
 def call(function: Callable, *args: Any) -> Any:
     """What a student's function returns, or the exception that it raises."""
     try:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, right, untouched, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, wrong
 
 
 @exercise(1, 1, "one SFT example about the capital of Kenya, as `messages`")
@@ -57,11 +57,7 @@ def check_example(messages: Any) -> Verdict:
 @exercise(1, 2, "`function(text, stopped, reference) -> bool`")
 def check_exact_match(function: Any) -> Verdict:
     reference = "The capital of Kenya is Nairobi."
-    first = call(function, reference, True, reference)
-    if untouched(first):
-        return NOT_ATTEMPTED
-    if isinstance(first, Exception):
-        return wrong(f"Your function raised {type(first).__name__}: {first}")
+    result_of(function, reference, True, reference)
     cases = [
         (reference, True, True, "An identical answer that stopped must match."),
         (
