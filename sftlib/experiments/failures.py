@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sftlib.chat import IGNORED
+from sftlib.experiments.sweep import lora_config
 from sftlib.training import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 BATCH = 16
-IGNORED = -100  # the label of a token that is not learned
 
 
 @dataclass
@@ -280,12 +281,6 @@ def adapter_frozen(plan: Plan) -> None:
 # --- Carrying it out -----------------------------------------------------------------------------
 
 
-def lora_config() -> LoraConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def unnamed(seed: int = 8) -> dict[str, Training]:
     """Each failure once and two sound trainings under letters, in an order that says nothing."""
     trainings = [Training(), Training(lora=True), *map(Training, FAILURES)]
@@ -307,7 +302,6 @@ def train(
     from sftlib.models import load
     from sftlib.training import prepare
 
-    from datasets import Dataset
     from transformers import set_seed
 
     set_seed(training.seed)
@@ -330,9 +324,9 @@ def train(
     trainer = prepare(
         plan.model,
         tokenizer,
-        Dataset.from_list(_labelled(plan.rows, plan)),
+        _labelled(plan.rows, plan),
         plan.lora,
-        Dataset.from_list(_labelled(plan.dev, plan)),
+        _labelled(plan.dev, plan),
         **(_SETTINGS | changes),
     )
     plan.change(trainer)
@@ -343,7 +337,6 @@ def train(
 
 
 _SETTINGS: dict[str, Any] = {
-    "assistant_only_loss": False,  # the labels are made here
     "per_device_train_batch_size": BATCH,
     "per_device_eval_batch_size": 64,
     "train_sampling_strategy": "random",
@@ -358,8 +351,7 @@ def _labelled(rows: Sequence[dict], plan: Plan) -> list[dict]:
 
     found = encode_batch([row["messages"] for row in rows], plan.tokenizer)
     made = []
-    for row, ids, mask in zip(rows, found["input_ids"], found["assistant_masks"], strict=True):
-        labels = [i if learned else IGNORED for i, learned in zip(ids, mask, strict=True)]
+    for row, ids, labels in zip(rows, found["input_ids"], found["labels"], strict=True):
         given = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
         made.append({name: given[name] for name in ("input_ids", "labels")})
     return made
