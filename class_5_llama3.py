@@ -109,12 +109,7 @@ def make_trainer(
     training.max_length = allowed_max_length(model, training)
 
     lora = lora_config(args, model, tokenizer) if args.trains_adapters else None
-    from datasets import Dataset  # TEMP
-
-    train, held = (
-        Dataset.from_list([{"messages": r["messages"]} for r in rows]) for rows in data[:2]
-    )
-    trainer = prepare(model, tokenizer, train, lora, held, training)
+    trainer = prepare(model, tokenizer, data.train, lora, data.held_out, training)
     datasets: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
     for name, rows in datasets.items():
         if not len(rows):

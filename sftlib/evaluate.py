@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
@@ -198,21 +197,12 @@ def perplexity(
     texts: Sequence[str],
     batch_size: int = 64,
 ) -> float:
-    """exp of the mean negative log-likelihood a token, over all tokens but each text's first."""
-    total, count = 0.0, 0
-    training = model.training
-    model.eval()
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            list(texts[start : start + batch_size]), return_tensors="pt", padding=True
-        ).to(model.device)
-        keep = batch["attention_mask"][:, 1:].bool()
-        total += _token_losses(model, batch)[keep].sum().item()
-        count += int(keep.sum())
-    model.train(training)
-    if not count:
+    """exp of the mean negative log-likelihood per token, over all tokens but each text's first."""
+    ids = tokenizer(list(texts))["input_ids"] if texts else []
+    losses = [loss for row in _losses(model, tokenizer, ids, batch_size) for loss in row]
+    if not losses:
         raise ValueError("Expected texts of at least two tokens, found none.")
-    return math.exp(total / count)
+    return math.exp(sum(losses) / len(losses))
 
 
 def logprobs(
@@ -228,31 +218,61 @@ def logprobs(
     """
     from sftlib.chat import encode_batch
 
+    encoded = encode_batch(conversations, tokenizer)
+    losses = _losses(model, tokenizer, encoded["input_ids"], batch_size)
+    return [
+        -sum(loss for loss, learned in zip(row, mask[1:], strict=True) if learned)
+        for row, mask in zip(losses, encoded["assistant_masks"], strict=True)
+    ]
+
+
+def token_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    batch_size: int = 128,
+) -> list[list[float]]:
+    """The loss of each token but the first, −log π(token | tokens before it), in nats per token.
+
+    Args:
+        batch_size: conversations in one forward pass; with more, more memory is needed.
+
+    Returns:
+        A list for each conversation. A conversation of T tokens (as `sftlib.chat.encode` makes
+        them, template and questions included) has T − 1 losses; the first is that of its second
+        token. So the losses of the answers stand where `assistant_masks[1:]` is 1.
+    """
+    from sftlib.chat import encode_batch
+
+    ids = encode_batch(conversations, tokenizer)["input_ids"]
+    return _losses(model, tokenizer, ids, batch_size)
+
+
+def _losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    batch_size: int,
+) -> list[list[float]]:
+    """`token_losses` of rows of ids."""
     import torch
 
-    encoded = encode_batch(conversations, tokenizer)
     found = []
     training = model.training
     model.eval()
-    for start in range(0, len(conversations), batch_size):
-        part = slice(start, start + batch_size)
-        batch = tokenizer.pad(
-            {"input_ids": encoded["input_ids"][part]}, return_tensors="pt", padding_side="right"
-        ).to(model.device)
-        learned = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(mask) for mask in encoded["assistant_masks"][part]], batch_first=True
-        ).to(model.device)
-        found += (-_token_losses(model, batch) * learned[:, 1:]).sum(-1).tolist()
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        padded = tokenizer.pad({"input_ids": part}, return_tensors="pt", padding_side="right")
+        batch = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():  # logits: (B, T, V)
+            logits = model(**batch).logits
+        # The logits at a position are for the next token. Cross-entropy wants (B, V, T - 1).
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
+        )
+        # Padding is on the right, so a row's own losses come first. An empty row has none.
+        found += [
+            row[: max(len(ids) - 1, 0)] for row, ids in zip(losses.tolist(), part, strict=True)
+        ]
     model.train(training)
     return found
-
-
-def _token_losses(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """−log π of each token but the first, (batch, length − 1); padding is not left out."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
-    )

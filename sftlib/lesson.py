@@ -1,4 +1,4 @@
-"""What a lesson's notebook does about itself: go on after a restart, and say its versions.
+"""What a lesson's notebook does about itself: its work folder, a restart, its versions.
 
 After a restart of the kernel the set-up cell is run, and then any cell: what it needs of earlier
 ones is run first, and named. Which they are follows from the names in the code: a cell needs the
@@ -12,6 +12,7 @@ import ast
 import copy
 import json
 import re
+import shutil
 import symtable
 import time
 from dataclasses import dataclass
@@ -112,8 +113,15 @@ def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:
 
 
 def _file(node: ast.AST) -> set[str]:
-    """The file or folder that a text in the code names: nothing, or one."""
+    """The file or folder that a piece of code names: nothing, or one.
+
+    It is a text that looks like a path (`"a/b"`, `"b.pt"`), or one that is joined to a folder
+    (`work / "b"`).
+    """
+    joined = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+    node = node.right if joined else node
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    text = "/" + text if joined and text else text
     is_path = re.fullmatch(r"[\w./-]*(/[\w-]+|[\w-]\.[a-z]\w{0,10})", text)
     return {"/" + text.rsplit("/", 1)[-1]} if is_path else set()
 
@@ -170,13 +178,36 @@ class Cells:
         return sorted(found)
 
 
-def begin(name: str) -> None:
-    """From the set-up cell on, what a cell needs of earlier ones is run first, if it was not.
+def begin(name: str) -> Path:
+    """Empty the lesson's work folder, and see to it that each cell finds what it needs.
+
+    From the set-up cell on, what a cell needs of earlier cells is run first, if it was not. The
+    record of what was run starts anew with each call of `begin`, so the folder can be emptied at
+    the same time: a cell that reads a file first runs the cell that wrote it. Nothing that a later
+    cell needs is missing after a restart, and nothing is left of an older run. Files that you want
+    to keep belong into another folder.
 
     Args:
         name: of the notebook, without its ending; it is looked for in the working directory. Where
-            it is not there, or this is not a notebook, nothing happens.
+            it is not there, or this is not a notebook, no cell is run first.
+
+    Returns:
+        `../work/<name>`, seen from the notebook: a folder with nothing in it.
+
+    Raises:
+        ValueError: the name is no plain name, so that another folder would be emptied.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"Expected the name of a notebook such as '01_topic', found {name!r}.")
+    work = Path("../work", name)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    _run_first_what_is_needed(name)
+    return work
+
+
+def _run_first_what_is_needed(name: str) -> None:
+    """See `begin`."""
     from IPython import get_ipython
 
     shell, path = get_ipython(), Path(f"{name}.ipynb")
@@ -185,7 +216,7 @@ def begin(name: str) -> None:
     cells = Cells(json.loads(path.read_text(encoding="utf-8"))["cells"])
     for event in ("pre_run_cell", "post_run_cell"):  # of an earlier run of the set-up cell
         for function in list(shell.events.callbacks[event]):
-            if getattr(function, "__qualname__", "").startswith("begin."):
+            if getattr(function, "__module__", "") == __name__:
                 shell.events.unregister(event, function)
     ran: set[int] = set()
 

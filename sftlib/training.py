@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sftlib import patches, progress_bar, progress_bars
 from sftlib.adapters import check_lora
+from sftlib.chat import IGNORED, encode_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 FULL_LEARNING_RATE = 5e-4
 LORA_LEARNING_RATE = 5e-3  # about ten times that of full finetuning
+# Where one of these columns stands beside `messages`, TRL encodes the rows itself.
+TRL_ENCODES = {"input_ids", "tools", "chat_template_kwargs"}
+
+Rows = Sequence[Mapping[str, Any]]
+"""Rows of training data, each with `messages`; other columns of your own are ignored."""
 
 
 def config(**overrides: Any) -> SFTConfig:
@@ -76,9 +82,9 @@ def defaults() -> dict[str, Any]:
 def tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
+    dataset: Rows | Dataset,
     peft_config: PeftConfig | None = None,
-    eval_dataset: Dataset | None = None,
+    eval_dataset: Rows | Dataset | None = None,
     **overrides: Any,
 ) -> SFTTrainer:
     """Finetune `model` on `dataset` with TRL's `SFTTrainer`, made by `prepare`, and return it."""
@@ -90,9 +96,9 @@ def tune(
 def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
+    dataset: Rows | Dataset,
     peft_config: PeftConfig | None = None,
-    eval_dataset: Dataset | None = None,
+    eval_dataset: Rows | Dataset | None = None,
     args: SFTConfig | None = None,
     **overrides: Any,
 ) -> SFTTrainer:
@@ -106,25 +112,32 @@ def prepare(
     Args:
         model: changed in place; with `peft_config`, `trainer.model` is the wrapped model.
         tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
-        dataset: rows with a `messages` column (lists of `role` and `content`), or another of TRL's
-            dataset types, which then goes to TRL as it is.
+        dataset: a list of rows or a `datasets.Dataset`, with `messages` (lists of `role` and
+            `content`); columns such as `relation` or `value` are ignored. Or another of TRL's
+            dataset types, which then goes to TRL as it is. Where there are `input_ids` and
+            `labels`, the labels say what is learned.
         eval_dataset: of the same kind, for `eval_strategy="steps"` or `"epoch"`.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
         args: TRL's settings, whole; without them those of `config`.
         overrides: arguments of `trl.SFTConfig`, see `config`.
 
     Raises:
-        ValueError: a `LoraConfig` does not fit the model (see `sftlib.adapters.check_lora`).
+        TypeError: the data are neither a list of rows nor a `datasets.Dataset`.
+        ValueError: a list is empty, or `messages` is missing in some of its rows; a `LoraConfig`
+            does not fit the model (see `sftlib.adapters.check_lora`).
     """
     from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     patches.score_learned_positions_alone()
+    dataset = _as_dataset(dataset)
     if peft_config is not None:
         if isinstance(peft_config, LoraConfig):
             check_lora(model, peft_config)
         overrides = {"learning_rate": LORA_LEARNING_RATE} | overrides
+    if {"input_ids", "labels"} <= {*dataset.column_names}:
+        overrides = {"assistant_only_loss": False} | overrides  # else TRL asks for `messages`
     args = args or config(**overrides)
     small = len(dataset) < 10_000  # ready at once: its bars would be noise
     with patches.without_dataset_bars() if small else nullcontext():
@@ -143,21 +156,23 @@ def prepare(
     return trainer
 
 
-def encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Dataset:
-    """The dataset with columns `input_ids` and `labels`, as TRL itself would make them."""
-    from sftlib.chat import encode_batch
+def encoded(
+    dataset: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> Dataset:
+    """The dataset with columns `input_ids` and `labels`, as TRL itself would make them.
 
+    Args:
+        dataset: as for `prepare`.
+    """
+    dataset = _as_dataset(dataset)
     columns = set(dataset.column_names)
-    if "messages" not in columns or columns & {"input_ids", "tools", "chat_template_kwargs"}:
+    if "messages" not in columns or columns & TRL_ENCODES:
         return dataset
 
     def encode(rows: dict) -> dict:
         found = encode_batch(rows["messages"], tokenizer)
-        if not args.assistant_only_loss:
-            return {"input_ids": found["input_ids"], "labels": found["input_ids"]}
-        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
-        labels = [[i if m else -100 for i, m in zip(*pair, strict=True)] for pair in pairs]
-        return {"input_ids": found["input_ids"], "labels": labels}
+        learned = "labels" if args.assistant_only_loss else "input_ids"
+        return {"input_ids": found["input_ids"], "labels": found[learned]}
 
     encoded = dataset.map(encode, batched=True)
     cuts = not args.packing or args.packing_strategy == "bfd"  # the others split, and keep all
@@ -166,10 +181,48 @@ def encoded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
     return encoded
 
 
+def _as_dataset(data: Rows | Dataset) -> Dataset:
+    """Rows as a `Dataset` of the columns that a trainer reads; a `Dataset` as it is."""
+    from datasets import Dataset
+
+    if isinstance(data, Dataset):
+        return data
+    if wrong := _no_rows(data):
+        raise TypeError(
+            "Expected training data as a list of rows (dicts with `messages`) or as a "
+            f"datasets.Dataset, found {wrong}."
+        )
+    if not data:
+        raise ValueError("Expected at least one row of training data, found an empty list.")
+    lacking = [number for number, row in enumerate(data, 1) if "messages" not in row]
+    if len(lacking) == len(data):
+        return Dataset.from_list(list(data))
+    if lacking:
+        raise ValueError(
+            f"Expected `messages` in each row, found {len(lacking)} of {len(data)} rows without; "
+            f"the first is row {lacking[0]}. Add them, or leave these rows out."
+        )
+    # Arrow wants one type per column. Columns of your own may mix them (a value that is a text in
+    # one row and a number in the next), and no trainer reads them.
+    kept = {"messages", "labels"} | TRL_ENCODES
+    return Dataset.from_list([{n: row[n] for n in row if n in kept} for row in data])
+
+
+def _no_rows(data: Any) -> str:
+    """What the data are, if they are no list of rows; empty if they are."""
+    if not isinstance(data, list | tuple):
+        return f"a {type(data).__name__}"
+    if others := [type(row).__name__ for row in data if not isinstance(row, Mapping)]:
+        return f"a list with a {others[0]} in it"
+    if data and data[0].keys() == {"role", "content"}:
+        return "one conversation; write [{'messages': conversation}]"
+    return ""
+
+
 def _warn_of_cuts(labels: Iterable[list[int]], max_length: int, keep_start: bool) -> None:
     longer = [row for row in labels if len(row) > max_length]
     part = slice(max_length) if keep_start else slice(-max_length, None)
-    emptied = sum(all(label == -100 for label in row[part]) for row in longer)
+    emptied = sum(all(label == IGNORED for label in row[part]) for row in longer)
     if longer:
         warnings.warn(
             f"{len(longer)} of {len(labels)} conversations are longer than max_length={max_length} "

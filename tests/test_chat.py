@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sftlib.chat import (
     CHATML,
+    IGNORED,
     LLAMA3,
     encode,
     encode_batch,
@@ -58,6 +59,8 @@ def test_exactly_the_assistants_text_and_its_end_are_learned(tokenizer, template
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     assert len(ids) == len(mask)
     learned = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    labels = [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
+    assert encoded["labels"] == labels
     assert learned == f"The capital of Kenya is Nairobi.{end}Lima.{end}"
     assert tokenizer.decode(ids) == render(MESSAGES, template)
 
@@ -69,6 +72,7 @@ def test_a_short_conversation_id_by_id(tokenizer):
         "input_ids": [2, 2939, 206, 2141, 75, 267, 364, 2675, 38, 3, 206]
         + [2, 2977, 206, 51, 576, 72, 21, 3, 206],
         "assistant_masks": [0] * 14 + [1, 1, 1, 1, 1] + [0],
+        "labels": [-100] * 14 + [51, 576, 72, 21, 3] + [-100],
     }
     decoded = [tokenizer.decode([i]) for i in encode(MESSAGES[3:], tokenizer)["input_ids"]]
     assert decoded == pieces.split(",")
@@ -120,6 +124,7 @@ def test_a_prompt_is_never_cut(tokenizer):
     assert encode(prompt, tokenizer, max_length=3, add_generation_prompt=True) == whole
     assert tokenizer.decode(whole["input_ids"]) == render(prompt, add_generation_prompt=True)
     assert whole["assistant_masks"] == [0] * len(whole["input_ids"])
+    assert whole["labels"] == [-100] * len(whole["input_ids"])
 
 
 def test_the_end_of_turn_follows_the_template(tokenizer):
@@ -155,7 +160,7 @@ def test_a_character_of_several_tokens_is_learned_to_its_end(tokenizer):
         "{% generation %}{{ m['content'] }}{% endgeneration %}!<|im_end|>{% endfor %}"
     )
     encoded = encode([MESSAGES[3], {"role": "assistant", "content": "🙂<|im_end|>🙂"}], tokenizer)
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == "And of Peru?🙂<|im_end|>🙂"
 
 
@@ -367,7 +372,7 @@ def test_a_batch_is_encoded_as_its_conversations_one_by_one(tokenizer, conversat
     batch = encode_batch(conversations[:200], tokenizer)
     for i, messages in enumerate(conversations[:200]):
         assert encode(messages, tokenizer) == {column: rows[i] for column, rows in batch.items()}
-    assert encode_batch([], tokenizer) == {"input_ids": [], "assistant_masks": []}
+    assert encode_batch([], tokenizer) == {"input_ids": [], "assistant_masks": [], "labels": []}
 
 
 @pytest.mark.parametrize(
@@ -415,8 +420,9 @@ def test_a_template_that_trl_knows_is_learned_with_trls_marks(tokenizer, name):
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    assert encoded == {column: theirs[column] for column in encoded}
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    columns = ("input_ids", "assistant_masks")
+    assert [encoded[column] for column in columns] == [theirs[column] for column in columns]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == (
         "The capital of Kenya is Nairobi.<|im_end|>\nLima.<|im_end|>\n"
     )
@@ -446,7 +452,11 @@ def test_a_prompt_needs_no_marks(tokenizer, name):
         MESSAGES[:2], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     found = encode(MESSAGES[:2], tokenizer, add_generation_prompt=True)
-    assert found == {"input_ids": theirs, "assistant_masks": [0] * len(theirs)}
+    assert found == {
+        "input_ids": theirs,
+        "assistant_masks": [0] * len(theirs),
+        "labels": [IGNORED] * len(theirs),
+    }
 
 
 def test_of_several_templates_the_default_one_is_taken(tokenizer):

@@ -2,6 +2,7 @@
 
 from sftlib.chat import (
     CHATML,
+    IGNORED,
     LLAMA3,
     encode,
     encode_batch,
@@ -69,7 +70,7 @@ def test_an_attack_id_by_id(tokenizer):
 
 def test_an_answer_that_spells_control_tokens_is_learned_whole(tokenizer):
     encoded = encode(pair("Q", ATTACK), tokenizer)
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == ATTACK + "<|im_end|>"
     assert controls(learned) == [3]
 
@@ -270,7 +271,7 @@ def test_a_tokenizer_with_spaces_as_letters_takes_no_text_for_a_control_token(sc
     encoded = encode(pair(f"Q {text}", f"A {text}"), tokenizer)
     ids = encoded["input_ids"]
     assert controls(ids, (258, 259)) == [258, 259, 258, 259]
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == f"A {text}<|im_end|>"
     if scheme != "always":  # else a space comes after each control token
         assert tokenizer.decode(ids) == render(pair(f"Q {text}", f"A {text}"))
@@ -402,7 +403,7 @@ def test_the_last_character_is_learned_with_all_of_its_tokens(tokenizer, answer)
         "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
     )
     encoded = encode(pair("Q", answer), tokenizer)
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == answer
 
 
@@ -411,5 +412,5 @@ def test_an_answer_may_begin_and_end_with_what_the_tokenizer_drops(answer):
     drop = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     tokenizer = byte_level(normalizer=drop)
     encoded = encode(pair("Q", answer), tokenizer)
-    learned = [i for i, m in zip(*encoded.values(), strict=True) if m]
+    learned = [i for i in encoded["labels"] if i != IGNORED]
     assert tokenizer.decode(learned) == answer.replace("\u0301", "") + "<|im_end|>"

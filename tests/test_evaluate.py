@@ -2,7 +2,7 @@
 
 import math
 
-from sftlib.chat import encode
+from sftlib.chat import encode, render
 from sftlib.evaluate import (
     Answer,
     answers,
@@ -14,6 +14,7 @@ from sftlib.evaluate import (
     perplexity,
     report,
     stops,
+    token_losses,
 )
 
 import pytest
@@ -184,3 +185,39 @@ def test_logprobs_are_the_sum_over_the_answers_tokens(tiny):
     assert found[1] == pytest.approx(by_hand, rel=1e-4)
     assert found[0] == pytest.approx(logprobs(model, tokenizer, [conversations[0]])[0], rel=1e-4)
     assert len(found) == 3 and max(found) < 0
+
+
+def test_token_losses_are_minus_the_log_probability_of_each_token_after_the_first(tiny):
+    model, tokenizer = tiny
+    conversations = [row()["messages"], row("Fe")["messages"], row()["messages"] * 2]
+    model.train()
+    found = token_losses(model, tokenizer, conversations, batch_size=2)
+    assert model.training
+    model.eval()
+    for conversation, losses in zip(conversations, found, strict=True):
+        ids = torch.tensor(encode(conversation, tokenizer)["input_ids"])
+        with torch.no_grad():
+            scores = model(ids[None]).logits[0].log_softmax(-1)
+        by_hand = [-scores[i - 1, ids[i]].item() for i in range(1, len(ids))]
+        assert losses == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+        assert isinstance(losses, list) and isinstance(losses[0], float)
+
+
+def test_logprobs_and_perplexity_are_made_of_token_losses(tiny):
+    model, tokenizer = tiny
+    conversations = [row()["messages"], row("Fe")["messages"]]
+    losses = token_losses(model, tokenizer, conversations)
+    masks = [encode(messages, tokenizer)["assistant_masks"][1:] for messages in conversations]
+    sums = [
+        -sum(loss for loss, learned in zip(*pair, strict=True) if learned)
+        for pair in zip(losses, masks, strict=True)
+    ]
+    assert logprobs(model, tokenizer, conversations) == pytest.approx(sums)
+    texts = [render(messages) for messages in conversations]  # no control tokens but the template's
+    assert perplexity(model, tokenizer, texts) == pytest.approx(
+        math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
+    )
+
+
+def test_of_no_conversations_there_are_no_token_losses(tiny):
+    assert token_losses(*tiny, []) == []

@@ -3,9 +3,10 @@
 import random
 from pathlib import Path
 
+from sftlib.chat import IGNORED
 from sftlib.data import read_facts, read_jsonl
 from sftlib.experiments import failures, table
-from sftlib.experiments.failures import BATCH, FAILURES, IGNORED, Plan, Training, train, unnamed
+from sftlib.experiments.failures import BATCH, FAILURES, Plan, Training, train, unnamed
 
 import pytest
 

@@ -34,8 +34,9 @@ def notebook(cells: dict[str, str]) -> dict:
 @pytest.fixture
 def shell(tmp_path, monkeypatch):
     """A kernel's shell in a folder with the notebook above, in which the set-up cell was run."""
-    (tmp_path / "00_short.ipynb").write_text(json.dumps(notebook(CELLS)))
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    Path("00_short.ipynb").write_text(json.dumps(notebook(CELLS)))
     shell = InteractiveShell.instance()
     shell.run_cell(CELLS["setup"] + "\nlesson.begin('00_short')", cell_id="setup")
     yield shell
@@ -131,9 +132,85 @@ def test_set_up_run_again_begins_anew(shell, capsys):
     assert run(shell, "ask", capsys).startswith("First running data, train, more …")
 
 
-def test_without_the_notebook_or_a_kernel_nothing_happens(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    lesson.begin("00_short")
+def test_without_the_notebook_or_a_kernel_there_is_the_work_folder_and_nothing_is_run(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert lesson.begin("00_short") == Path("../work/00_short")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "notebooks",
+        "work",
+        "work/00_short",
+    ]
+
+
+# --- The work folder -----------------------------------------------------------------------------
+
+WITH_FILES = {
+    "setup": "from sftlib import lesson\nfrom pathlib import Path\nran = []\n",
+    "train": "def save(path):\n    path.mkdir()\n    (path / 'weights').write_text('long training')"
+    "\n\n\nran.append('train')\nsave(work / 'adapter')",
+    "apart": "ran.append('apart')",
+    "ask": "text = (work / 'adapter' / 'weights').read_text()",
+}
+
+
+@pytest.fixture
+def work(shell) -> Path:
+    """The work folder of a lesson whose cells write and read a folder, the set-up cell run."""
+    Path("00_files.ipynb").write_text(json.dumps(notebook(WITH_FILES)))
+    set_up(shell)
+    return Path("../work/00_files")
+
+
+def set_up(shell):
+    source = WITH_FILES["setup"] + "work = lesson.begin('00_files')"
+    assert shell.run_cell(source, cell_id="setup").success
+
+
+def test_the_work_folder_is_empty_at_the_start_and_beside_the_notebooks(shell, work):
+    assert shell.user_ns["work"] == work
+    (work / "old").mkdir()
+    (work / "old/checkpoint.pt").write_text("of another run")
+    neighbour = work.parent / "llama3"
+    neighbour.mkdir()
+    set_up(shell)
+    assert list(work.iterdir()) == [] and neighbour.exists()
+
+
+def test_in_order_what_was_written_is_kept_and_written_once(shell, work, capsys):
+    for name in ("train", "apart", "ask", "ask"):
+        shell.run_cell(WITH_FILES[name], cell_id=name)
+    assert capsys.readouterr().out == ""
+    assert shell.user_ns["text"] == "long training" and (work / "adapter/weights").exists()
+
+
+def test_after_set_up_again_the_cell_that_wrote_a_file_is_run_before_the_one_that_reads_it(
+    shell, work, capsys
+):
+    """What `begin` empties is written again; no cell is left without its file."""
+    shell.run_cell(WITH_FILES["train"], cell_id="train")
+    set_up(shell)
+    assert not (work / "adapter").exists()
+    capsys.readouterr()
+    result = shell.run_cell(WITH_FILES["ask"], cell_id="ask")
+    assert capsys.readouterr().out.startswith("First running train …")
+    assert result.success and shell.user_ns["text"] == "long training"
+    assert shell.user_ns["ran"] == ["train"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../llama3", "a/b", "/no/such/place"])
+def test_no_other_folder_can_be_emptied(tmp_path, monkeypatch, name):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "work/llama3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(ValueError, match="such as '01_topic'"):
+        lesson.begin(name)
+    assert (tmp_path / "work/llama3").exists()
+
+
+B_C_D = ("/b", "/c", "/d")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +238,9 @@ def test_without_the_notebook_or_a_kernel_nothing_happens(tmp_path, monkeypatch)
         ("torch.save(a, work / 'b.pt')", {"torch", "a", "work"}, {"/b.pt"}),
         ("f = save_adapter(a, '../work/b')", {"save_adapter", "a"}, {"f", "/b"}),
         ("load(work / 'b.pt', '../work/c', 'd')", {"load", "work", "/b.pt", "/c"}, set()),
+        ("f = save_adapter(a, work / 'b')", {"save_adapter", "a", "work"}, {"f", "/b"}),
+        ("load(work / 'b', str(work / 'c' / 'd'))", {"load", "str", "work", *B_C_D}, set()),
+        ("a = b / c", {"b", "c"}, {"a"}),
         ("'a sentence with a full stop.'", set(), set()),
         ("%%writefile ../work/a.py\nfrom b import c\nd(x / 'e.pt')", {"/b.py", "/e.pt"}, {"/a.py"}),
     ],

@@ -6,7 +6,7 @@ from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
 from sftlib.models import load
-from sftlib.training import config, defaults, encoded, tune
+from sftlib.training import config, defaults, encoded, prepare, tune
 
 import pytest
 import torch
@@ -119,12 +119,79 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
     assert list(trainer.train_dataset["labels"]) == expected
 
 
+def test_rows_are_trained_on_as_a_dataset_of_them_is():
+    """Their own columns are ignored, also where one mixes types, which Arrow would refuse."""
+    rows = [row | {"value": i if i % 2 else str(i)} for i, row in enumerate(ROWS[:4])]
+    args = config(max_steps=1)
+    expected = encoded(dataset(ROWS[:4]), load()[1], args)
+    for given in (rows, tuple(rows)):
+        found = encoded(given, load()[1], args)
+        assert found.column_names == ["messages", "input_ids", "labels"]
+        assert found.to_list() == expected.to_list()
+    steps = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    logs = [
+        tune(*load(), data[:3], eval_dataset=data[3:], **steps).state.log_history
+        for data in (rows, [{"messages": row["messages"]} for row in rows])
+    ]
+    logs.append(
+        tune(*load(), dataset(rows[:3]), eval_dataset=dataset(rows[3:]), **steps).state.log_history
+    )
+    losses = [[line.get("loss", line.get("eval_loss")) for line in log] for log in logs]
+    assert losses[0] == losses[1] == losses[2] and None not in losses[0][:2]
+
+
+def test_rows_that_say_themselves_what_is_learned_need_no_setting():
+    model, tokenizer = load()
+    rows = [
+        {"input_ids": [2, 51, 576, 3], "labels": [-100, -100, 576, 3]},
+        {"input_ids": [2, 51, 3], "labels": [-100, 51, -100]},
+    ]
+    trainer = prepare(model, tokenizer, rows, max_steps=1)
+    assert trainer.train_dataset.to_list() == rows
+    with pytest.raises(ValueError, match="assistant_only_loss"):  # what TRL says if it is asked to
+        prepare(model, tokenizer, rows, assistant_only_loss=True)
+
+
+def test_columns_that_trl_reads_are_kept_beside_messages():
+    tokenizer = load()[1]
+    rows = [{"messages": ROWS[0]["messages"], "tools": "[]", "value": "Lima"}]
+    assert encoded(rows, tokenizer, config()).column_names == ["messages", "tools"]
+    rows = [{"messages": ROWS[0]["messages"], "labels": "places", "value": "Lima"}]
+    found = encoded(rows, tokenizer, config())[0]
+    assert found["labels"] == encode(ROWS[0]["messages"], tokenizer)["labels"]
+
+
+WRONG_DATA = [
+    ("data.jsonl", TypeError, "list of rows .* or as a datasets.Dataset, found a str"),
+    ({"train": ROWS[:2]}, TypeError, "found a dict"),
+    ((row for row in ROWS[:2]), TypeError, "found a generator"),
+    (None, TypeError, "found a NoneType"),
+    ([ROWS[0]["messages"]], TypeError, "found a list with a list in it"),
+    ([ROWS[0], None], TypeError, "found a list with a NoneType in it"),
+    (ROWS[0]["messages"], TypeError, r"found one conversation; write \[{'messages'"),
+    ([], ValueError, "at least one row"),
+    ([ROWS[0], {"text": "Lima"}, ROWS[1], {}], ValueError, "found 2 of 4 .* is row 2"),
+]
+
+
+@pytest.mark.parametrize(("data", "kind", "said"), WRONG_DATA)
+def test_data_of_a_wrong_kind_are_refused(data, kind, said):
+    model, tokenizer = load()
+    with pytest.raises(kind, match=said):
+        prepare(model, tokenizer, data)
+    with pytest.raises(kind, match=said):
+        encoded(data, tokenizer, config())
+    if data is not None:
+        with pytest.raises(kind, match=said):
+            prepare(model, tokenizer, ROWS[:2], eval_dataset=data)
+
+
 def test_what_max_length_cuts_or_leaves_out_is_counted():
     model, tokenizer = load()
     short = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima."}]
     cut = [short[0], {"role": "assistant", "content": "Lima. " * 20}]
     gone = [{"role": "user", "content": "Peru? " * 20}, short[1]]
-    rows = Dataset.from_list([{"messages": messages} for messages in (short, cut, gone, short)])
+    rows = [{"messages": messages} for messages in (short, cut, gone, short)]
     said = "2 of 4 conversations .* max_length=32 tokens: .* 1 of them, .* are left out. Raise max"
     with pytest.warns(UserWarning, match=said):
         trainer = tune(model, tokenizer, rows, max_steps=1, max_length=32)
@@ -138,7 +205,7 @@ def test_there_is_no_warning_when_nothing_is_cut(max_length):
     model, tokenizer = load()
     longest = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima. " * 17}]
     assert len(encode(longest, tokenizer)["input_ids"]) == 80
-    rows = Dataset.from_list([{"messages": longest}] * 2)
+    rows = [{"messages": longest}] * 2
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*max_length")
         trainer = tune(model, tokenizer, rows, max_steps=1, max_length=max_length)

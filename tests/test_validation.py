@@ -130,6 +130,6 @@ def test_whatever_it_is_given_encode_succeeds_or_raises_a_value_error(tokenizer,
             encode(junk, tokenizer, add_generation_prompt=prompt)
         assert str(raised.value) == wrong
     else:
-        ids, mask = encode(junk, tokenizer, add_generation_prompt=prompt).values()
-        assert len(ids) == len(mask)
+        ids, mask, labels = encode(junk, tokenizer, add_generation_prompt=prompt).values()
+        assert len(ids) == len(mask) == len(labels)
         assert prompt or any(mask), "something is learned"

@@ -155,9 +155,8 @@ STEP = """
 from sftlib.data import read_facts
 from sftlib.models import load
 from sftlib.training import tune
-from datasets import Dataset
-rows = [{"messages": row["messages"]} for row in read_facts("sft")[:16]]
-trainer = tune(*load("tiny-base"), Dataset.from_list(rows), max_steps=1, output_dir="work/doctor")
+rows = read_facts("sft")[:16]
+trainer = tune(*load("tiny-base"), rows, max_steps=1, output_dir="work/doctor")
 print(trainer.state.log_history[0]["loss"])
 """
 began = time.monotonic()

@@ -3,16 +3,17 @@
 | file | what it does |
 |---|---|
 | `templates` | `CHATML`, `LLAMA3`, `render`: messages → text |
-| `encoding` | `encode`: messages → token ids and the mask of what is learned |
+| `encoding` | `encode`: messages → token ids, and the mask and the labels of what is learned |
 | `control_tokens` | `escape`: text that spells a control token stays text |
 """
 
 from sftlib.chat.control_tokens import escape, unescape
-from sftlib.chat.encoding import encode, encode_batch, end_of_turn_id
+from sftlib.chat.encoding import IGNORED, encode, encode_batch, end_of_turn_id
 from sftlib.chat.templates import CHATML, LLAMA3, marks_the_assistant, render, training_template
 
 __all__ = [
     "CHATML",
+    "IGNORED",
     "LLAMA3",
     "encode",
     "encode_batch",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AT_ONCE = 500  # conversations in memory with their offsets; with more, each takes longer
+IGNORED = -100  # the label of a token that is not learned: PyTorch's cross-entropy leaves it out
 
 
 def encode(
@@ -39,7 +40,10 @@ def encode(
         add_generation_prompt: also open the assistant's turn; the last message is the user's then.
 
     Returns:
-        `input_ids` and `assistant_masks`, two lists of one length; a mask of 1 means "learn this".
+        Three lists of one length: `input_ids`; `assistant_masks`, in which 1 means "learn this";
+        and `labels`, the id where the mask is 1 and `IGNORED` (-100) elsewhere. Labels are not
+        shifted: each stands at its own token. Where no message is the assistant's, all of them are
+        `IGNORED`.
 
     Raises:
         ValueError: the conversation is not sound; or nothing in it would be learned, because it
@@ -69,7 +73,13 @@ def encode_batch(
             _encode_into(columns, some, tokenizer, template, add_generation_prompt)
     if max_length is not None and not add_generation_prompt:
         _cut(columns, max_length)
+    pairs = zip(columns["input_ids"], columns["assistant_masks"], strict=True)
+    columns["labels"] = [_labels(ids, mask) for ids, mask in pairs]
     return columns
+
+
+def _labels(ids: list[int], mask: list[int]) -> list[int]:
+    return [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
 
 def _encode_into(

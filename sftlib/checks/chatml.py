@@ -6,7 +6,7 @@ import copy
 import os
 from typing import TYPE_CHECKING, Any
 
-from sftlib.chat import CHATML, LLAMA3, encode, marks_the_assistant, render
+from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.progress import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, untouched, wrong
@@ -183,18 +183,17 @@ ANSWER = {"role": "assistant", "content": "The capital of Kenya is Nairobi."}
 def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, list[int]]]:
     """Lesson 3, exercise 3: five batches of one conversation, each with one bug."""
     encoded = _encoded(tokenizer, [QUESTION, ANSWER])
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    labels = [i if learned else -100 for i, learned in zip(ids, mask, strict=True)]
+    ids, labels = encoded["input_ids"], encoded["labels"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     inner = render([QUESTION], add_generation_prompt=True)
     outer = render([{"role": "user", "content": inner}], add_generation_prompt=True)
     prompt = tokenizer(outer, add_special_tokens=False)["input_ids"]
-    learned = [label for label in labels if label != -100]
+    learned = [label for label in labels if label != IGNORED]
     padding = [tokenizer.pad_token_id] * 3
     broken = {
-        "labels shifted": (ids, labels[1:] + [-100]),
-        "end not learned": (ids, [-100 if label == end else label for label in labels]),
-        "template twice": (prompt + learned, [-100] * len(prompt) + learned),
+        "labels shifted": (ids, labels[1:] + [IGNORED]),
+        "end not learned": (ids, [IGNORED if label == end else label for label in labels]),
+        "template twice": (prompt + learned, [IGNORED] * len(prompt) + learned),
         "padding learned": (ids + padding, labels + padding),
         "question learned": (ids, ids),
     }

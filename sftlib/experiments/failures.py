@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sftlib.chat import IGNORED
+from sftlib.experiments.sweep import lora_config
 from sftlib.training import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 BATCH = 16
-IGNORED = -100  # as a label: this token is not learned
 
 
 @dataclass
@@ -270,7 +271,7 @@ def adapter_frozen(plan: Plan) -> None:
     from peft import PeftModel, get_peft_model
 
     with tempfile.TemporaryDirectory() as folder:
-        fresh = get_peft_model(plan.model, plan.lora or _lora_config())
+        fresh = get_peft_model(plan.model, plan.lora or lora_config())
         fresh.save_pretrained(folder)
         plan.model = PeftModel.from_pretrained(fresh.unload(), folder)
     plan.lora = None
@@ -278,12 +279,6 @@ def adapter_frozen(plan: Plan) -> None:
 
 
 # --- Carrying it out -----------------------------------------------------------------------------
-
-
-def _lora_config() -> LoraConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def unnamed(seed: int = 8) -> dict[str, Training]:
@@ -307,7 +302,6 @@ def train(
     from sftlib.models import load
     from sftlib.training import prepare
 
-    from datasets import Dataset
     from transformers import set_seed
 
     set_seed(training.seed)
@@ -319,7 +313,7 @@ def train(
         rng.sample(read_facts("sft"), training.examples),
         read_facts("dev")[:64],
         training.rate * (LORA_LEARNING_RATE if training.lora else FULL_LEARNING_RATE),
-        _lora_config() if training.lora else None,
+        lora_config() if training.lora else None,
         rng,
     )
     if training.failure:
@@ -330,9 +324,9 @@ def train(
     trainer = prepare(
         plan.model,
         tokenizer,
-        Dataset.from_list(_labelled(plan.rows, plan)),
+        _labelled(plan.rows, plan),
         plan.lora,
-        Dataset.from_list(_labelled(plan.dev, plan)),
+        _labelled(plan.dev, plan),
         **(_SETTINGS | changes),
     )
     plan.change(trainer)
@@ -343,7 +337,6 @@ def train(
 
 
 _SETTINGS: dict[str, Any] = {
-    "assistant_only_loss": False,  # the labels are made here
     "per_device_train_batch_size": BATCH,
     "per_device_eval_batch_size": 64,
     "train_sampling_strategy": "random",
@@ -358,8 +351,7 @@ def _labelled(rows: Sequence[dict], plan: Plan) -> list[dict]:
 
     encoded = encode_batch([row["messages"] for row in rows], plan.tokenizer)
     labelled = []
-    for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        labels = [i if learned else IGNORED for i, learned in zip(ids, mask, strict=True)]
+    for row, ids, labels in zip(rows, encoded["input_ids"], encoded["labels"], strict=True):
         changed = plan.relabel({"input_ids": ids, "labels": labels, "messages": row["messages"]})
         labelled.append({name: changed[name] for name in ("input_ids", "labels")})
     return labelled

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftlib import progress_bar
 from sftlib.adapters import control_token_rows
+from sftlib.experiments import table
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +40,18 @@ def machine() -> str:
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{model}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
+
+
+def lora_config(**changes: Any) -> LoraConfig:
+    """PEFT's `LoraConfig` with the defaults of the experiments: r = 8, α = 16, all linear layers.
+
+    Args:
+        changes: any argument of `peft.LoraConfig`, by its name.
+    """
+    from peft import LoraConfig
+
+    ours = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LoraConfig(**(ours | changes))
 
 
 @dataclass(frozen=True)
@@ -71,19 +84,16 @@ class Run:
 
     def lora(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoraConfig | None:
         """The run's PEFT config; None for full finetuning."""
-        from peft import LoraConfig
-
         if not self.r:
             return None
         rows = control_token_rows(model, tokenizer) if self.variant == "control tokens" else None
-        return LoraConfig(
+        return lora_config(
             r=self.r,
             lora_alpha=self.alpha or 2 * self.r,
             target_modules=TARGETS[self.targets or "all-linear"],
             use_dora=self.variant == "dora",
             use_rslora=self.variant == "rslora",
             trainable_token_indices=rows,
-            task_type="CAUSAL_LM",
         )
 
 
@@ -127,10 +137,8 @@ def train_and_measure(
         model.requires_grad_(False)
         for name in lora_targets(model, 1, TARGETS[run.targets]):
             model.get_submodule(name).requires_grad_(True)
-    rows = [{"messages": row["messages"]} for row in facts["sft"][: run.examples]]
-    dataset = encoded(Dataset.from_list(rows), tokenizer, config()).select_columns(
-        ["input_ids", "labels"]
-    )
+    dataset = encoded(facts["sft"][: run.examples], tokenizer, config())
+    dataset = dataset.select_columns(["input_ids", "labels"])
     if run.replay:
         ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in prose[: run.replay]]
         replay = Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -140,24 +148,23 @@ def train_and_measure(
         tokenizer,
         dataset,
         run.lora(model, tokenizer),
-        assistant_only_loss=False,  # the labels are made already
         learning_rate=run.learning_rate,
         per_device_train_batch_size=16,
         num_train_epochs=run.epochs,
         seed=run.seed,
     )
-    losses = [entry["loss"] for entry in trainer.state.log_history[:-1]][-5:]
+    losses = table(trainer).loss[-5:]
     trained = parameters(trainer.model).trainable
     if run.r:
         model = trainer.model.merge_and_unload()
     sets = {name: facts[name][:prompts] for name in ("dev", "heldout", "heldout_wordings")}
-    table = report(model, tokenizer, sets)
+    scores = report(model, tokenizer, sets)
     return {
         "trainable": trained,
         "steps": trainer.state.global_step,
         "loss": sum(losses) / len(losses),
-        **table.exact_match.to_dict(),
-        "stops": table.stops["heldout"],
+        **scores.exact_match.to_dict(),
+        "stops": scores.stops["heldout"],
         "cloze": cloze(model, tokenizer, sets["heldout"], facts["sft"]),
         "perplexity": perplexity(model, tokenizer, texts or prose[REPLAY:], batch_size=16),
         **_changes(model, before),
