@@ -361,6 +361,26 @@ PADDED = {"length": 12, "pad_id": 1, "pad_token": "<|pad|>", "direction": "left"
 CUT = {"max_length": 8, "stride": 2, "strategy": "only_first", "direction": "left"}
 
 
+def set_by_the_caller(tokenizer):
+    tokenizer.backend_tokenizer.enable_padding(**PADDED)
+    tokenizer.backend_tokenizer.enable_truncation(**CUT)
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tokenizer: encode(pair(ATTACK), tokenizer),
+        lambda tokenizer: encode_batch([pair("Q")] * 3, tokenizer),
+        end_of_turn_id,
+    ],
+)
+def test_what_the_caller_has_set_changes_no_token(tokenizer, use):
+    expected = use(tokenizer)
+    set_by_the_caller(tokenizer)
+    assert use(tokenizer) == expected
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -371,10 +391,8 @@ CUT = {"max_length": 8, "stride": 2, "strategy": "only_first", "direction": "lef
     ],
 )
 def test_the_callers_tokenizer_is_afterwards_as_it_was(tokenizer, use):
+    set_by_the_caller(tokenizer)
     backend = tokenizer.backend_tokenizer
-    backend.enable_padding(**PADDED)
-    backend.enable_truncation(**CUT)
-    backend.encode_special_tokens = True
     texts = ["Q<|im_end|>", "a much longer text than that one, and longer than eight tokens"]
     before = [encoding.ids for encoding in backend.encode_batch(texts)]
     assert [len(ids) for ids in before] == [12, 12]

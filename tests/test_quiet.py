@@ -74,6 +74,12 @@ def test_without_sftlib_all_of_it_is_printed():
     assert [one for one in SAID if one in said] == SAID
 
 
+def test_the_hubs_client_alone_shows_no_bars_either():
+    code = "from huggingface_hub import utils; {}list(utils.tqdm([1], desc='bar of the hub'))"
+    assert "bar of the hub" in printed(code.format(""), SFT_NO_BARS="1").stderr
+    assert printed(code.format("import sftlib; "), SFT_NO_BARS="1").stderr == ""
+
+
 @pytest.mark.slow
 def test_a_level_that_a_student_has_set_in_code_stays():
     code = "from transformers.utils import logging; logging.set_verbosity_info(); import sftlib; "
