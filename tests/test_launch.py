@@ -115,14 +115,12 @@ def line(script, mark="# here"):
 def running(folder):
     """The processes with this folder in their command line.
 
-    One that has ended does not count. Until it is reaped it is listed as a zombie, and what a rank
-    left behind is reaped by the system's first process, which takes its time.
+    A process that has ended may still be listed until it is reaped, but without a command line.
     """
     return [
         process
-        for process in psutil.process_iter(["cmdline", "status"])
+        for process in psutil.process_iter(["cmdline"])
         if any(str(folder) in part for part in process.info["cmdline"] or [])
-        and process.info["status"] not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     ]
 
 
