@@ -41,7 +41,7 @@ SCROLL = """top => {
 SEEN = (ROOT / "tests" / "seen.js").read_text(encoding="utf-8")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.integration,
     pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-"),
 ]
 

@@ -224,7 +224,7 @@ def test_several_chunks_give_what_comparing_all_with_all_gives():
     assert len(duplicates) > 100
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ten_thousand_rows_take_less_than_a_minute():
     rows = noisy_rows(10_000)
     start = time.perf_counter()

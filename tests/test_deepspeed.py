@@ -61,7 +61,7 @@ def cases(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", range(4))
 def test_each_stage_learns_what_one_process_learns(stage, cases, plain):
     first, second = cases[f"{stage} float32"]
@@ -70,7 +70,7 @@ def test_each_stage_learns_what_one_process_learns(stage, cases, plain):
     assert first["losses"] == pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", range(4))
 def test_a_rank_keeps_what_the_formula_says(stage, dtype, cases, tiny):
@@ -82,7 +82,7 @@ def test_a_rank_keeps_what_the_formula_says(stage, dtype, cases, tiny):
             assert kept == pytest.approx(expected[kind], abs=0.05 * expected[kind] + bucket)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_bfloat16_learns_almost_what_float32_learns(cases, plain):
     for stage in (1, 2, 3):
         assert cases[f"{stage} bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.02)
@@ -91,7 +91,7 @@ def test_bfloat16_learns_almost_what_float32_learns(cases, plain):
     assert cases["0 bfloat16"][0]["losses"][1] > plain[1] + 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offload_changes_no_loss(stage, cases):
     losses = cases[f"{stage} offload"][0]["losses"]
@@ -120,7 +120,7 @@ def by_step(rows, case):
     return {row["step"]: row["loss"] for row in rows if row["case"] == case}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_goes_on_bit_for_bit_after_a_rank_was_killed(stage, killed, resumed, cases):
     before, after = by_step(killed[1][stage].rows, f"{stage}"), by_step(resumed, f"{stage}")
@@ -150,7 +150,7 @@ def alone(killed):
     return run_ranks("resume.py", folder, 8, 0, *folders, ranks=1).rows
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_another_number_of_ranks_resumes_from_a_universal_checkpoint(stage, alone, cases):
     after = by_step(alone, f"{stage}-universal")
@@ -159,14 +159,14 @@ def test_another_number_of_ranks_resumes_from_a_universal_checkpoint(stage, alon
     assert [*after.values()] == pytest.approx(expected[4:8], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_another_number_of_ranks_does_not_resume_without(stage, alone):
     (row,) = [row for row in alone if row["case"] == f"{stage}"]
     assert "used a DP world size of 2 but the current world size is 1" in row["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_parts_of_a_checkpoint_become_whole_weights(stage, killed, cases):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -202,7 +202,7 @@ def test_the_readme_has_each_configuration_and_each_key():
         assert {"optimizer" if used[key] == "optimizer" else key for key in used} <= named
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_is_what_its_name_says(path, tiny):
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -244,7 +244,7 @@ def tuned(tmp_path_factory):
     return {row["case"]: row for row in rows if row["rank"] == 0}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("path", ON_CPU, ids=lambda path: path.stem)
 def test_trl_learns_the_same_with_each_configuration(path, tuned):
     found, reference = tuned[path.name], tuned["zero0.json"]
@@ -254,14 +254,14 @@ def test_trl_learns_the_same_with_each_configuration(path, tuned):
     assert found["losses"] == pytest.approx(reference["losses"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_model_is_divided_as_it_loads_if_the_configuration_is_there_first(tuned):
     late, early = tuned["zero3.json"], tuned["zero3.json+early"]
     assert (late["visible"], early["visible"]) == (3_311_360, 0)
     assert early["losses"] == pytest.approx(late["losses"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_trl_trains_adapters_the_same_with_zero_2_and_zero_3(tuned):
     two, three = tuned["zero2.json+lora"], tuned["zero3.json+lora"]
     assert two["trained"] == three["trained"] < 200_000
@@ -319,12 +319,12 @@ def launched(tmp_path_factory):
     return row["losses"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_launch_runs_the_small_script(launched, plain):
     assert launched == pytest.approx(plain[:3], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "command",
     [
@@ -337,7 +337,7 @@ def test_each_launcher_gives_the_losses_of_launch(command, launched, free_port):
     assert losses(run(*command.split(), free_port, RANKS / "launched.py")) == launched
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_accelerate_gives_the_losses_of_launch(launched, free_port, tmp_path):
     settings = {  # on the command line --use_deepspeed and --cpu exclude each other
         "compute_environment": "LOCAL_MACHINE",
@@ -416,7 +416,7 @@ def test_two_nodes_vanish_when_interrupted(number, two_nodes):
     assert process.returncode == 128 + number and not left_over(process)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_torchrun_on_two_nodes_gives_the_losses_of_launch(namespaces, launched):
     command = (
         "torchrun --nnodes 2 --node_rank $NODE_RANK --nproc_per_node 1 "
@@ -425,7 +425,7 @@ def test_torchrun_on_two_nodes_gives_the_losses_of_launch(namespaces, launched):
     assert losses(run(TWO_NODES, "sh", "-c", command)) == launched
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_deepspeed_on_two_nodes_gives_the_losses_of_launch(namespaces, launched, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")

@@ -47,7 +47,7 @@ def outside(test):
     test = pytest.mark.skipif(not serving.installed(), reason="not installed: run make serving")(
         test
     )
-    return pytest.mark.slow(test)
+    return pytest.mark.integration(test)
 
 
 # --- What needs no server ------------------------------------------------------------------------

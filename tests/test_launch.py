@@ -206,7 +206,7 @@ def test_rank_0_is_shown_and_all_is_logged(script, capsys):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_meet_whatever_the_environment_says(script, monkeypatch):
     """Above all that of a notebook which was itself started by `torchrun`."""
     path = script(JOIN + '    print(json.dumps({"sum": total(rank + 1)}))')
@@ -219,7 +219,7 @@ def test_ranks_meet_whatever_the_environment_says(script, monkeypatch):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_launches_at_the_same_time_do_not_meet(script):
     paths = [
         script(JOIN + f'    print(json.dumps({{"sum": total({value})}}))', f"{value}.py")
@@ -230,7 +230,7 @@ def test_two_launches_at_the_same_time_do_not_meet(script):
     assert [[row["sum"] for row in result.rows] for result in results] == [[2, 2], [20, 20]]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_launch_needs_no_activated_environment(script, tmp_path):
     """Nor an installed sftlib: a notebook may have found it beside itself."""
     (tmp_path / "here").mkdir()
@@ -313,7 +313,7 @@ def test_deepspeed_is_left_alone_unless_it_runs_on_a_cpu(value):
     assert python(code, env=env).communicate(timeout=60)[0] == "False\n"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(unavailable() != "", reason="needs DeepSpeed")
 def test_deepspeed_builds_nothing_on_a_cpu(script):
     path = script("""
@@ -397,7 +397,7 @@ def test_a_failing_rank_says_why_and_where(script, capsys):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_lost_the_failing_one_come_last_and_in_short(script):
     path = script(
         JOIN
@@ -494,7 +494,7 @@ def test_a_long_error_becomes_one_short_line(script):
 # Ranks that hang
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("folder", ["", "naïve — folder"])
 def test_a_hang_is_located(script, tmp_path, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
@@ -521,7 +521,7 @@ def test_a_hang_is_located(script, tmp_path, folder):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hang_in_a_collective_is_located(script):
     path = script(JOIN + "    total(1) if rank == 0 else time.sleep(99)  # here")
     found = failures(path, timeout=12)
@@ -530,7 +530,7 @@ def test_a_hang_in_a_collective_is_located(script):
     assert found[2].startswith(f"rank 1: is in <module> (work.py, line {line(path)})")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("text", [STUBBORN, PARENT], ids=["ignores SIGTERM", "has children"])
 def test_nothing_is_left_after_the_time_is_up(script, text):
     path = script(text)
@@ -544,7 +544,7 @@ def test_nothing_is_left_after_a_good_run(script):
     assert left(path.parent) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_interrupt_stops_all(launcher, tmp_path):
     process = launcher(PARENT)
     assert len(left(tmp_path)) == 5
@@ -553,7 +553,7 @@ def test_an_interrupt_stops_all(launcher, tmp_path):
     assert left(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_interrupt_stops_all_at_once(launcher, tmp_path):
     process = launcher(STUBBORN)
     process.send_signal(signal.SIGINT)
@@ -563,7 +563,7 @@ def test_a_second_interrupt_stops_all_at_once(launcher, tmp_path):
     assert left(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_end_with_their_launcher(launcher, tmp_path):
     process = launcher(STUBBORN)
     process.kill()
@@ -574,7 +574,7 @@ def test_ranks_end_with_their_launcher(launcher, tmp_path):
 # Logs, locks, stored runs
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_logs_of_a_living_launch_are_left_alone(launcher, tmp_path):
     process = launcher(SLEEP + READY)
     begun = (tmp_path / "work.logs" / "rank0.out").read_text()

@@ -221,7 +221,7 @@ def own_address() -> str | None:
         return probe.getsockname()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_make_lab_answers_with_its_token_only(server):
     _, port, token = server
     assert status(port, f"/api/status?token={token}") == 200
@@ -230,14 +230,14 @@ def test_make_lab_answers_with_its_token_only(server):
     assert status(port, f"/api/status?token={'0' * len(token)}") == 403
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_make_lab_shows_the_lessons(server):
     _, port, token = server
     names = {item["name"] for item in ask(port, "contents/notebooks", token)["content"]}
     assert names >= {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_make_lab_listens_on_this_machine_alone(server):
     _, port, token = server
     if (address := own_address()) is None:
@@ -245,7 +245,7 @@ def test_make_lab_listens_on_this_machine_alone(server):
     assert status(port, f"/api/status?token={token}", address) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_make_lab_on_the_port_says_so_and_fails(server):
     _, port, _ = server
     call = ["make", "lab", f"PORT={port}"]
@@ -254,7 +254,7 @@ def test_a_second_make_lab_on_the_port_says_so_and_fails(server):
     assert f"Port {port} is used by another program" in second.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_kernel_is_the_environments_and_ends_with_ctrl_c(server):
     process, port, token = server
     kernel = ask(port, "kernels", token, data=b"{}")

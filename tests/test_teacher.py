@@ -725,7 +725,7 @@ generate_pairs(["x", "y", "z"], int(sys.argv[2]), sys.argv[1], concurrency=3)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_killed_at_twenty_random_moments_it_loses_and_doubles_nothing(serve, tmp_path):
     asked: list[str] = []
 

@@ -174,7 +174,7 @@ def test_the_loss_is_computed_at_the_learned_positions_alone(monkeypatch):
     assert scored == [learned]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
     runs = []
     for seed in (0, 0, 1):
@@ -183,7 +183,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_sft_turns_the_base_into_a_model_that_answers_and_stops(tuned):
     trainer, tokenizer = tuned
     table = report(
@@ -194,7 +194,7 @@ def test_sft_turns_the_base_into_a_model_that_answers_and_stops(tuned):
     assert table.exact_match["unknown"] <= 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_nothing_is_written_unless_asked_for(tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load()
