@@ -390,6 +390,7 @@ def two_nodes(namespaces):
         process.communicate()
 
 
+@pytest.mark.nightly
 def test_two_nodes_see_each_other_and_vanish(two_nodes):
     script = 'echo "$NODE_RANK $MASTER_ADDR $MASTER_PORT"; ip -br addr show $GLOO_SOCKET_IFNAME'
     process = two_nodes("sh", "-c", script)
@@ -399,6 +400,7 @@ def test_two_nodes_see_each_other_and_vanish(two_nodes):
         assert f"{rank} 10.77.0.1 29500" in printed and f"10.77.0.{rank + 1}/24" in printed
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("failing", [0, 1])
 def test_one_node_that_fails_ends_both(failing, two_nodes):
     process = two_nodes("sh", "-c", f"[ $NODE_RANK = {failing} ] && exit 7; sleep 99")
@@ -406,6 +408,7 @@ def test_one_node_that_fails_ends_both(failing, two_nodes):
     assert process.returncode == 7 and not left_over(process)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_two_nodes_vanish_when_interrupted(number, two_nodes):
     process = two_nodes("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done")
@@ -416,7 +419,7 @@ def test_two_nodes_vanish_when_interrupted(number, two_nodes):
     assert process.returncode == 128 + number and not left_over(process)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_torchrun_on_two_nodes_gives_the_losses_of_launch(namespaces, launched):
     command = (
         "torchrun --nnodes 2 --node_rank $NODE_RANK --nproc_per_node 1 "
@@ -425,7 +428,7 @@ def test_torchrun_on_two_nodes_gives_the_losses_of_launch(namespaces, launched):
     assert losses(run(TWO_NODES, "sh", "-c", command)) == launched
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_deepspeed_on_two_nodes_gives_the_losses_of_launch(namespaces, launched, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")

@@ -629,7 +629,7 @@ def assert_it_learned(said: str) -> None:
     assert len(losses) >= 4 and losses[-1] < losses[0] - 0.5, said
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_other_launchers_start_it_too(launcher, facts, free_port, tmp_path):
     config = "deepspeed_configs/zero2.json"
@@ -651,7 +651,7 @@ def test_other_launchers_start_it_too(launcher, facts, free_port, tmp_path):
     assert state["max_steps"] == 4 and state["epoch"] > 0.6  # 64 of 96: two ranks, eight each
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(
     facts, free_port, tmp_path
 ):
@@ -710,7 +710,7 @@ def wait_until(there, process, seconds: float = 200) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
     """On a disk that holds one checkpoint, and not two."""
     disk = tmp_path / "disk"

@@ -30,7 +30,7 @@ def test_notebook_obeys(path: Path, rule: rules.Rule):
     assert not rule(nb, path), "\n".join(rule(nb, path))
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_lesson_5_shows_stored_runs_where_deepspeed_cannot_run(tmp_path: Path):
     lesson = copies.course(tmp_path, "notebooks") / "notebooks" / "05_deepspeed.ipynb"
     command = [*notebooks.NBCONVERT, "--inplace", str(lesson)]

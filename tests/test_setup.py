@@ -253,7 +253,7 @@ def test_advice_shows_the_end_of_the_log_and_what_to_do(line: str, todo: str):
 # --- The whole thing, with a real Python and a real pip ------------------------------------------
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_make_setup_makes_repairs_and_then_does_nothing(project: Path):
     first = make(project)
     assert first.returncode == 0, first.stderr
@@ -268,7 +268,7 @@ def test_make_setup_makes_repairs_and_then_does_nothing(project: Path):
     assert make(project).stdout == ".venv is up to date.\n"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_two_at_once_wait_for_each_other(project: Path):
     call = [outside()["PYTHON"], "tools/environment.py"]
     both = [
@@ -281,7 +281,7 @@ def test_two_at_once_wait_for_each_other(project: Path):
     assert sum("waiting until it has finished" in text for text in texts) == 1
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_without_network_it_says_so_and_leaves_no_stamp(project: Path):
     (project / "requirements.txt").write_text("a-package-that-is-nowhere==1\n")
     dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
