@@ -59,6 +59,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tier(item: pytest.Item) -> str | None:
-    return next(
-        (name for name in ("nightly", "integration") if item.get_closest_marker(name)), None
-    )
+    return next(filter(item.get_closest_marker, ("nightly", "integration")), None)

@@ -258,6 +258,7 @@ def test_checkpoints_are_no_notebooks(lesson: Path):
     assert [path.parent.name for path in found] == ["notebooks", "solutions"]
 
 
+@pytest.mark.integration
 def test_clean_agrees_with_the_rule(lesson: Path):
     nb = good()
     nb.metadata["widgets"] = {"a": {}}
