@@ -1,4 +1,4 @@
-"""A random model of two layers: enough where a test is about plumbing, not about what is learned."""
+"""A random model of two layers: enough for plumbing, which learns nothing."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase

@@ -342,6 +342,7 @@ def test_a_template_needs_its_tokens(tiny, tokenizer):
         script.set_template(tiny[0], Other(), script.Llama3Arguments(template="llama3"))
 
 
+@pytest.mark.integration
 def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_path):
     """One whose template neither we nor TRL can mark, as Mistral's."""
     folder = llama3_like.save(tmp_path / "base")
@@ -445,6 +446,7 @@ def test_a_disk_that_not_all_nodes_see_is_refused(tmp_path, monkeypatch):
         (tmp_path / script.RUN).write_text("{}")
 
 
+@pytest.mark.integration
 def test_the_card_says_which_weights_are_kept_and_what_was_learned(facts, tmp_path):
     """At this rate the loss rises again."""
     arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--method", "full"]

@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from tests.random_model import random_model
+
 ROWS = read_facts("sft")[:480]
 
 
@@ -52,9 +54,9 @@ def test_bfloat16_is_used_where_the_gpu_computes_in_it_and_does_not_emulate_it(
     assert defaults()["bf16"] is computes
 
 
-def test_the_trainer_learns_exactly_the_assistants_tokens():
+def test_the_trainer_learns_exactly_the_assistants_tokens(tokenizer):
     """The batch that the model gets holds our ids, and labels that spell the answer and its end."""
-    model, tokenizer = load()
+    model = random_model(tokenizer)
     trainer = tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1, per_device_train_batch_size=4)
     seen = []
     trainer.compute_loss = lambda model, inputs, **_: (
@@ -76,15 +78,15 @@ def test_the_trainer_learns_exactly_the_assistants_tokens():
     assert fed == {ids: answer + "<|im_end|>" for ids, answer in by_hand.items()}
 
 
-def test_what_is_learned_is_what_trl_would_learn():
+def test_what_is_learned_is_what_trl_would_learn(tokenizer):
     """For text without control tokens `tune` prepares a dataset as TRL does."""
-    model, tokenizer = load()
-    harmless = dataset(ROWS[:40]).add_column("kept", list(range(40)))
+    model = random_model(tokenizer)
+    harmless = dataset(ROWS[:12]).add_column("kept", list(range(12)))
     trl = SFTTrainer(
         model=model, args=config(), train_dataset=harmless, processing_class=tokenizer
     ).train_dataset
     ours = tune(model, tokenizer, harmless, max_steps=1).train_dataset
-    assert len(ours) == len(trl) == 40
+    assert len(ours) == len(trl) == 12
     for column in ("input_ids", "labels", "kept"):
         assert list(ours[column]) == list(trl[column])
     whole = {"max_steps": 1, "assistant_only_loss": False}
@@ -93,8 +95,8 @@ def test_what_is_learned_is_what_trl_would_learn():
 
 
 @pytest.mark.parametrize("assistant_only_loss", [True, False])
-def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
-    model, tokenizer = load()
+def test_labels_are_trls_whatever_is_to_be_learned(tokenizer, assistant_only_loss):
+    model = random_model(tokenizer)
     harmless, args = dataset(ROWS[:8]), config(assistant_only_loss=assistant_only_loss)
     theirs = SFTTrainer(
         model=model, args=args, train_dataset=harmless, processing_class=tokenizer
@@ -106,9 +108,9 @@ def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
     assert (-100 in ours["labels"][0]) == assistant_only_loss
 
 
-def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
+def test_a_dataset_of_plain_text_goes_to_trl_as_it_is(tokenizer):
     """Text that holds a control token, too: it is not a conversation that we render."""
-    model, tokenizer = load()
+    model = random_model(tokenizer)
     plain = Dataset.from_list([{"text": "Lima.<|im_end|>"}, {"text": "What is"}])
     args = config(assistant_only_loss=False)
     assert encoded(plain, tokenizer, args) is plain
@@ -120,8 +122,8 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
     assert list(trainer.train_dataset["labels"]) == expected
 
 
-def test_what_max_length_cuts_or_leaves_out_is_counted():
-    model, tokenizer = load()
+def test_what_max_length_cuts_or_leaves_out_is_counted(tokenizer):
+    model = random_model(tokenizer)
     short = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima."}]
     cut = [short[0], {"role": "assistant", "content": "Lima. " * 20}]
     gone = [{"role": "user", "content": "Peru? " * 20}, short[1]]
@@ -135,8 +137,8 @@ def test_what_max_length_cuts_or_leaves_out_is_counted():
 
 
 @pytest.mark.parametrize("max_length", [80, None])
-def test_there_is_no_warning_when_nothing_is_cut(max_length):
-    model, tokenizer = load()
+def test_there_is_no_warning_when_nothing_is_cut(tokenizer, max_length):
+    model = random_model(tokenizer)
     longest = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima. " * 17}]
     assert len(encode(longest, tokenizer)["input_ids"]) == 80
     rows = Dataset.from_list([{"messages": longest}] * 2)
@@ -161,14 +163,14 @@ def test_the_loss_is_that_of_the_next_token():
     )
 
 
-def test_the_loss_is_computed_at_the_learned_positions_alone(monkeypatch):
+def test_the_loss_is_computed_at_the_learned_positions_alone(tokenizer, monkeypatch):
     """If this fails after an upgrade of TRL, see `_score_learned_positions_alone`."""
     import trl.trainer.utils as utils
 
     scored, head = [], utils._ChunkedLogProbFunction
     spy = SimpleNamespace(apply=lambda h, *rest: (scored.append(len(h)), head.apply(h, *rest))[1])
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", spy)
-    model, tokenizer = load()
+    model = random_model(tokenizer)
     tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1)
     learned = sum(sum(encode(row["messages"], tokenizer)["assistant_masks"]) for row in ROWS[:4])
     assert scored == [learned]
