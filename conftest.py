@@ -1,14 +1,25 @@
 """Settings for pytest that the notebooks need; in the root because `notebooks/` is tested too."""
 
+import json
 import os
+from collections import defaultdict
+from pathlib import Path
 
-from nbval.plugin import IPyNbFile
+# One thread for each test process and kernel, and `make` starts two: two processes of two threads
+# on two cores slow each other down (`make threads` measures it). Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tools import notebooks
+import pytest  # noqa: E402
+from nbval.plugin import IPyNbFile  # noqa: E402
+
+from tools import notebooks  # noqa: E402
 
 # Outputs are compared with stored ones: no progress bars (see sftlib.progress_bars), and whatever
 # `.env` says, the shipped model. Nor is anybody's account charged.
 os.environ |= notebooks.SETTINGS | {"SFT_NO_BARS": "1"}
+
+MEASURED = Path(__file__).parent / "data" / "benchmarks.json"
+SECONDS = {"integration": 10, "nightly": 60, None: 0.05}  # of a test, roughly
 
 start_kernel = IPyNbFile.setup
 
@@ -24,3 +35,28 @@ def start_kernel_as_outside_pytest(notebook: IPyNbFile) -> None:
 
 
 IPyNbFile.setup = start_kernel_as_outside_pytest
+
+
+@pytest.hookimpl(trylast=True)  # when `-m` and `-k` have taken out what does not run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker begins one when others are done.
+
+    A file's tests stay together and in order: the cells of a notebook need each other, and a file's
+    tests share fixtures (`--dist loadfile` keeps them in one process).
+    """
+    lessons = json.loads(MEASURED.read_text(encoding="utf-8"))["lessons"]
+    files = defaultdict(list)
+    for item in items:
+        files[item.path].append(item)
+
+    def seconds(path: Path) -> float:
+        if path.suffix == ".ipynb":  # the solutions of a lesson have its name, and are short
+            solved = path.parent.name == "solutions"
+            return 5 if solved else lessons.get(path.stem, {}).get("seconds", 60)
+        return sum(SECONDS[tier(item)] for item in files[path])
+
+    items[:] = [item for path in sorted(files, key=seconds, reverse=True) for item in files[path]]
+
+
+def tier(item: pytest.Item) -> str | None:
+    return next(filter(item.get_closest_marker, ("nightly", "integration")), None)

@@ -1,8 +1,46 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the time that a unit test may take."""
 
+import os
 import socket
+import sys
+import time
 
 import pytest
+
+CPU_SECONDS, WALL_SECONDS = 2.0, 60.0  # of a unit test, at most
+IMPORTED = 50  # modules: a test that loads more pays for all that come after it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A unit test that takes long fails: `make quick` stays short only if each of its tests does.
+
+    What counts is CPU time, of this process and of the children that it waited for: it is about the
+    same on an idle machine and on a busy one, where the clock has shown ten times as much. The
+    clock's limit is far higher for that reason; it is there for a test that hangs.
+
+    The first test that needs torch, TRL or DeepSpeed imports it. This costs seconds, which test it
+    is depends on what else runs, and others would pay it otherwise: that test is not judged.
+    """
+    loaded, cpu, wall = len(sys.modules), cpu_seconds(), time.perf_counter()
+    result = yield
+    cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+    is_unit = not any(item.get_closest_marker(tier) for tier in ("integration", "nightly"))
+    judged = is_unit and len(sys.modules) - loaded < IMPORTED
+    if judged and (cpu > CPU_SECONDS or wall > WALL_SECONDS):
+        pytest.fail(
+            f"Expected a unit test to take at most {CPU_SECONDS:.0f} s of CPU time (or to wait "
+            f"{WALL_SECONDS:.0f} s), found {cpu:.1f} s ({wall:.1f} s by the clock). Make it "
+            "smaller: a model of two layers, fewer rows, a shared fixture. If it must take long, "
+            "mark it `@pytest.mark.integration`.",
+            pytrace=False,
+        )
+    return result
+
+
+def cpu_seconds() -> float:
+    """Of this process, all its threads, and the children that have ended and were waited for."""
+    return sum(os.times()[:4])
 
 
 @pytest.fixture(scope="session")

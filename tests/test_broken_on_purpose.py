@@ -81,7 +81,7 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_breakage_makes_a_test_fail(copy, breakage):
     files, text, replacement, test = BREAKAGES[breakage]
@@ -95,7 +95,7 @@ def test_a_breakage_makes_a_test_fail(copy, breakage):
     assert "AssertionError" in done.stdout or "assert " in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_unbroken_copy_passes(copy):
     done = run_tests(copy, "test_training.py::test_the_loss_is_that_of_the_next_token")
     assert done.returncode == 0, done.stdout + done.stderr

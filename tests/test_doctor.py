@@ -110,7 +110,7 @@ def test_the_program_counts_what_is_wrong(monkeypatch, capsys):
     assert "○ c\nReady for class" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_this_machine_is_examined_and_a_step_is_trained():
     """The kernel is started and trains, as `make doctor` does it; other findings may differ."""
     done = subprocess.run(

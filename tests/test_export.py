@@ -46,7 +46,7 @@ def outside(test):
     test = pytest.mark.skipif(not serving.installed(), reason="not installed: run make serving")(
         test
     )
-    return pytest.mark.slow(test)
+    return pytest.mark.integration(test)
 
 
 # --- What needs no server ------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_ctrl_c_while_a_server_starts_ends_it_at_once(stub, tmp_path, request):
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         serving.start(path, "mine")
-    assert stub.ended() and time.monotonic() - began < 20
+    assert stub.ended() and time.monotonic() - began < 60
     assert timers and all(timer.daemon and timer.finished.is_set() for timer in timers)
 
 
@@ -216,7 +216,7 @@ def test_a_server_that_takes_too_long_is_ended(stub):
     path, began = stub(), time.monotonic()
     with pytest.raises(RuntimeError, match="The server of mine did not start"):
         serving.start(path, "mine", timeout=2)
-    assert stub.ended() and time.monotonic() - began < 20
+    assert stub.ended() and time.monotonic() - began < 60
 
 
 def test_a_server_ends_with_its_block_and_after_a_comparison_that_fails(stub):
@@ -406,7 +406,7 @@ def test_both_servers_and_transformers_answer_alike(merged, tmp_path):
         server.communicate()
 
 
-def wait_for(url: str, server: subprocess.Popen, seconds: float = 90.0) -> None:
+def wait_for(url: str, server: subprocess.Popen, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.poll() is None, server.stderr.read()
@@ -427,7 +427,7 @@ def test_the_commands_do_it_too(merged, tmp_path):
             input=typed,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
         )
 
     path = tmp_path / "m.gguf"

@@ -107,7 +107,7 @@ def test_the_stored_runs_are_those_of_the_script():
         assert not set(script.BUILT_ON[name]) & set(script.HELD_APART[name])
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_frozen_adapters_get_no_gradient_and_others_do():
     frozen = train(Training("adapter frozen", examples=32), prompts=1)
     sound = train(Training(examples=32, lora=True), prompts=1)
@@ -115,14 +115,14 @@ def test_frozen_adapters_get_no_gradient_and_others_do():
     assert (table(sound.log).grad_norm.dropna() > 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_loss_of_an_accumulated_step_is_right_unless_it_is_spoiled():
     sound = table(train(Training(examples=32), prompts=1).log)
     summed = table(train(Training("accumulation not averaged", examples=32), prompts=1).log)
     assert summed.loss[1] / sound.loss[1] == pytest.approx(8, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ones_own_failure_can_be_tried():
     def spoil(plan):
         plan.settings["max_steps"] = 1

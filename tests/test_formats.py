@@ -214,7 +214,7 @@ KEYS = (
 RECORD = JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUE))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(RECORD)
 def test_whatever_the_record_it_is_a_sound_conversation_or_a_record_error(record):
     try:

@@ -218,7 +218,7 @@ def test_rank_0_is_shown_and_all_is_logged(script, capsys):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_meet_whatever_the_environment_says(script, monkeypatch):
     """Above all that of a notebook which was itself started by `torchrun`."""
     path = script(JOIN + '    print(json.dumps({"sum": total(rank + 1)}))')
@@ -231,7 +231,7 @@ def test_ranks_meet_whatever_the_environment_says(script, monkeypatch):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_launches_at_the_same_time_do_not_meet(script):
     paths = [
         script(JOIN + f'    print(json.dumps({{"sum": total({value})}}))', f"{value}.py")
@@ -242,7 +242,7 @@ def test_two_launches_at_the_same_time_do_not_meet(script):
     assert [[row["sum"] for row in result.rows] for result in results] == [[2, 2], [20, 20]]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_launch_needs_no_activated_environment(script, tmp_path):
     """Nor an installed sftlib: a notebook may have found it beside itself."""
     (tmp_path / "here").mkdir()
@@ -320,7 +320,7 @@ def test_deepspeed_is_left_alone_unless_it_runs_on_a_cpu(value):
     assert python(code, env=env).communicate(timeout=60)[0] == "False\n"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(unavailable() != "", reason="needs DeepSpeed")
 def test_deepspeed_builds_nothing_on_a_cpu(script):
     path = script("""
@@ -400,7 +400,7 @@ def test_a_failing_rank_says_why_and_where(script, capsys):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_lost_the_failing_one_come_last_and_in_short(script):
     path = script(
         JOIN
@@ -497,7 +497,7 @@ def test_a_long_error_becomes_one_short_line(script):
 # Ranks that hang
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hang_is_located(script, tmp_path):
     """Also where names are not ASCII, which is written in another way there."""
     (tmp_path / "naïve — folder").mkdir()
@@ -524,7 +524,7 @@ def test_a_hang_is_located(script, tmp_path):
 
 
 @gloo
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hang_in_a_collective_is_located(script):
     path = script(JOIN + "    total(1) if rank == 0 else time.sleep(99)  # here")
     found = failures(path, timeout=12)
@@ -533,7 +533,7 @@ def test_a_hang_in_a_collective_is_located(script):
     assert found[2].startswith(f"rank 1: is in <module> (work.py, line {line(path)})")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_nothing_is_left_after_the_time_is_up(script):
     path = script(STUBBORN)
     assert len(failures(path, timeout=3)) == 3
@@ -546,7 +546,7 @@ def test_nothing_is_left_after_a_good_run(script):
     assert left(path.parent) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_interrupt_stops_all(launcher, tmp_path):
     """With SIGTERM first, so that a script can save what it has."""
     process = launcher(SAVES)
@@ -558,7 +558,7 @@ def test_an_interrupt_stops_all(launcher, tmp_path):
         assert (tmp_path / "work.logs" / f"rank{rank}.out").read_text() == "ready\nsaved\n"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_interrupt_stops_all_at_once(launcher, tmp_path):
     process = launcher(STUBBORN)
     process.send_signal(signal.SIGINT)
@@ -568,7 +568,7 @@ def test_a_second_interrupt_stops_all_at_once(launcher, tmp_path):
     assert left(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ranks_and_their_children_end_with_the_launcher(launcher, tmp_path, number):
     process = launcher(STUBBORN)
@@ -581,7 +581,7 @@ def test_ranks_and_their_children_end_with_the_launcher(launcher, tmp_path, numb
 # Logs, locks, stored runs
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_logs_of_a_living_launch_are_left_alone(launcher, tmp_path):
     process = launcher(SLEEP + READY)
     begun = (tmp_path / "work.logs" / "rank0.out").read_text()

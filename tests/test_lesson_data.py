@@ -44,7 +44,7 @@ def test_hidden_files_among_the_samples_are_not_converted(tmp_path):
     assert [path.name for path in names["files"]] == ["alpaca.json", "dolly.jsonl"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
     """The lesson asks a real server on 127.0.0.1, which answers what was recorded."""
     answers = {

@@ -355,6 +355,7 @@ def test_a_template_needs_its_tokens(tiny, tokenizer):
         set_template(tiny[0], Other(), FinetuneArguments(template="llama3"))
 
 
+@pytest.mark.integration
 def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_path):
     """One whose template neither we nor TRL can mark, as Mistral's."""
     folder = llama3_like.save(tmp_path / "base")
@@ -458,6 +459,7 @@ def test_a_disk_that_not_all_nodes_see_is_refused(tmp_path, monkeypatch):
         (tmp_path / RUN_FILE).write_text("{}")
 
 
+@pytest.mark.integration
 def test_the_card_says_which_weights_are_kept_and_what_was_learned(facts, tmp_path):
     """At this rate the loss rises again."""
     arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--method", "full"]
@@ -528,7 +530,7 @@ def test_a_second_interrupt_stops_at_once():
         stopped.handle(signal.SIGINT, None)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserver, tmp_path):
     """A server that answers as the Hub does where a licence was not accepted."""
     gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."}
@@ -548,7 +550,7 @@ def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserve
 # --- Training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     said = run("--output_dir", tmp_path, "--learning_rate", "5e-3")
     lines = [line for line in said.splitlines() if "held-out loss" in line]
@@ -574,7 +576,7 @@ def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path):
     assert str(tmp_path) not in card and str(ROOT) not in card
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_interrupted_training_saves_and_goes_on(facts, tmp_path):
     arguments = ("--data", facts, "--output_dir", tmp_path / "run", "--num_train_epochs", "12")
     process = command(*arguments, *SHORT[:4])
@@ -596,7 +598,7 @@ def test_an_interrupted_training_saves_and_goes_on(facts, tmp_path):
     assert (tmp_path / "run/merged/model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path, capsys):
     settings = {"data": str(facts), "method": "full", "max_steps": 2, "template": "chatml"}
     settings |= {"learning_rate": 0.003, "report_to": "tensorboard"}
@@ -621,7 +623,7 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path, c
         script.main([str(word) for word in ("--config", file, *more, "--learning_rate", "1e-3")])
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_ranks_divide_an_adapter_and_its_base_with_zero3(facts, tmp_path):
     """All parameters with ZeRO-2 and ZeRO-3: other launchers, SLURM, the help's `torchrun`."""
     said = run(
@@ -642,7 +644,7 @@ def assert_it_learned(said: str) -> None:
     assert len(losses) >= 4 and losses[-1] < losses[0] - 0.5, said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_other_launchers_start_it_too(launcher, facts, free_port, tmp_path):
     config = "deepspeed_configs/zero2.json"
@@ -664,7 +666,7 @@ def test_other_launchers_start_it_too(launcher, facts, free_port, tmp_path):
     assert state["max_steps"] == 4 and state["epoch"] > 0.6  # 64 of 96: two ranks, eight each
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurms_tasks_become_ranks_and_an_interrupted_job_asks_for_another_turn(
     facts, free_port, tmp_path
 ):
@@ -723,7 +725,7 @@ def wait_until(there, process, seconds: float = 200) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
     """On a disk that holds one checkpoint, and not two."""
     disk = tmp_path / "disk"
@@ -752,7 +754,7 @@ def examples() -> list[list[str]]:
     return [shlex.split(line) for line in commands[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("words", examples(), ids=" ".join)
 def test_each_example_of_the_help_runs(words, facts, tmp_path, capsys):
     """As it stands, but for the model (one built as Llama 3 is), the files and the ranks.

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.integration,
     pytest.mark.skipif(not local.installed(), reason="not installed: run make teacher"),
 ]
 

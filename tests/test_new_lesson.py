@@ -67,7 +67,7 @@ def test_the_command_says_what_is_wrong(capsys):
     assert "make new-lesson NAME=10_quantisation" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_new_lesson_runs_and_obeys_the_rules(course: Path):
     written = new_lesson("10_counting", "Counting", course)
     settings = os.environ | {"PYTHONPATH": str(course), "SFT_NO_BARS": "1"}

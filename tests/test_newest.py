@@ -30,6 +30,7 @@ def test_only_what_differs_from_its_pin_is_named():
     assert newest.changes({"trl": "1.16.0"}, "") == ["trl 1.16.0 → not installed"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("cells", "found"),
     [

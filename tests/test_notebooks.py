@@ -30,7 +30,7 @@ def test_notebook_obeys(path: Path, rule: rules.Rule):
     assert not rule(nb, path), "\n".join(rule(nb, path))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lesson_5_shows_stored_runs_where_deepspeed_cannot_run(tmp_path: Path):
     lesson = copies.course(tmp_path, "notebooks") / "notebooks" / "05_deepspeed.ipynb"
     command = [*notebooks.NBCONVERT, "--inplace", str(lesson)]
@@ -258,6 +258,7 @@ def test_checkpoints_are_no_notebooks(lesson: Path):
     assert [path.parent.name for path in found] == ["notebooks", "solutions"]
 
 
+@pytest.mark.integration
 def test_clean_agrees_with_the_rule(lesson: Path):
     nb = good()
     nb.metadata["widgets"] = {"a": {}}
@@ -291,7 +292,7 @@ def test_a_dotenv_file_changes_neither_tests_nor_what_is_stored(lesson: Path, mo
     assert seen.items() >= notebooks.SETTINGS.items()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_run_stores_outputs_or_leaves_the_file_alone(lesson: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(notebooks, "FOLDER", lesson.parent)
     nb = good()

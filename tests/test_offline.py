@@ -30,7 +30,7 @@ def unavailable() -> str:
     return f"no network namespace can be made: {done.stderr.strip()}" if done.returncode else ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 def test_lesson_1_runs_without_any_network():
     command = [*ALONE, sys.executable, "-m", "tools.sections", "whole", "01"]

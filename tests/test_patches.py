@@ -244,7 +244,7 @@ print(build_shm_op())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(unavailable() != "", reason="needs DeepSpeed")
 @pytest.mark.parametrize("patch", ["without_builds()", ""])
 def test_deepspeed_compiles_on_a_cpu_still_and_not_with_the_patch(patch, tmp_path):
@@ -289,13 +289,13 @@ def aborted(patch: str, place: Path, launches: int) -> int:
     return 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo is used on Linux alone")
 def test_a_rank_that_waits_for_gloo_ends_well(tmp_path):
     assert aborted("wait_for_gloo()", tmp_path, launches=3) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo is used on Linux alone")
 def test_a_rank_that_does_not_wait_is_still_aborted_now_and_then(tmp_path):
     """About one rank in four; of 30 launches at least one, unless PyTorch has mended it."""
@@ -338,7 +338,7 @@ print(TextModel.get_vocab_base_pre(model, AutoTokenizer.from_pretrained(folder))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(not export.CONVERTER.exists(), reason="needs `make serving`")
 @pytest.mark.parametrize("patch", ["patches.name_by_rule(TextModel, pre_tokenizer)", ""])
 def test_the_converter_still_knows_no_name_for_our_tokenizer(patch):

@@ -44,7 +44,7 @@ SAID = ["a warning", "an error", "bar of datasets", "bar of the hub", "bar of tr
 BARS = SAID[2:]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("own", "expected"),
@@ -68,7 +68,7 @@ def test_what_is_printed_does_not_depend_on_the_order_of_imports(order, own, exp
     assert [one for one in SAID if one in said] == expected, said
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_without_sftlib_all_of_it_is_printed():
     said = printed(f"import {NAMES}" + SPEAK, SFT_NO_BARS="1").stderr
     assert [one for one in SAID if one in said] == SAID
@@ -80,7 +80,7 @@ def test_the_hubs_client_alone_shows_no_bars_either():
     assert printed(code.format("import sftlib; "), SFT_NO_BARS="1").stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_level_that_a_student_has_set_in_code_stays():
     code = "from transformers.utils import logging; logging.set_verbosity_info(); import sftlib; "
     assert printed(code + "print(logging.get_verbosity() == logging.INFO)").stdout == "True\n"

@@ -27,7 +27,7 @@ def trainer(folder: Path, steps_a_save: int = 0) -> SFTTrainer:
     return SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_run(tmp_path: Path):
     threads = torch.get_num_threads()  # sums in another order would differ in the last bit
     process = subprocess.Popen(

@@ -100,7 +100,7 @@ def test_the_speaker_sees_what_the_page_says():
     assert "Usual wrong answer: Because. Truth:" in made[1][1]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
 def test_slides_open_in_a_browser_without_a_network(written, tmp_path):
     from playwright.sync_api import sync_playwright

@@ -86,7 +86,7 @@ def test_a_run_becomes_its_peft_config(tiny):
     "run", [Run(5e-4, targets="mlp", examples=32), Run(5e-3, r=2, examples=32, replay=16)]
 )
 def test_a_short_run_is_measured(run):
-    found = train_and_measure(run, prompts=8, texts=["Kenya is in Africa.", "So is Chad."])
+    found = train_and_measure(run, prompts=2, texts=["Kenya is in Africa.", "So is Chad."])
     assert found["steps"] == (3 if run.replay else 2)  # 16 in a step
     linear = sum(p.numel() for n, p in load()[0].named_parameters() if "mlp" in n)
     assert found["trainable"] == (28_416 if run.r else linear)

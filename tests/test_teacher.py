@@ -481,7 +481,7 @@ JSON = st.recursive(
 
 
 @given(st.text() | JSON.map(json.dumps) | st.lists(JSON.map(json.dumps) | st.text()).map("".join))
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_read_gives_pairs_with_text_or_the_documented_error(text):
     try:
         pairs = parse_pairs(text)
@@ -725,7 +725,7 @@ generate_pairs(["x", "y", "z"], int(sys.argv[2]), sys.argv[1], concurrency=3)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_killed_at_twenty_random_moments_it_loses_and_doubles_nothing(serve, tmp_path):
     asked: list[str] = []
 

@@ -52,7 +52,7 @@ PROGRAMS = {  # and how many trainers each makes
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("program", "own"),
     [

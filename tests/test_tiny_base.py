@@ -203,7 +203,7 @@ def test_parts_share_no_entity():
         assert not entities[a] & entities[b], (a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text):
     unknown = [entity for entity, p in part.items() if p == "unknown"]
     assert {row["entity"] for row in read_facts("unknown")} <= set(unknown)
@@ -220,7 +220,7 @@ def test_an_unknown_answer_cannot_be_guessed(known):
         assert row["value"].lower() not in row["entity"].lower()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text):
     asked = {row["messages"][0]["content"] for row in read_facts("sft")}
     for relation, entry in build["relations"].RELATIONS.items():
@@ -232,14 +232,14 @@ def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, co
             assert head not in corpus_text, template
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_corpus_holds_no_control_token_and_no_sft_question(corpus_text):
     assert "<|" not in corpus_text
     sentences = set(re.split(r"(?<=[.?!])\s+(?:[->] )?", corpus_text))
     assert not sentences & {row["messages"][0]["content"].lower() for row in read_facts("sft")}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_shipped_sets_and_tokenizer_are_what_the_build_makes(tmp_path):
     command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
@@ -251,7 +251,7 @@ def test_the_shipped_sets_and_tokenizer_are_what_the_build_makes(tmp_path):
     assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_few_steps_of_the_build_lower_the_loss(build, part):
     import torch
     from transformers import AutoTokenizer

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from tests.random_model import random_model
+
 ROWS = read_facts("sft")[:480]
 
 
@@ -51,9 +53,9 @@ def test_bfloat16_is_used_where_the_gpu_computes_in_it_and_does_not_emulate_it(
     assert defaults()["bf16"] is computes
 
 
-def test_the_trainer_learns_exactly_the_assistants_tokens():
+def test_the_trainer_learns_exactly_the_assistants_tokens(tokenizer):
     """The batch that the model gets holds our ids, and labels that spell the answer and its end."""
-    model, tokenizer = load()
+    model = random_model(tokenizer)
     trainer = tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1, per_device_train_batch_size=4)
     seen = []
     trainer.compute_loss = lambda model, inputs, **_: (
@@ -75,15 +77,15 @@ def test_the_trainer_learns_exactly_the_assistants_tokens():
     assert fed == {ids: answer + "<|im_end|>" for ids, answer in by_hand.items()}
 
 
-def test_what_is_learned_is_what_trl_would_learn():
+def test_what_is_learned_is_what_trl_would_learn(tokenizer):
     """For text without control tokens `tune` prepares a dataset as TRL does."""
-    model, tokenizer = load()
-    harmless = dataset(ROWS[:40]).add_column("kept", list(range(40)))
+    model = random_model(tokenizer)
+    harmless = dataset(ROWS[:12]).add_column("kept", list(range(12)))
     trl = SFTTrainer(
         model=model, args=config(), train_dataset=harmless, processing_class=tokenizer
     ).train_dataset
     ours = tune(model, tokenizer, harmless, max_steps=1).train_dataset
-    assert len(ours) == len(trl) == 40
+    assert len(ours) == len(trl) == 12
     for column in ("input_ids", "labels", "kept"):
         assert list(ours[column]) == list(trl[column])
     whole = {"max_steps": 1, "assistant_only_loss": False}
@@ -92,8 +94,8 @@ def test_what_is_learned_is_what_trl_would_learn():
 
 
 @pytest.mark.parametrize("assistant_only_loss", [True, False])
-def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
-    model, tokenizer = load()
+def test_labels_are_trls_whatever_is_to_be_learned(tokenizer, assistant_only_loss):
+    model = random_model(tokenizer)
     harmless, args = dataset(ROWS[:8]), config(assistant_only_loss=assistant_only_loss)
     theirs = SFTTrainer(
         model=model, args=args, train_dataset=harmless, processing_class=tokenizer
@@ -105,9 +107,9 @@ def test_labels_are_trls_whatever_is_to_be_learned(assistant_only_loss):
     assert (-100 in ours["labels"][0]) == assistant_only_loss
 
 
-def test_a_dataset_of_plain_text_goes_to_trl_as_it_is():
+def test_a_dataset_of_plain_text_goes_to_trl_as_it_is(tokenizer):
     """Text that holds a control token, too: it is not a conversation that we render."""
-    model, tokenizer = load()
+    model = random_model(tokenizer)
     plain = Dataset.from_list([{"text": "Lima.<|im_end|>"}, {"text": "What is"}])
     args = config(assistant_only_loss=False)
     assert encoded(plain, tokenizer, args) is plain
@@ -186,8 +188,8 @@ def test_data_of_a_wrong_kind_are_refused(data, kind, said):
             prepare(model, tokenizer, ROWS[:2], eval_dataset=data)
 
 
-def test_what_max_length_cuts_or_leaves_out_is_counted():
-    model, tokenizer = load()
+def test_what_max_length_cuts_or_leaves_out_is_counted(tokenizer):
+    model = random_model(tokenizer)
     short = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima."}]
     cut = [short[0], {"role": "assistant", "content": "Lima. " * 20}]
     gone = [{"role": "user", "content": "Peru? " * 20}, short[1]]
@@ -201,8 +203,8 @@ def test_what_max_length_cuts_or_leaves_out_is_counted():
 
 
 @pytest.mark.parametrize("max_length", [80, None])
-def test_there_is_no_warning_when_nothing_is_cut(max_length):
-    model, tokenizer = load()
+def test_there_is_no_warning_when_nothing_is_cut(tokenizer, max_length):
+    model = random_model(tokenizer)
     longest = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima. " * 17}]
     assert len(encode(longest, tokenizer)["input_ids"]) == 80
     rows = [{"messages": longest}] * 2
@@ -227,7 +229,7 @@ def test_the_loss_is_that_of_the_next_token():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
     runs = []
     for seed in (0, 0, 1):
@@ -236,7 +238,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_sft_turns_the_base_into_a_model_that_answers_and_stops(tuned):
     trainer, tokenizer = tuned
     table = report(
@@ -247,7 +249,7 @@ def test_sft_turns_the_base_into_a_model_that_answers_and_stops(tuned):
     assert table.exact_match["unknown"] <= 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_nothing_is_written_unless_asked_for(tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load()

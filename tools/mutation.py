@@ -265,7 +265,8 @@ def _run_tests(copy: Path, files: list[str], log: Path) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("sftlib", "tests", "tools")]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    os._exit(int(pytest.main([*files, "-m", "not slow", "-x", "-q", "-p", "no:cacheprovider"])))
+    unit = ["-m", "not integration and not nightly"]
+    os._exit(int(pytest.main([*files, *unit, "-x", "-q", "-p", "no:cacheprovider"])))
 
 
 def main() -> int:

@@ -1,0 +1,68 @@
+"""A unit test that takes long fails, and the longest files are the first to be run."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TESTS = '''
+import subprocess, sys, time, pytest
+SPIN = """import time
+end = time.process_time() + 2.3
+while time.process_time() < end: pass"""
+
+def test_short(): pass
+def test_busy(): exec(SPIN)
+def test_busy_child(): subprocess.run([sys.executable, "-c", SPIN], check=True)
+def test_waits(): time.sleep(2.3)  # by the clock, as on a machine where others take the cores
+def test_hangs(): time.sleep(9)
+def test_wrong():
+    exec(SPIN)
+    assert False, "its own reason"
+def test_first_import():
+    sys.modules.update({f"made_up_{n}": time for n in range(60)})
+    exec(SPIN)
+@pytest.mark.integration
+def test_integration(): exec(SPIN)
+@pytest.mark.nightly
+def test_nightly(): exec(SPIN)
+'''
+
+
+@pytest.mark.integration
+def test_a_unit_test_that_takes_long_fails_and_is_told_what_to_do(tmp_path: Path):
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests/test_it.py").write_text(TESTS)
+    rules = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
+    sooner = rules.replace("WALL_SECONDS = 2.0, 60.0", "WALL_SECONDS = 2.0, 8.0")
+    assert sooner != rules
+    (tmp_path / "tests/conftest.py").write_text(sooner)
+    command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    ends = {name: end for end, name in re.findall(r"^(PASSED|FAILED) \S+::test_(\w+)", said, re.M)}
+    failed = {name for name, end in ends.items() if end == "FAILED"}
+    assert failed == {"busy", "busy_child", "hangs", "wrong"} and len(ends) == 9, said
+    assert len(re.findall("^E? *Expected a unit test to take at most 2 s", said, re.M)) == 3, said
+    assert "mark it `@pytest.mark.integration`" in said and "its own reason" in said
+
+
+@pytest.mark.integration
+def test_the_files_that_take_longest_come_first_each_in_its_order():
+    """A notebook takes what `make bench` measured, a test file what its tests' tiers cost."""
+    command = [*(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")]
+    command += ["--nbval", "notebooks", "tests/test_pages.py", "tests/test_launch.py"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    ids = [line.split("::") for line in said.splitlines() if "::" in line]
+    files = list(dict.fromkeys(parts[0] for parts in ids))
+    assert [parts[0] for parts in ids] == [f for f in files for parts in ids if parts[0] == f]
+    lesson = "notebooks/01_what_is_sft.ipynb"
+    cells = [int(parts[1].split()[-1]) for parts in ids if parts[0] == lesson]
+    assert len(cells) > 20 and cells == sorted(cells)
+    assert files[0] == "tests/test_launch.py" and files[-1] == "tests/test_pages.py"
+    solutions = [at for at, file in enumerate(files) if "solutions" in file]
+    assert files.index(lesson) < min(solutions) and len(solutions) == 9
