@@ -149,7 +149,7 @@ def report(
     sets: Mapping[str, Sequence[Row]],
     max_new_tokens: int = 32,
 ) -> pandas.DataFrame:
-    """One line a test set: `prompts`, `exact_match`, `content`, `stops` (shares from 0 to 1)."""
+    """One line per test set: `prompts`, `exact_match`, `content`, `stops` (shares from 0 to 1)."""
     import pandas
 
     lines = {}

@@ -39,7 +39,7 @@ class PPOConfig:
         cliprange: ε, how far a token's probability may move, as a ratio, before its gain is cut.
         cliprange_value: the same for values, as a difference.
         vf_coef: weight of the value loss.
-        gamma: discount a token; answers are short, so 1.
+        gamma: discount per token; answers are short, so 1.
         lam: λ of GAE: 0 trusts the value head, 1 the rewards that came.
         missing_eos_penalty: taken from the score of an answer that did not end by itself.
     """
@@ -236,7 +236,7 @@ def train(
     reward: Reward,
     config: PPOConfig = PPOConfig(),
 ) -> list[dict[str, float]]:
-    """Train `model` in place to earn more reward, near to what it was; return a line a step.
+    """Train `model` in place to earn more reward, near to what it was; return one line per step.
 
     Args:
         model: a causal language model that already follows the template (after SFT), loaded from
@@ -247,8 +247,8 @@ def train(
         reward: see `Reward`; the same function works with TRL's `RLOOTrainer` and `GRPOTrainer`.
 
     Returns:
-        A dictionary for each step: `reward` (mean score, after the penalty), `kl` (nats an answer,
-        from the model as it was), `entropy` (nats a token), `clipped` (share of tokens held back),
+        A dictionary per step: `reward` (mean score, after the penalty), `kl` (nats per answer, from
+        the model as it was), `entropy` (nats per token), `clipped` (share of tokens held back),
         `value_loss`, `length` (tokens).
 
     Raises:

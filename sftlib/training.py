@@ -234,7 +234,7 @@ def _warn_of_cuts(labels: Iterable[list[int]], max_length: int, keep_start: bool
 
 
 def _one_line_bar() -> TrainerCallback:
-    """A bar with the latest loss, in place of a table that grows by a row a step."""
+    """A bar with the latest loss, in place of a table that grows by one row per step."""
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):

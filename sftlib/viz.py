@@ -55,7 +55,7 @@ def curves(
     title: str,
     alt: str,
     x_label: str = "optimizer step",
-    y_label: str = "loss (nats a token)",
+    y_label: str = "loss (nats per token)",
     log_x: bool = False,
 ) -> Picture:
     """Lines over steps, for instance training losses.
@@ -94,7 +94,7 @@ def panels(
     title: str,
     alt: str,
     x_label: str = "optimizer step",
-    y_label: str = "loss (nats a token), grad_norm",
+    y_label: str = "loss (nats per token), grad_norm",
     columns: int = 6,
 ) -> Picture:
     """Many small figures with common axes, for instance one a training.
@@ -292,7 +292,7 @@ def tokens(
     from IPython.display import HTML
 
     if len(ids) != len(mask):
-        raise ValueError(f"Expected one mask value a token ({len(ids)}), found {len(mask)}.")
+        raise ValueError(f"Expected one mask value per token ({len(ids)}), found {len(mask)}.")
     control = set(tokenizer.all_special_ids)
     spans = [
         _token(tokenizer.decode([i]), bool(m), i in control) for i, m in zip(ids, mask, strict=True)

@@ -59,7 +59,7 @@ def line(step, **values):
 def test_the_published_figures_follow_from_each_other():
     found = explain(PUBLISHED, LOSSES)
     assert found.loc["train_steps_per_second", "follows from"] == "2 / 2.921 s = 0.685"
-    assert "= 2 rows; a step had 1.0" in found.loc["train_samples_per_second", "follows from"]
+    assert "= 2 rows; each step had 1.0" in found.loc["train_samples_per_second", "follows from"]
     assert "mean of 2 logged losses = 9.43235" in found.loc["training_loss", "follows from"]
     assert found.loc["epoch", "follows from"] == "1 whole"
     assert found.loc["total_flos", "value"] == 6 * 86_678_016 * 36
@@ -72,7 +72,7 @@ def test_a_real_runs_figures_follow_from_each_other(run):
     found = explain(output, run)
     assert steps == 8 and found.loc["training_loss", "value"] == log[-1]["train_loss"]
     assert "steps 7 to 8 were not logged" in found.loc["training_loss", "follows from"]
-    assert "= 112 rows; a step had 14.0" in found.loc["train_samples_per_second", "follows from"]
+    assert "= 112 rows; each step had 14.0" in found.loc["train_samples_per_second", "follows from"]
     rows = table(run)
     assert rows.index.tolist() == [3, 6] and rows.columns[:4].tolist() == [
         *("epoch", "loss", "grad_norm", "learning_rate")
@@ -168,7 +168,7 @@ FALLING = [2.6 * 0.8**step + 0.1 for step in range(20)]
 
 
 def logged(losses, evaluations=(), **columns):
-    """A log with a line a step; `evaluations`: step → loss."""
+    """A log with one line per step; `evaluations`: step → loss."""
     lines = []
     for step, loss in enumerate(losses, 1):
         more = {name: values[step - 1] for name, values in columns.items()}

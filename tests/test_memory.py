@@ -190,7 +190,7 @@ def test_an_unknown_precision_or_dtype_is_told_with_the_known_ones(options):
         adam_bytes(1, 1, **options)
 
 
-# Table 1 of the ZeRO paper (arXiv 1910.02054): GB a device, for 4, 16, 64, 256, 1024 devices.
+# Table 1 of the ZeRO paper (arXiv 1910.02054): GB per device, for 4, 16, 64, 256, 1024 devices.
 PAPER = {
     (7.5e9, 1): (52.5, 35.6, 31.4, 30.4, 30.1),
     (7.5e9, 2): (41.3, 21.6, 16.6, 15.4, 15.1),

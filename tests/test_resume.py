@@ -17,11 +17,11 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 
-def trainer(folder: Path, steps_a_save: int = 0) -> SFTTrainer:
+def trainer(folder: Path, steps_per_save: int = 0) -> SFTTrainer:
     """Twelve steps of four rows in random order; saved as often as it is said."""
     rows = [{"messages": row["messages"]} for row in read_facts("sft")[:48]]
     model, tokenizer = load()
-    saving = {"save_strategy": "steps", "save_steps": steps_a_save} if steps_a_save else {}
+    saving = {"save_strategy": "steps", "save_steps": steps_per_save} if steps_per_save else {}
     args = config(output_dir=str(folder), per_device_train_batch_size=4, **saving)
     dataset = Dataset.from_list(rows)
     return SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
@@ -54,7 +54,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_run(tmp_path: Pa
 
 
 if __name__ == "__main__":  # the training to be killed, slow enough to be caught
-    victim = trainer(Path(sys.argv[1]), steps_a_save=5)
+    victim = trainer(Path(sys.argv[1]), steps_per_save=5)
     step = victim.training_step
 
     def slowly(*args, **kwargs):

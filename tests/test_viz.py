@@ -34,7 +34,7 @@ def test_axes_carry_title_labels_and_units(monkeypatch):
     curves, bars, alone = (figure.axes[0] for figure in figures)
     assert alone.get_legend() is None  # the title says what it is
     assert (curves.get_title(), curves.get_xlabel()) == ("Title", "optimizer step")
-    assert curves.get_ylabel() == "loss (nats a token)" and curves.get_legend()
+    assert curves.get_ylabel() == "loss (nats per token)" and curves.get_legend()
     assert bars.get_ylabel() == "share of prompts (%)"
     assert [t.get_text() for t in bars.texts] == ["50.0", "99.9"]
 
@@ -138,5 +138,5 @@ def test_tokens_without_counts_give_no_number_away(tokenizer):
 
 
 def test_tokens_and_mask_must_match(tokenizer):
-    with pytest.raises(ValueError, match="one mask value a token"):
+    with pytest.raises(ValueError, match="one mask value per token"):
         viz.tokens([1, 2], [0], tokenizer)

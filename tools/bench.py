@@ -1,13 +1,13 @@
 """Measure what the course promises, on this machine: `make bench`.
 
 1. Lesson 1's table: base, full finetuning and LoRA, three seeds, every test set.
-2. Speed: real (unpadded) tokens a second of `sftlib.training.tune`, of TRL's own defaults and of
+2. Speed: real (unpadded) tokens per second of `sftlib.training.tune`, of TRL's own defaults and of
    the best bare PyTorch loop, in turns, as medians; as ratios and as shares of the matmul peak.
 3. The seconds that each lesson takes, every cell, top to bottom; of each section and of the
    slowest cell.
 4. Data: records a second that `convert` reads in each published format, and the seconds that
    `deduplicate` takes for more and more rows, with a plot in `build/`.
-5. Commands: real tokens a second of `class_5_llama3.py` and of TRL's `trl sft`, the same model,
+5. Commands: real tokens per second of `class_5_llama3.py` and of TRL's `trl sft`, the same model,
    data and settings (full finetuning), in turns, as medians.
 6. Encoding: the seconds of `encode_batch` against those of the tokenizer alone on the same texts,
    for more and more conversations; and how many of 100,000 hostile texts become control tokens.
@@ -107,7 +107,7 @@ def quality() -> dict:
 
 
 def matmul_peak(size: int = 2048, repeats: int = 8) -> float:
-    """Floating-point operations a second of a float32 matrix product: the machine's ceiling."""
+    """Floating-point operations per second of a float32 matrix product: the machine's ceiling."""
     a = torch.randn(size, size)
     a @ a
     start = time.perf_counter()
@@ -190,7 +190,7 @@ def _dataset(rows: list[dict]) -> Dataset:
 
 
 def speed() -> dict:
-    """Median tokens a second of each way to train, taken in turns so that noise hits all alike."""
+    """Median tokens per second of each way to train, in turns, so that noise hits all alike."""
     model, tokenizer = load()
     tokens = sum(len(encode(row["messages"], tokenizer)["input_ids"]) for row in rows_for_speed())
     ways = {
@@ -218,7 +218,7 @@ def speed() -> dict:
         "tokens": tokens,
         "ways": {
             name: {
-                "tokens_a_second": value,
+                "tokens_per_second": value,
                 "of_the_best_bare_loop": value / best,
                 "of_trl_defaults": value / rate["TRL's defaults"],
                 "of_the_matmul_peak": value * flops / peak,
@@ -229,7 +229,7 @@ def speed() -> dict:
 
 
 def commands() -> dict:
-    """Median tokens a second of our script and of TRL's, the start of Python left out.
+    """Median tokens per second of our script and of TRL's, the start of Python left out.
 
     `trl sft` twice: with the script's settings, and with what it does where nothing is said.
     """
@@ -265,7 +265,7 @@ def commands() -> dict:
     rate = {way: statistics.median(found) for way, found in runs.items()}
     ours = rate["class_5_llama3.py"]
     ratios = {way: ours / value for way, value in rate.items() if "trl" in way}
-    return {"tokens": tokens, "tokens_a_second": rate, "class_5_llama3.py_against": ratios}
+    return {"tokens": tokens, "tokens_per_second": rate, "class_5_llama3.py_against": ratios}
 
 
 def _runtime(command: list[str]) -> float:
@@ -395,8 +395,8 @@ def conversion(folder: Path) -> dict:
             assert len(convert(file).rows) == RECORDS
             spent.append(time.perf_counter() - start)
         found[name] = {
-            "records_a_second": RECORDS / statistics.median(spent),
-            "bytes_a_record": file.stat().st_size / RECORDS,
+            "records_per_second": RECORDS / statistics.median(spent),
+            "bytes_per_record": file.stat().st_size / RECORDS,
         }
     return found
 
@@ -516,23 +516,24 @@ def show(figures: dict) -> None:
         print(f"{'':30} tokens/s   bare loop   TRL defaults   matmul peak")
         for name, entry in figures["speed"]["ways"].items():
             print(
-                f"{name:30} {entry['tokens_a_second']:8.0f} {entry['of_the_best_bare_loop']:10.2f}×"
+                f"{name:30} {entry['tokens_per_second']:8.0f}"
+                f" {entry['of_the_best_bare_loop']:10.2f}×"
                 f" {entry['of_trl_defaults']:13.2f}× {entry['of_the_matmul_peak']:12.0%}"
             )
 
     if "commands" in figures:
         print(f"\n{'':30} tokens/s   class_5_llama3.py against it")
         against = figures["commands"]["class_5_llama3.py_against"]
-        for name, rate in figures["commands"]["tokens_a_second"].items():
+        for name, rate in figures["commands"]["tokens_per_second"].items():
             print(f"{name:30} {rate:8.0f} {against.get(name, 1):10.2f}×")
 
     for name, value in figures.get("seconds", {}).items():
         print(f"{name}: {value:.0f} s")
 
     if "data" in figures:
-        print(f"\n{'convert':30} records/s   bytes a record")
+        print(f"\n{'convert':30} records/s   bytes per record")
         for name, entry in figures["data"]["convert"].items():
-            print(f"{name:30} {entry['records_a_second']:9.0f} {entry['bytes_a_record']:16.0f}")
+            print(f"{name:30} {entry['records_per_second']:9.0f} {entry['bytes_per_record']:16.0f}")
         entry = figures["data"]["deduplicate"]
         print(f"\ndeduplicate, rows of {entry['characters_a_row']:.0f} characters")
         for rows, value in entry["seconds"].items():

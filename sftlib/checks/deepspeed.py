@@ -130,7 +130,7 @@ def _fault_b(config: dict) -> str:
     rows, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
     accumulation = config.get("gradient_accumulation_steps")
     if micro not in (4, None) or rows not in (64, None):
-        return "64 rows a step and 4 at a time were wanted: change the third number."
+        return "64 rows per step and 4 at a time were wanted: change the third number."
     if [rows, micro, accumulation].count(None) > 1:
         return "leave at least two of the three batch settings, or DeepSpeed assumes the rest."
     rows, micro = rows or 64, micro or 4

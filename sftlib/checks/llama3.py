@@ -40,7 +40,7 @@ def gpu_hours(
 def _cause_of_hours(ratio: float, utilisation: float, method: str) -> str | None:
     causes = {
         3600.0: "Those are seconds: an hour has 3,600.",
-        1e12: "`peak` is in TFLOP/s: 10¹² operations a second.",
+        1e12: "`peak` is in TFLOP/s: 10¹² operations per second.",
         utilisation: "No GPU reaches its peak: divide by the utilisation, too.",
         utilisation**2: "Divide by the utilisation: a GPU that is used less needs longer.",
         2 / 6 if method == "full" else 2 / 4: "2 · N · D is the forward pass alone.",

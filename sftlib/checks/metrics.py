@@ -109,22 +109,22 @@ def _near(found: list, expected: list) -> bool:
 
 
 @exercise(8, 3, "what was trained, found from the figures of its `TrainOutput`")
-def check_train_output(rows: Any, rows_a_step: Any, tokens_a_row: Any) -> Verdict:
-    given = {"rows": rows, "rows_a_step": rows_a_step, "tokens_a_row": tokens_a_row}
+def check_train_output(rows: Any, rows_per_step: Any, tokens_per_row: Any) -> Verdict:
+    given = {"rows": rows, "rows_per_step": rows_per_step, "tokens_per_row": tokens_per_row}
     for name, value in given.items():
         if value is ...:
             return wrong(f"{name} is still open.")
         if not isinstance(value, Real):
             return wrong(f"Expected a number for {name}, found {value!r}.")
-    expected = {"rows": 4000, "rows_a_step": 32, "tokens_a_row": 180}
+    expected = {"rows": 4000, "rows_per_step": 32, "tokens_per_row": 180}
     causes = {
         ("rows", 12000): "rows counts each row once; samples per second count it in each epoch.",
         ("rows", 1333): "It is the other way round: 12,000 rows were read in three epochs.",
-        ("rows_a_step", 8): "That is samples per second: a step took four seconds.",
-        ("rows_a_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
-        ("tokens_a_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
-        ("tokens_a_row", 1080): "6 · N · D: the 6 is left.",
-        ("tokens_a_row", 5760): "That is for each step; a step has 32 rows.",
+        ("rows_per_step", 8): "That is samples per second: a step took four seconds.",
+        ("rows_per_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
+        ("tokens_per_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
+        ("tokens_per_row", 1080): "6 · N · D: the 6 is left.",
+        ("tokens_per_row", 5760): "That is for each step; a step has 32 rows.",
     }
     for name, value in given.items():
         if abs(value - expected[name]) > 0.5:

@@ -171,7 +171,7 @@ def _starts_near_chance(rows: pandas.DataFrame) -> Finding | None:
         return None
     return Finding(
         "starts near chance",
-        f"The first losses are about {first:.1f} nats a token{evidence}.",
+        f"The first losses are about {first:.1f} nats per token{evidence}.",
         "Guessing costs ln(vocabulary), 10.8 for GPT-2 and 11.8 for Llama 3; a pretrained model "
         "begins far below. This one is wrong almost everywhere: labels shifted twice, a tokenizer "
         "of another model, weights that were not loaded, or text unlike any that it knows.",

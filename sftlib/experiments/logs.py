@@ -128,7 +128,7 @@ def explain(output: Any, log: Any = None) -> pandas.DataFrame:
     follows = _loss(loss) if log is None else _mean_loss(loss, steps, log)
     rows = {
         "global_step": (steps, "optimizer steps done, also those before a resumption", ""),
-        "training_loss": (loss, "mean loss of the steps of this call, in nats a token", follows),
+        "training_loss": (loss, "mean loss of the steps of this call, in nats per token", follows),
     }
     for name, value in metrics.items():
         rows[name] = (value, *_meaning(name, value, steps, runtime))
@@ -170,11 +170,11 @@ def _meaning(name: str, value: float, steps: int, runtime: float) -> tuple[str, 
     if name == "train_runtime":
         return "seconds on the clock, with evaluation and saving", ""
     if name == "train_steps_per_second":
-        return "optimizer steps a second", f"{steps} / {rate} = {_ratio(steps, runtime):.3f}"
+        return "optimizer steps per second", f"{steps} / {rate} = {_ratio(steps, runtime):.3f}"
     if name == "train_samples_per_second":
         rows = value * runtime
-        a_step = f"{rows:.0f} rows; a step had {_ratio(rows, steps):.1f}"
-        return "rows of the dataset a second, each epoch counted", f"times {rate} = {a_step}"
+        a_step = f"{rows:.0f} rows; each step had {_ratio(rows, steps):.1f}"
+        return "rows of the dataset per second, each epoch counted", f"times {rate} = {a_step}"
     if name == "total_flos":
         return (
             "floating-point operations, estimated: 6 · parameters without embeddings · tokens, "
