@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sftlib import progress_bar, progress_bars
@@ -113,6 +114,7 @@ def prepare(
     from trl import SFTTrainer
 
     _score_learned_positions_alone()
+    _score_in_one_piece()
     if len(dataset) < 10_000:  # ready at once: four bars of a tenth of a second are noise
         datasets.disable_progress_bars()
     if peft_config is not None:
@@ -204,6 +206,50 @@ def _score_learned_positions_alone() -> None:
 
     if hasattr(trl.trainer.utils, "_use_triton"):
         trl.trainer.utils._use_triton = lambda device: True
+
+
+def _score_in_one_piece() -> None:
+    """Let `SFTTrainer` compute the logits on a CPU once and keep them for the backward pass.
+
+    TRL 1.16 (`trl.kernels.ChunkedLogProbFunction`) computes them in tiles of 4,096 tokens by 32,768
+    entries of the vocabulary, keeps none of them, and computes them again in the backward pass. Its
+    PyTorch version also goes over each tile about ten times. That saves memory where there are many
+    tiles. Where one tile holds all logits, as with our tiny base, it saves little and costs an
+    eighth of a training step. There the patch takes PyTorch's own `log_softmax`. Loss, entropy,
+    accuracy and gradients are the same up to rounding. All other cases go to TRL's function: GPUs,
+    more logits than one tile, bfloat16, ZeRO-3, and TRL's other trainers.
+    """
+    import torch
+    import trl.trainer.utils
+    from torch.nn.functional import linear, log_softmax
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    in_tiles = getattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)
+    if not getattr(in_tiles, "__module__", "").startswith("trl."):
+        return  # another version of TRL, or patched already
+
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+        # hidden: (tokens, hidden size), weight: (vocabulary, hidden size), targets: (tokens,)
+        if not (
+            set(outputs) == {"log_probs", "entropy", "is_top1"}  # what SFTTrainer asks for
+            and (temperature, softcap, scale) == (1, None, 1)
+            and hidden.device.type == "cpu"
+            and hidden.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not is_deepspeed_zero3_enabled()  # gives back the weight before the backward pass
+            and len(hidden) <= 4096
+            and len(weight) <= chunk_size
+        ):
+            rest = (temperature, chunk_size, softcap, scale, outputs)
+            return in_tiles.apply(hidden, weight, bias, targets, *rest)
+        all_log_probs = log_softmax(linear(hidden, weight, bias), dim=-1)
+        log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():  # for the log alone
+            entropy = -all_log_probs.exp().mul_(all_log_probs).sum(-1)
+            is_top1 = all_log_probs.argmax(-1) == targets
+        return log_probs, entropy, None, None, is_top1
+
+    trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
 
 
 def _show_trl_the_head(model: PreTrainedModel) -> None:

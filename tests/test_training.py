@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+from sftlib import training
 from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import report
@@ -12,6 +13,7 @@ from sftlib.training import config, defaults, encoded, tune
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTConfig, SFTTrainer
 
 ROWS = read_facts("sft")[:480]
@@ -172,6 +174,94 @@ def test_the_loss_is_computed_at_the_learned_positions_alone(monkeypatch):
     tune(model, tokenizer, dataset(ROWS[:4]), max_steps=1)
     learned = sum(sum(encode(row["messages"], tokenizer)["assistant_masks"]) for row in ROWS[:4])
     assert scored == [learned]
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside `with`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """TRL's own function for the output head, and the one that `prepare` puts in its place."""
+    import trl.trainer.utils as utils
+    from trl.kernels import ChunkedLogProbFunction
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+    training._score_in_one_piece()
+    return ChunkedLogProbFunction, utils._ChunkedLogProbFunction
+
+
+def scored(head, tokens=5, dtype=torch.float32, bias=True, **changed):
+    """Results and gradients of a head on made-up numbers, and how many products they took."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=dtype, requires_grad=True)
+    bias = torch.randn(11, dtype=dtype, requires_grad=True) if bias else None
+    targets = torch.randint(0, 11, (tokens,))
+    rest = {"temperature": 1.0, "chunk_size": 64, "softcap": None, "scale": 1.0}
+    rest |= {"outputs": ("log_probs", "entropy", "is_top1")} | changed
+    with Products() as products:
+        found = head.apply(hidden, weight, bias, targets, *rest.values())
+        (found[0] * torch.arange(tokens)).sum().backward()
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    return [*found, *(x.grad for x in leaves)], products.count
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_logits_in_one_piece_give_what_trls_tiles_give(heads, tokens, bias):
+    theirs, ours = (scored(head, tokens, bias=bias)[0] for head in heads)
+    for expected, found in zip(theirs, ours, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trl_still_computes_the_logits_twice(heads):
+    """If this fails after an upgrade of TRL, see whether `_score_in_one_piece` is still needed."""
+    assert [scored(head)[1] for head in heads] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": 4097},
+        {"chunk_size": 10},
+        {"dtype": torch.bfloat16},
+        {"temperature": 0.5},
+        {"softcap": 30.0},
+        {"scale": 2.0},
+        {"outputs": ("log_probs",)},
+        {"outputs": ("log_probs", "entropy", "mean_logits", "is_top1")},
+    ],
+)
+def test_what_is_not_meant_for_one_piece_goes_to_trl_as_it_is(heads, case):
+    (theirs, products), (ours, found) = (scored(head, **case) for head in heads)
+    assert found == products
+    for a, b in zip(theirs, ours, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_training_with_logits_in_one_piece_logs_what_trl_logs(heads, monkeypatch):
+    import trl.trainer.utils as utils
+
+    logs = []
+    for head in (SimpleNamespace(apply=heads[0].apply), heads[1]):
+        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", head)
+        model, tokenizer = load()
+        trainer = tune(
+            model, tokenizer, dataset(ROWS[:24]), use_cpu=True, per_device_train_batch_size=8
+        )
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for theirs, ours in zip(*logs, strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
 
 
 @pytest.mark.slow
