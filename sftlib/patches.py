@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,50 @@ def score_learned_positions_alone() -> None:
         return device.type == "cpu" or before(device)
 
     utils._use_triton = compact
+
+
+def score_in_one_piece() -> None:
+    """TRL 1.16: compute the logits of `SFTTrainer` on a CPU once, for both passes.
+
+    `trl.kernels.ChunkedLogProbFunction` computes them in tiles of 4,096 tokens by 32,768
+    entries of the vocabulary, keeps none of them, and computes them again in the backward pass. Its
+    PyTorch version also goes over each tile about ten times. That saves memory where there are many
+    tiles. Where one tile holds all logits, as with our tiny base, it saves little and costs an
+    eighth of a training step. There the patch takes PyTorch's own `log_softmax`. Loss, entropy,
+    accuracy and gradients are the same up to rounding. All other cases go to TRL's function: GPUs,
+    more logits than one tile, bfloat16, ZeRO-3, and TRL's other trainers.
+    """
+    import torch
+    import trl.trainer.utils
+    from torch.nn.functional import linear, log_softmax
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    in_tiles = getattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)
+    if not getattr(in_tiles, "__module__", "").startswith("trl."):
+        return  # another version of TRL, or patched already
+
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+        # hidden: (tokens, hidden size), weight: (vocabulary, hidden size), targets: (tokens,)
+        if not (
+            set(outputs) == {"log_probs", "entropy", "is_top1"}  # what SFTTrainer asks for
+            and (temperature, softcap, scale) == (1, None, 1)
+            and hidden.device.type == "cpu"
+            and hidden.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not is_deepspeed_zero3_enabled()  # gives back the weight before the backward pass
+            and len(hidden) <= 4096
+            and len(weight) <= chunk_size
+        ):
+            rest = (temperature, chunk_size, softcap, scale, outputs)
+            return in_tiles.apply(hidden, weight, bias, targets, *rest)
+        all_log_probs = log_softmax(linear(hidden, weight, bias), dim=-1)
+        log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():  # for the log alone
+            entropy = -all_log_probs.exp().mul_(all_log_probs).sum(-1)
+            is_top1 = all_log_probs.argmax(-1) == targets
+        return log_probs, entropy, None, None, is_top1
+
+    trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
 
 
 def show_the_head(model: PreTrainedModel) -> None:

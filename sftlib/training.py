@@ -6,9 +6,10 @@ trained. What differs from plain TRL:
 - `defaults` lists the arguments that are not TRL's; each can be overridden by its own name.
 - `sftlib.chat.encode_batch` encodes conversations, not TRL (see `encoded`).
 - A bar of one line shows the progress. TRL would print a line per step (`PrinterCallback`).
-- Three patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` changes TRL
-  for the rest of the process, `show_the_head` may give the model's output head an attribute `bias`,
-  and `without_dataset_bars` hides the bars of Datasets while the trainer is made.
+- Four patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` and
+  `score_in_one_piece` change TRL for the rest of the process, `show_the_head` may give the model's
+  output head an attribute `bias`, and `without_dataset_bars` hides the bars of Datasets while the
+  trainer is made.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def prepare(
     from trl import SFTTrainer
 
     patches.score_learned_positions_alone()
+    patches.score_in_one_piece()
     dataset = _as_dataset(dataset)
     if peft_config is not None:
         if isinstance(peft_config, LoraConfig):

@@ -27,6 +27,7 @@ import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from huggingface_hub import constants
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
@@ -135,6 +136,93 @@ def test_a_trl_without_this_switch_is_left_alone(monkeypatch):
     monkeypatch.delattr(trl_utils, "_use_triton")
     patches.score_learned_positions_alone()
     assert not hasattr(trl_utils, "_use_triton")
+
+
+# --- TRL: the logits in one piece ----------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside `with`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """TRL's own function for the output head, and the one that `prepare` puts in its place."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+    patches.score_in_one_piece()
+    return ChunkedLogProbFunction, trl_utils._ChunkedLogProbFunction
+
+
+def of_head(head, tokens=5, dtype=torch.float32, bias=True, **changed):
+    """Results and gradients of a head on made-up numbers, and how many products they took."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=dtype, requires_grad=True)
+    bias = torch.randn(11, dtype=dtype, requires_grad=True) if bias else None
+    targets = torch.randint(0, 11, (tokens,))
+    rest = {"temperature": 1.0, "chunk_size": 64, "softcap": None, "scale": 1.0}
+    rest |= {"outputs": ("log_probs", "entropy", "is_top1")} | changed
+    with Products() as products:
+        found = head.apply(hidden, weight, bias, targets, *rest.values())
+        (found[0] * torch.arange(tokens)).sum().backward()
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    return [*found, *(x.grad for x in leaves)], products.count
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_logits_in_one_piece_give_what_trls_tiles_give(heads, tokens, bias):
+    theirs, ours = (of_head(head, tokens, bias=bias)[0] for head in heads)
+    for expected, found in zip(theirs, ours, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trl_still_computes_the_logits_twice(heads):
+    assert [of_head(head)[1] for head in heads] == [4, 3], ADVICE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": 4097},
+        {"chunk_size": 10},
+        {"dtype": torch.bfloat16},
+        {"temperature": 0.5},
+        {"softcap": 30.0},
+        {"scale": 2.0},
+        {"outputs": ("log_probs",)},
+        {"outputs": ("log_probs", "entropy", "mean_logits", "is_top1")},
+    ],
+)
+def test_what_is_not_meant_for_one_piece_goes_to_trl_as_it_is(heads, case):
+    (theirs, products), (ours, found) = (of_head(head, **case) for head in heads)
+    assert found == products
+    for a, b in zip(theirs, ours, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_training_with_logits_in_one_piece_logs_what_trl_logs(heads, monkeypatch):
+    logs = []
+    for head in (SimpleNamespace(apply=heads[0].apply), heads[1]):
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", head)
+        model, tokenizer = load()
+        trainer = tune(
+            model, tokenizer, read_facts("sft")[:24], use_cpu=True, per_device_train_batch_size=8
+        )
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for theirs, ours in zip(*logs, strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
 
 
 # --- PEFT and TRL: the head's bias ---------------------------------------------------------------

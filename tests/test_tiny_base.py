@@ -266,6 +266,64 @@ def test_a_few_steps_of_the_build_lower_the_loss(build, part):
     assert losses[-1] < losses[0] - 0.5
 
 
+def types_in(run):
+    """The types of the floating-point tensors that are computed while `run` runs."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                found.add(out.dtype)
+            return out
+
+    found = set()
+    with Types():
+        run()
+    return found
+
+
+def test_torchs_muon_still_orthogonalizes_in_bfloat16():
+    """If this fails after an upgrade: see whether `_Float32` in pretrain.py is still needed."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.eye(2))
+    weight.grad = torch.eye(2)
+    assert torch.bfloat16 in types_in(torch.optim.Muon([weight]).step)
+
+
+def test_pretraining_computes_in_float32_alone(build):
+    import torch
+    from transformers import AutoTokenizer
+
+    pretrain = build["pretrain"]
+    model = pretrain.new_model(AutoTokenizer.from_pretrained(TINY_BASE))
+    steps = pretrain.pretrain(model, torch.ones(pretrain.ROWS, 4, dtype=torch.long))
+    assert types_in(lambda: next(steps)) == {torch.float32}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_in_float32_takes_the_step_that_its_formula_says(build, shape, nesterov):
+    import torch
+
+    torch.manual_seed(0)
+    weight, grad = torch.nn.Parameter(torch.randn(shape)), torch.randn(shape)
+    before, weight.grad = weight.detach().double(), grad.clone()
+    optimizer = torch.optim.Muon([weight], lr=0.1, weight_decay=0, momentum=0.9, nesterov=nesterov)
+    with build["pretrain"]._Float32():
+        optimizer.step()
+    momentum = 0.1 * grad.double()
+    x = 0.1 * grad.double() + 0.9 * momentum if nesterov else momentum
+    x = x / x.norm()
+    for _ in range(5):  # Newton-Schulz, with the coefficients of Jordan et al. 2024
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    expected = before - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * x
+    assert torch.allclose(weight.double(), expected, atol=1e-6)
+    assert torch.allclose(optimizer.state[weight]["momentum_buffer"], momentum.float(), atol=1e-7)
+
+
 def test_the_shipped_model_is_small_safe_and_described(build, tmp_path):
     from safetensors import safe_open
 
