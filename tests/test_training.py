@@ -121,23 +121,27 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is(tokenizer):
     assert list(trainer.train_dataset["labels"]) == expected
 
 
-def test_rows_are_trained_on_as_a_dataset_of_them_is():
+def test_rows_are_trained_on_as_a_dataset_of_them_is(tokenizer):
     """Their own columns are ignored, also where one mixes types, which Arrow would refuse."""
     rows = [row | {"value": i if i % 2 else str(i)} for i, row in enumerate(ROWS[:4])]
     args = config(max_steps=1)
-    expected = encoded(dataset(ROWS[:4]), load()[1], args)
+    expected = encoded(dataset(ROWS[:4]), tokenizer, args)
     for given in (rows, tuple(rows)):
-        found = encoded(given, load()[1], args)
+        found = encoded(given, tokenizer, args)
         assert found.column_names == ["messages", "input_ids", "labels"]
         assert found.to_list() == expected.to_list()
     steps = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    plain = [{"messages": row["messages"]} for row in rows]
     logs = [
-        tune(*load(), data[:3], eval_dataset=data[3:], **steps).state.log_history
-        for data in (rows, [{"messages": row["messages"]} for row in rows])
+        tune(
+            random_model(tokenizer), tokenizer, train, eval_dataset=held_out, **steps
+        ).state.log_history
+        for train, held_out in (
+            (rows[:3], rows[3:]),
+            (plain[:3], plain[3:]),
+            (dataset(rows[:3]), dataset(rows[3:])),
+        )
     ]
-    logs.append(
-        tune(*load(), dataset(rows[:3]), eval_dataset=dataset(rows[3:]), **steps).state.log_history
-    )
     losses = [[line.get("loss", line.get("eval_loss")) for line in log] for log in logs]
     assert losses[0] == losses[1] == losses[2] and None not in losses[0][:2]
 
