@@ -15,9 +15,9 @@ IMPORTED = 50  # modules: a test that loads more pays for all that come after it
 def pytest_runtest_call(item: pytest.Item):
     """A unit test that takes long fails: `make quick` stays short only if each of its tests does.
 
-    What counts is CPU time, of this process and of the children that it waited for: it is about the
-    same on an idle machine and on a busy one, where the clock has shown ten times as much. The
-    clock's limit is far higher for that reason; it is there for a test that hangs.
+    What counts is CPU time, of this process and of the children that it waited for. Measured beside
+    ten busy programs on two cores it grew to 1.6 times at most, the time by the clock to ten times.
+    The clock's limit is far higher for that reason; it is there for a test that hangs.
 
     The first test that needs torch, TRL or DeepSpeed imports it. This costs seconds, which test it
     is depends on what else runs, and others would pay it otherwise: that test is not judged.
