@@ -161,12 +161,14 @@ def heads(monkeypatch):
     return ChunkedLogProbFunction, trl_utils._ChunkedLogProbFunction
 
 
-def of_head(head, tokens=5, dtype=torch.float32, bias=True, **changed):
+def of_head(head, tokens=5, dtype=torch.float32, bias=True, marks=None, **changed):
     """Results and gradients of a head on made-up numbers, and how many products they took."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(11, 8, dtype=dtype, requires_grad=True)
     bias = torch.randn(11, dtype=dtype, requires_grad=True) if bias else None
+    for parameter in filter(lambda x: x is not None, (weight, bias)):
+        vars(parameter).update(marks or {})
     targets = torch.randint(0, 11, (tokens,))
     rest = {"temperature": 1.0, "chunk_size": 64, "softcap": None, "scale": 1.0}
     rest |= {"outputs": ("log_probs", "entropy", "is_top1")} | changed
@@ -209,6 +211,20 @@ def test_what_is_not_meant_for_one_piece_goes_to_trl_as_it_is(heads, case):
     assert found == products
     for a, b in zip(theirs, ours, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_zero_3_keeps_trls_tiles(heads):
+    """ZeRO-3 may take an untied head's weight away before the backward pass; TRL fetches it."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        whole = {"ds_status": ZeroParamStatus.AVAILABLE}
+        products = [of_head(head, marks=whole)[1] for head in heads]
+    finally:
+        unset_hf_deepspeed_config()
+    assert config.is_zero3() and products == [4, 4]
 
 
 def test_training_with_logits_in_one_piece_logs_what_trl_logs(heads, monkeypatch):
