@@ -53,9 +53,10 @@ browser: setup ## run every lesson in JupyterLab in a browser; screenshots in bu
 	@$(VENV) python tools/browser.py
 	@$(VENV) python -m pytest tests/test_browser.py $(ARGS)
 
-lint: setup ## check code and notebooks: style, layout, spelling, clean metadata
+lint: setup ## check code and notebooks: style, layout, types, spelling, clean metadata
 	@$(VENV) ruff check
 	@$(VENV) ruff format --check
+	@$(VENV) ty check
 	@$(VENV) codespell notebooks instructor sftlib tests tools data deepspeed_configs *.md *.py Makefile
 	@$(VENV) python $(NOTEBOOKS) verify
 

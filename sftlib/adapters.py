@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sftlib.chat.control_tokens import ControlTokens, template_of
 from sftlib.data.files import replace_folder
@@ -27,7 +27,7 @@ CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "a
 AGAIN = "Copy the adapter again from where it was saved, or train it again."
 
 
-def check_lora(model: PreTrainedModel, peft_config: LoraConfig) -> None:
+def check_lora(model: PreTrainedModel | PeftModel, peft_config: LoraConfig) -> None:
     """Raise where a `LoraConfig` does not fit a model; see `sftlib.scale.memory.lora_targets`.
 
     PEFT refuses a config that fits nothing, but takes ranks that no matrix has, and names without a
@@ -50,7 +50,8 @@ def control_token_rows(
     they are. They are rows of the input embeddings, and of the output head where that has its own.
     """
     tokens = set(ControlTokens.of(tokenizer).whole.findall(template_of(tokenizer)))
-    ids = sorted(tokenizer.convert_tokens_to_ids(list(tokens)))
+    vocabulary = tokenizer.get_vocab()
+    ids = sorted(vocabulary[token] for token in tokens)
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     layers = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:
@@ -67,9 +68,10 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
-        model.save_pretrained(new, selected_adapters=[model.active_adapter])
-        if model.active_adapter != "default":  # PEFT puts others into a folder of their name
-            inner = new / model.active_adapter
+        name = cast(str, model.active_adapter)  # PEFT: a list only where no adapter is left
+        model.save_pretrained(str(new), selected_adapters=[name])
+        if name != "default":  # PEFT puts others into a folder of their name
+            inner = new / name
             for file in inner.iterdir():
                 file.replace(new / file.name)
             inner.rmdir()
@@ -177,7 +179,9 @@ def _base(config: dict) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def _fits(model: PreTrainedModel, config: dict, shapes: dict[str, list[int]], folder: Path) -> None:
+def _fits(
+    model: PreTrainedModel | PeftModel, config: dict, shapes: dict[str, list[int]], folder: Path
+) -> None:
     """Raise unless each matrix of the adapter has its place in the model, and the reverse."""
     here = linear_shapes(model, head=True)
     found = {}  # name of a layer → (inputs, outputs)

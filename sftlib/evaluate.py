@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def answers(
     conversations: Sequence[Sequence[dict[str, str]]],
     max_new_tokens: int = 32,
     batch_size: int = 256,
-    **sampling: float,
+    **sampling: Any,
 ) -> list[Answer]:
     """Answers to conversations that end with a user's message, in the given order.
 
@@ -49,7 +49,7 @@ def answers_to_text(
     prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int = 32,
     batch_size: int = 256,
-    **sampling: float,
+    **sampling: Any,
 ) -> list[Answer]:
     """Answers to prompts as they are (texts or ids), without the chat template; see `answers`."""
     from sftlib.chat import end_of_turn_id
@@ -57,7 +57,9 @@ def answers_to_text(
     end = end_of_turn_id(tokenizer)
     written = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, end, **sampling)
     return [
-        Answer(tokenizer.decode(_until(ids, end), skip_special_tokens=True).strip(), end in ids)
+        Answer(
+            str(tokenizer.decode(_until(ids, end), skip_special_tokens=True)).strip(), end in ids
+        )
         for ids in written
     ]
 
@@ -89,18 +91,20 @@ def continuations(
         torch.manual_seed(seed)
     stops = [i for i in {tokenizer.eos_token_id, stop} if i is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
+    rows: Sequence[Any] = prompts
     if prompts and isinstance(prompts[0], str):
-        prompts = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    generate: Any = model.generate  # PreTrainedModel does not declare it
     found: dict[int, list[int]] = {}
     training = model.training
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad(
-            {"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt", padding_side="left"
+            {"input_ids": [rows[i] for i in chosen]}, return_tensors="pt", padding_side="left"
         ).to(model.device)
         with torch.no_grad():
-            written = model.generate(
+            written = generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 max_new_tokens=max_new_tokens,
@@ -136,11 +140,11 @@ def stops(given: Sequence[Answer]) -> float:
     return _share(a.stopped for a in given)
 
 
-def _share(hits) -> float:
-    hits = [bool(hit) for hit in hits]
-    if not hits:
+def _share(hits: Iterable[bool]) -> float:
+    found = [bool(hit) for hit in hits]
+    if not found:
         raise ValueError("Expected at least one answer to judge, found none: the set is empty.")
-    return sum(hits) / len(hits)
+    return sum(found) / len(found)
 
 
 def report(
@@ -186,7 +190,7 @@ def cloze(
         prompts.append(" ".join([*dict.fromkeys(told)][:shots] + [stem]))
     written = continuations(model, tokenizer, prompts, max_new_tokens=12)
     return _share(
-        tokenizer.decode(ids).strip().startswith(row["value"] + ".")
+        str(tokenizer.decode(ids)).strip().startswith(row["value"] + ".")
         for ids, row in zip(written, rows, strict=True)
     )
 
@@ -251,7 +255,7 @@ def token_losses(
 def _losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[list[int]],
+    rows: list[list[int]],
     batch_size: int,
 ) -> list[list[float]]:
     """`token_losses` of rows of ids."""

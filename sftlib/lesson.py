@@ -100,13 +100,13 @@ def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:
         if not isinstance(node, ast.Call):
             continue
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if called == "run_cell_magic" and node.args[0].value == "writefile":
-            script = node.args[2].value
+        if called == "run_cell_magic" and _text(node.args[0]) == "writefile":
+            script = _text(node.args[2])
             read = {f"/{name}.py" for name in re.findall(r"^from (\w+) ", script, re.MULTILINE)}
             read |= {name for name in names(script).used if name.startswith("/")}
             return read, _file(node.args[1])
         if called in ("run_line_magic", "system"):
-            read |= set(re.findall(r"\{(\w+)\}", node.args[-1].value))
+            read |= set(re.findall(r"\{(\w+)\}", _text(node.args[-1])))
         if "save" in called or "write" in called:
             written |= {name for part in ast.walk(node) for name in _file(part)}
     return read - written, written
@@ -119,27 +119,31 @@ def _file(node: ast.AST) -> set[str]:
     (`work / "b"`).
     """
     joined = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
-    node = node.right if joined else node
-    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    text = _text(node.right if joined else node)
     text = "/" + text if joined and text else text
     is_path = re.fullmatch(r"[\w./-]*(/[\w-]+|[\w-]\.[a-z]\w{0,10})", text)
     return {"/" + text.rsplit("/", 1)[-1]} if is_path else set()
+
+
+def _text(node: ast.AST) -> str:
+    """The text that a piece of code is; empty where it is none."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def _changed(statement: ast.stmt) -> set[str]:
     """Names whose object a statement changes: `a.b = …`, `a[b] = …`, `a.append(…)`."""
     found = set()
     for node in ast.walk(statement):
-        stored = isinstance(node, ast.Attribute | ast.Subscript)
-        stored = stored and isinstance(node.ctx, ast.Store | ast.Del)
-        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        if stored or (called and node.func.attr in CHANGING):
-            root = node
-            while not isinstance(root, ast.Name) and hasattr(root, "value" if stored else "func"):
-                root = root.value if stored else root.func.value
-                stored = True
-            if isinstance(root, ast.Name):
-                found.add(root.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            changes, root = node.func.attr in CHANGING, node.func.value
+        elif isinstance(node, ast.Attribute | ast.Subscript):
+            changes, root = isinstance(node.ctx, ast.Store | ast.Del), node.value
+        else:
+            continue
+        while isinstance(root, ast.Attribute | ast.Subscript):
+            root = root.value
+        if changes and isinstance(root, ast.Name):
+            found.add(root.id)
     return found
 
 

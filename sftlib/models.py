@@ -11,7 +11,7 @@ import os
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib import patches
 
@@ -74,12 +74,12 @@ def describe(
     Nor is any code of the repository run.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = chosen(name)
     source, place = _locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+        tokenizer = _tokenizer(source, place)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **place)
     except (OSError, ValueError) as error:
         raise OSError(_not_loaded(name, source, error)) from error
@@ -95,11 +95,8 @@ def own_template(name: str | os.PathLike | None = None) -> str:
     Raises:
         ValueError: it has none.
     """
-    from transformers import AutoTokenizer
-
     name = chosen(name)
-    source, place = _locate(name)
-    template = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place).chat_template
+    template = _tokenizer(*_locate(name)).chat_template
     if not isinstance(template, str):
         raise ValueError(f"Expected a model with one chat template, found none in {name!r}.")
     return template
@@ -169,19 +166,30 @@ def hub_answers(timeout: float = 3.0) -> bool:
     return True
 
 
-def _read(name: str, source: str, dtype: torch.dtype, options: dict):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(source: str, options: dict) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    safe = {"trust_remote_code": False} | options
+    # transformers annotates None as well
+    return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(source, **safe))
+
+
+def _read(
+    name: str, source: str, dtype: torch.dtype, options: dict
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
 
     safe = {"trust_remote_code": False} | options
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        tokenizer = _tokenizer(source, options)
         if "gguf_file" not in options:
             safe["use_safetensors"] = True
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe)
     except (OSError, ValueError) as error:
         raise OSError(_not_loaded(name, source, error)) from error
     if "gguf_file" in options:  # the weights are no longer quantized; without this they do not save
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
     return model, tokenizer
 
 
@@ -207,16 +215,18 @@ def _not_loaded(name: str, source: str, error: Exception) -> str:
 def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the tokenizer what a conversation needs and base models often lack."""
     from sftlib.chat import CHATML, LLAMA3, marks_the_assistant
+    from sftlib.chat.control_tokens import template_of
 
     known = set(tokenizer.get_vocab())
     added: dict = {}
-    template = tokenizer.chat_template
-    if template is None:
+    template = template_of(tokenizer)
+    if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA3 if "<|eot_id|>" in known else CHATML
     elif not marks_the_assistant(template):
         ours = {"<|im_end|>": CHATML, "<|eot_id|>": LLAMA3}
         same = [t for token, t in ours.items() if token in template and token in known]
-        tokenizer.chat_template = same[0] if same else template
+        if same:
+            tokenizer.chat_template = same[0]
     if tokenizer.chat_template == CHATML and "<|im_end|>" not in known:
         added["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     if tokenizer.pad_token is None:

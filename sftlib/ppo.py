@@ -73,7 +73,9 @@ class PolicyWithValue(torch.nn.Module):
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids: torch.Tensor, attention: torch.Tensor, answer: int, temperature=1.0):
+    def forward(
+        self, ids: torch.Tensor, attention: torch.Tensor, answer: int, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of the last `answer` tokens, values before each, and the entropy.
 
         `ids` and `attention` are (batch, prompt + answer), prompts padded on the left; what comes
@@ -189,7 +191,8 @@ def rollout(
     batch = tokenizer.pad(
         {"input_ids": prompts["input_ids"]}, return_tensors="pt", padding_side="left"
     ).to(policy.model.device)
-    ids = policy.model.generate(
+    generate: Any = policy.model.generate  # PreTrainedModel does not declare it
+    ids = generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=config.max_new_tokens,
@@ -293,7 +296,12 @@ def _summary(batch: dict[str, torch.Tensor]) -> dict[str, float]:
     }
 
 
-def _update(policy, optimizer, batch: dict[str, torch.Tensor], config: PPOConfig) -> dict:
+def _update(
+    policy: PolicyWithValue,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    config: PPOConfig,
+) -> dict[str, float]:
     mask = batch["mask"]
     rewards = token_rewards(
         batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, config.kl_coef

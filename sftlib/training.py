@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib import patches, progress_bar, progress_bars
 from sftlib.adapters import check_lora
@@ -26,7 +26,7 @@ from sftlib.chat import IGNORED, encode_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -81,7 +81,7 @@ def defaults() -> dict[str, Any]:
 
 
 def tune(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Rows | Dataset,
     peft_config: PeftConfig | None = None,
@@ -95,7 +95,7 @@ def tune(
 
 
 def prepare(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Rows | Dataset,
     peft_config: PeftConfig | None = None,
@@ -151,7 +151,8 @@ def prepare(
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-    patches.show_the_head(trainer.model)
+    # transformers annotates any module, or None
+    patches.show_the_head(cast("PreTrainedModel", trainer.model))
     trainer.remove_callback(PrinterCallback)
     if progress_bars():
         trainer.add_callback(_one_line_bar())
@@ -198,7 +199,7 @@ def _as_dataset(data: Rows | Dataset) -> Dataset:
         raise ValueError("Expected at least one row of training data, found an empty list.")
     lacking = [number for number, row in enumerate(data, 1) if "messages" not in row]
     if len(lacking) == len(data):
-        return Dataset.from_list(list(data))
+        return Dataset.from_list([dict(row) for row in data])
     if lacking:
         raise ValueError(
             f"Expected `messages` in each row, found {len(lacking)} of {len(data)} rows without; "
@@ -221,7 +222,7 @@ def _no_rows(data: Any) -> str:
     return ""
 
 
-def _warn_of_cuts(labels: Iterable[list[int]], max_length: int, keep_start: bool) -> None:
+def _warn_of_cuts(labels: Sequence[list[int]], max_length: int, keep_start: bool) -> None:
     longer = [row for row in labels if len(row) > max_length]
     part = slice(max_length) if keep_start else slice(-max_length, None)
     emptied = sum(all(label == IGNORED for label in row[part]) for row in longer)
@@ -240,16 +241,16 @@ def _one_line_bar() -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
+        def on_train_begin(self, args, state, control, **_: Any) -> None:
             if state.is_world_process_zero:
                 self.bar = progress_bar(total=state.max_steps, unit="step")
 
-        def on_log(self, args, state, control, logs=None, **_):
+        def on_log(self, args, state, control, logs: Any = None, **_: Any) -> None:
             if state.is_world_process_zero and "loss" in (logs or {}):
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
                 self.bar.update(state.global_step - self.bar.n)
 
-        def on_train_end(self, args, state, control, **_):
+        def on_train_end(self, args, state, control, **_: Any) -> None:
             if state.is_world_process_zero:
                 self.bar.close()
 

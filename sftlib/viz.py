@@ -295,7 +295,8 @@ def tokens(
         raise ValueError(f"Expected one mask value per token ({len(ids)}), found {len(mask)}.")
     control = set(tokenizer.all_special_ids)
     spans = [
-        _token(tokenizer.decode([i]), bool(m), i in control) for i, m in zip(ids, mask, strict=True)
+        _token(str(tokenizer.decode([i])), bool(m), i in control)
+        for i, m in zip(ids, mask, strict=True)
     ]
     n = sum(map(bool, mask))
     numbers = f"{len(ids)} tokens: ", f" ({n})", f" ({len(ids) - n})"

@@ -171,6 +171,12 @@ def test_a_template_that_does_not_mark_the_assistant_is_replaced(tokenizer, toke
     assert tokenizer.chat_template == getattr(chat, name)
 
 
+def test_of_several_templates_all_stay(tokenizer):
+    tokenizer.chat_template = several = {"default": "{{ messages[0]['content'] }}", "tool_use": ""}
+    models.prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)
+    assert tokenizer.chat_template == several
+
+
 def test_a_foreign_template_stays_as_it_is(tokenizer):
     tokenizer.chat_template = foreign = "{{ messages[0]['content'] }}"
     models.prepare_for_chat(AutoModelForCausalLM.from_pretrained(TINY_BASE), tokenizer)

@@ -29,7 +29,7 @@ def test_the_title_and_the_names_stand_where_they_belong(course: Path):
     assert first == '# Lesson 10: The "big" \\ one\n'
     assert 'lesson.begin("10_big_data")' in lesson.read_text().replace('\\"', '"')
     assert "check_big_data" in solutions.read_text() and "def check_big_data" in checks.read_text()
-    assert "Lesson 10, exercise 1" in checks.read_text()
+    assert "@exercise(10, 1, " in checks.read_text()
     for path in (lesson, solutions, checks):
         assert not {"NUMBER", "TITLE", "STEM", "TOPIC"} & set(path.read_text().split())
     assert "from sftlib.checks.big_data import check_big_data" in known.read_text()

@@ -59,4 +59,4 @@ def _try(command: list[str]) -> bool:
 if __name__ == "__main__":
     install()
     why = missing()
-    print(f"Tests in a browser: {'left out, ' + why if why else 'with ' + chromium()}")
+    print(f"Tests in a browser: {f'left out, {why}' if why else f'with {chromium()}'}")

@@ -191,7 +191,9 @@ def findings(checks: tuple[Callable[[], Finding], ...] = CHECKS) -> Iterator[Fin
         try:
             yield check()
         except Exception as error:
-            yield Finding(False, f"{check.__name__}: {type(error).__name__}: {error}")
+            yield Finding(
+                False, f"{getattr(check, '__name__', check)}: {type(error).__name__}: {error}"
+            )
 
 
 def main() -> int:

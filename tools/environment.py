@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -286,7 +286,7 @@ def advice(log: str) -> str:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[IO[str]]:
+def locked(root: Path) -> Generator[IO[str]]:
     """One set-up at a time in this folder."""
     with (root / ".venv.lock").open("w") as lock:
         try:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nbconvert.filters import ansi2html, markdown2html
 from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.formatters.html import HtmlFormatter
+from pygments.lexers.python import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "slides"
@@ -93,7 +93,11 @@ def flow(chart: str) -> str:
             continue
         row = []
         for step in steps:
-            label, name = re.fullmatch(r"(?:\|\"?(.*?)\"?\|)?\s*(\w+)", step).groups()
+            if not (found := re.fullmatch(r"(?:\|\"?(.*?)\"?\|)?\s*(\w+)", step)):
+                raise ValueError(
+                    f"Expected a box's name, perhaps behind |a label|, found {step!r}."
+                )
+            label, name = found.groups()
             row += [f"<span>{label or ''} →</span>"] if row else []
             row.append(f"<b>{names.get(name, name)}</b>")
         rows.append(f'<div class="flow">{" ".join(row)}</div>')
@@ -157,7 +161,7 @@ def slide(content: str, said: list[str]) -> str:
 
 def document(notebook: dict, page: str, css: str, programs: str) -> str:
     """The whole file."""
-    title = re.match(r"# (.+)", "".join(notebook["cells"][0]["source"]))[1]
+    title = "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
     stacks = slides(notebook["cells"], notes_of(page))
     body = "\n".join(f"<section>{''.join(stack)}</section>" for stack in stacks)
     colours = FORMATTER.get_style_defs(".highlight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -125,7 +125,7 @@ def _encode_into(
 
 
 @contextmanager
-def _plain(backend: Tokenizer) -> Iterator[None]:
+def _plain(backend: Tokenizer) -> Generator[None]:
     """Inside, no padding and no truncation, and control tokens are read; afterwards as before.
 
     A tokenizer keeps what the last call asked for. What the caller has set stays the caller's.
@@ -145,7 +145,7 @@ def _plain(backend: Tokenizer) -> Iterator[None]:
         backend.encode_special_tokens = special_as_text
 
 
-def _which(number: int, conversations: Sequence[Messages]) -> str:
+def _which(number: int, conversations: Sized) -> str:
     return f"Conversation {number} of {len(conversations)}: " if len(conversations) > 1 else ""
 
 
@@ -155,10 +155,10 @@ def _mask(encoding: Encoding, spans: list[tuple[int, int]], length: int) -> list
     for start, end in spans:
         places = range(max(start, 0), min(end, length))
         first, last = (_first_token(encoding, some) for some in (places, reversed(places)))
-        if first is None:
+        if first is None or last is None:  # both or neither
             continue
         # The bytes of one character may be several tokens.
-        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
+        while last + 1 < len(mask) and (at := encoding.token_to_chars(last + 1)) and at[0] < end:
             last += 1
         mask[first : last + 1] = [1] * (last + 1 - first)
     return mask
@@ -209,5 +209,5 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
         _encode_into(columns, [conversation], tokenizer, template_of(tokenizer), False)
     ids, mask = (sum(rows, []) for rows in columns.values())
     turn = [token for token, learned in zip(ids, mask, strict=True) if learned] or ids
-    last = next((token for token in reversed(turn) if tokenizer.decode([token]).strip()), None)
+    last = next((token for token in reversed(turn) if str(tokenizer.decode([token])).strip()), None)
     return last if last in ControlTokens.of(tokenizer).ids else tokenizer.eos_token_id

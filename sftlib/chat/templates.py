@@ -8,9 +8,9 @@ it never stops.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sftlib.chat.control_tokens import template_of
 
@@ -67,7 +67,9 @@ def render_marked(
     """The texts, and where in each (from, to) the template marks what the assistant says."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    # transformers annotates a text as the result
+    render_all = cast("Callable[..., tuple[list[str], list]]", render_jinja_template)
+    texts, spans = render_all(
         conversations=conversations,
         chat_template=template,
         add_generation_prompt=add_generation_prompt,

@@ -144,7 +144,11 @@ def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
 
 
 def _wrong_mask(
-    found: set[int], expected: set[int], ids: list[int], mask: list[int], tokenizer
+    found: set[int],
+    expected: set[int],
+    ids: list[int],
+    mask: list[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """The likely cause of a wrong mask."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

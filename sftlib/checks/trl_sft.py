@@ -142,7 +142,8 @@ def _differ(found: dict, expected: dict, whose: str) -> str:
 def _accepted(config_arguments: dict) -> Verdict:
     from trl import SFTConfig
 
-    made = call(lambda: SFTConfig(**(config_arguments | {"use_cpu": True, "bf16": False})))
+    settings: dict[str, Any] = config_arguments | {"use_cpu": True, "bf16": False}
+    made = call(lambda: SFTConfig(**settings))
     if isinstance(made, Exception):
         return wrong(f"SFTConfig says {type(made).__name__}: {made}")
     return right("TRL takes it.")

@@ -66,6 +66,8 @@ def to_messages(record: object) -> dict:
             alternate from user to assistant, an empty text, a control token inside a text, text
             that is not valid Unicode, tools or reasoning beside the text, an answer of weight 0.
     """
+    if not isinstance(record, MAPPINGS):
+        raise RecordError(f"Expected an object with named fields, found {briefly(record)}.")
     read = _format(record)
     _refuse_losses("the record", record)
     turns = read(record)
@@ -82,10 +84,8 @@ def to_messages(record: object) -> dict:
     return {"messages": messages}
 
 
-def _format(record: object) -> Callable[[Mapping], Turns]:
+def _format(record: Mapping) -> Callable[[Mapping], Turns]:
     """The reader whose keys the record has."""
-    if not isinstance(record, MAPPINGS):
-        raise RecordError(f"Expected an object with named fields, found {briefly(record)}.")
     for keys, read in FORMATS:
         if record.keys() >= keys:
             return read

@@ -85,13 +85,13 @@ def _converted(parts: Parts) -> Converted:
 
 def _trees(parts: Parts) -> Iterable[tuple[int, str, object]]:
     """OASST's messages as trees, each at the line of its first message; other records unchanged."""
-    parts = list(parts)
-    sound = [part for part in parts if isinstance(part[2], MAPPINGS)]
-    if not sound or not all(part[2].keys() >= _MESSAGE for part in sound):
-        return parts
+    every = list(parts)
+    sound = [(n, text, record) for n, text, record in every if isinstance(record, MAPPINGS)]
+    if not sound or not all(record.keys() >= _MESSAGE for *_, record in sound):
+        return every
     trees = oasst_trees(record for *_, record in sound)
     places = {record["message_id"]: (line, text) for line, text, record in sound}
-    broken = [part for part in parts if not isinstance(part[2], MAPPINGS)]
+    broken = [part for part in every if not isinstance(part[2], MAPPINGS)]
     return broken + [(*places[tree["prompt"]["message_id"]], tree) for tree in trees]
 
 
@@ -172,7 +172,7 @@ def _elements(data: bytes, path: Path) -> Parts:
             f"Expected a JSON array, with '[' first, found {briefly(text[at:][:20])} in {path}: "
             "if it has one record per line, name it .jsonl."
         )
-    at = _GAP.match(text, at + 1).end()
+    at = _after_gap(text, at + 1)
     end_of_array = len(text) - text.endswith("]")
     # Records of a file usually begin with the same key. A string cannot hold such a beginning,
     # because JSON escapes the quotes in it.
@@ -185,10 +185,15 @@ def _elements(data: bytes, path: Path) -> Parts:
         if isinstance(record, RecordError):
             end = _next_record(text, at, beginning) or end_of_array
         yield line, text[at:end], record
-        at = _GAP.match(text, end).end()
+        at = _after_gap(text, end)
     if at == len(text) and not isinstance(record, RecordError):
         line += text.count("\n", counted)
         yield line, "", RecordError("Expected ']' after the last record: the file is cut off.")
+
+
+def _after_gap(text: str, at: int) -> int:
+    gap = _GAP.match(text, at)
+    return gap.end() if gap else at
 
 
 def _next_record(text: str, broken: int, beginning: re.Pattern) -> int | None:

@@ -64,9 +64,10 @@ def validate(messages: object, max_chars: int = 8000) -> list[str]:
             'write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].'
         ]
     found = [p for n, m in enumerate(messages, 1) for p in _message_problems(n, m, max_chars)]
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-    if all(isinstance(role, str) and role in ROLES for role in roles):
-        found += [*order_problems(roles), *_repeats(messages)]
+    roles = [m.get("role") for m in messages if isinstance(m, dict)]
+    known = [role for role in roles if isinstance(role, str) and role in ROLES]
+    if len(known) == len(messages):
+        found += [*order_problems(known), *_repeats(messages)]
     return found
 
 
@@ -141,10 +142,10 @@ def order_problems(roles: list[str]) -> Iterator[str]:
 
 def _repeats(messages: list[dict]) -> Iterator[str]:
     for number, (question, answer) in enumerate(pairwise(messages), 2):
-        texts = [question.get("content"), answer.get("content")]
-        if answer["role"] != "assistant" or not all(isinstance(text, str) for text in texts):
+        asked, said = question.get("content"), answer.get("content")
+        if answer["role"] != "assistant" or not isinstance(asked, str) or not isinstance(said, str):
             continue
-        before, after = (normalise(text).replace(" ", "") for text in texts)
+        before, after = (normalise(text).replace(" ", "") for text in (asked, said))
         if before == after and after:
             yield f"Message {number} only repeats message {number - 1}: write an answer."
 

@@ -94,6 +94,7 @@ def start(
     watchdog = threading.Timer(timeout, process.kill)
     watchdog.daemon = True
     watchdog.start()
+    assert process.stdout  # a pipe, see above
     try:
         line = process.stdout.readline()
     except BaseException:  # for instance Ctrl-C: nobody needs the server any more

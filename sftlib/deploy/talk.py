@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,7 @@ def talk(
     import torch
     from transformers import TextStreamer
 
+    generate: Any = model.generate  # PreTrainedModel does not declare it
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     end = end_of_turn_id(tokenizer)
@@ -51,7 +52,7 @@ def talk(
         if room and len(ids) + max_new_tokens > room:
             print(f"({len(ids)} of {room} tokens are used: /new begins a new conversation.)")
         prompt = torch.tensor([ids], device=model.device)
-        written = model.generate(
+        written = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -60,7 +61,7 @@ def talk(
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )[0, len(ids) :]
-        answer = tokenizer.decode(written, skip_special_tokens=True).strip()
+        answer = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
         messages.append({"role": "assistant", "content": answer})
     return messages
 

@@ -12,14 +12,17 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.chat import IGNORED
 from sftlib.experiments.sweep import lora_config
 from sftlib.training import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from types import FunctionType
+
+    import torch
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
@@ -30,7 +33,7 @@ BATCH = 16
 class Plan:
     """A training before it starts: what a failure may break."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     rows: list[dict]
     dev: list[dict]
@@ -105,7 +108,7 @@ FAILURES: dict[str, Failure] = {}
 def failure(done: str, sign: str = "") -> Callable:
     """Enter a function into `FAILURES` under its own name."""
 
-    def enter(spoil: Callable[[Plan], None]) -> Callable[[Plan], None]:
+    def enter(spoil: FunctionType) -> FunctionType:
         name = spoil.__name__.replace("_", " ").replace("warm up", "warm-up")
         FAILURES[name] = Failure(done, sign, spoil)
         return spoil
@@ -184,7 +187,9 @@ def another_template(plan: Plan) -> None:
     sign="not a number",
 )
 def batch_fully_masked(plan: Plan) -> None:
-    def mean(outputs, labels, num_items_in_batch=None):
+    def mean(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         labels = labels[:, 1:]
         learned = labels != IGNORED
         found = outputs.logits[:, :-1].log_softmax(-1).gather(-1, (labels * learned)[..., None])
@@ -194,7 +199,8 @@ def batch_fully_masked(plan: Plan) -> None:
         from datasets import Dataset
 
         # Only after TRL has prepared the dataset: it leaves out rows in which nothing is learned.
-        rows = trainer.train_dataset.to_list()
+        # Transformers would also take data sets without `to_list`.
+        rows = cast(Dataset, trainer.train_dataset).to_list()
         for row in rows[plan.middle]:
             row["labels"] = [IGNORED] * len(row["labels"])
         trainer.train_dataset = Dataset.from_list(rows)
@@ -320,19 +326,20 @@ def train(
         FAILURES[training.failure].spoil(plan)
     if spoil:
         spoil(plan)
-    changes = {"learning_rate": plan.learning_rate, "seed": training.seed} | plan.settings
+    changes: dict[str, Any] = {"learning_rate": plan.learning_rate, "seed": training.seed}
     trainer = prepare(
         plan.model,
         tokenizer,
         _labelled(plan.rows, plan),
         plan.lora,
         _labelled(plan.dev, plan),
-        **(_SETTINGS | changes),
+        **(_SETTINGS | changes | plan.settings),
     )
     plan.change(trainer)
     trainer.train()
     asked = read_facts("heldout")[:prompts]
-    given = answers(trainer.model, tokenizer, [row["messages"][:-1] for row in asked])
+    trained = cast("PreTrainedModel", trainer.model)  # transformers annotates any module
+    given = answers(trained, tokenizer, [row["messages"][:-1] for row in asked])
     return Outcome(trainer.state.log_history, exact_match(given, asked))
 
 

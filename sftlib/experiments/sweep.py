@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib import progress_bar
 from sftlib.adapters import control_token_rows
@@ -20,7 +20,7 @@ from sftlib.experiments import table
 if TYPE_CHECKING:
     import pandas
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TARGETS = {
@@ -50,7 +50,12 @@ def lora_config(**changes: Any) -> LoraConfig:
     """
     from peft import LoraConfig
 
-    ours = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    ours: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
     return LoraConfig(**(ours | changes))
 
 
@@ -126,13 +131,14 @@ def train_and_measure(
     from sftlib.training import config, encoded, tune
 
     from datasets import Dataset, concatenate_datasets
+    from peft import PeftModel
     from transformers import set_seed
 
     facts = {name: read_facts(name) for name in ("sft", "dev", "heldout", "heldout_wordings")}
     prose = [row["text"] for row in read_facts("prose")]
     set_seed(run.seed)
     model, tokenizer = load()
-    before = {n: model.get_submodule(n).weight.detach().clone() for n in linear_shapes(model)}
+    before = {n: _weight(model, n).clone() for n in linear_shapes(model)}
     if run.targets and not run.r:  # full finetuning of some matrices only
         model.requires_grad_(False)
         for name in lora_targets(model, 1, TARGETS[run.targets]):
@@ -154,13 +160,15 @@ def train_and_measure(
         seed=run.seed,
     )
     losses = table(trainer).loss[-5:]
-    trained = parameters(trainer.model).trainable
-    if run.r:
-        model = trainer.model.merge_and_unload()
+    # transformers annotates any module, or None
+    trained = cast("PreTrainedModel | PeftModel", trainer.model)
+    trainable = parameters(trained).trainable
+    if isinstance(trained, PeftModel):
+        model = trained.merge_and_unload()
     sets = {name: facts[name][:prompts] for name in ("dev", "heldout", "heldout_wordings")}
     scores = report(model, tokenizer, sets)
     return {
-        "trainable": trained,
+        "trainable": trainable,
         "steps": trainer.state.global_step,
         "loss": sum(losses) / len(losses),
         **scores.exact_match.to_dict(),
@@ -171,13 +179,17 @@ def train_and_measure(
     }
 
 
+def _weight(model: PreTrainedModel, layer: str) -> torch.Tensor:
+    return model.get_parameter(f"{layer}.weight").detach()
+
+
 def _changes(model: PreTrainedModel, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
     import torch
 
     # The square of a Frobenius norm is the sum of the squared singular values, so layers add up.
     size = change = largest = 0.0
     for name, old in before.items():
-        values = torch.linalg.svdvals(model.get_submodule(name).weight.detach() - old)
+        values = torch.linalg.svdvals(_weight(model, name) - old)
         size += old.square().sum().item()
         change += values.square().sum().item()
         largest += values[0].square().item()
@@ -228,5 +240,5 @@ def select(table: pandas.DataFrame, **settings: Any) -> pandas.DataFrame:
     return table[(table[names] == [wanted[n] for n in names]).all(axis=1)]
 
 
-def _settings(row: Mapping, kind: type) -> Any:
+def _settings(row: Mapping, kind: type[Any]) -> Any:
     return kind(**{field.name: row[field.name] for field in fields(kind)})

@@ -14,7 +14,7 @@ from sftlib.finetune.arguments import (
 from sftlib.finetune.model import allowed_max_length, set_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig
 
 
@@ -128,7 +128,7 @@ def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) ->
     )
 
 
-def _lengths(rows: list[dict], tokenizer) -> list[int]:
+def _lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each conversation, template included."""
     from sftlib.chat import encode_batch
 

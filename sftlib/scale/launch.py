@@ -22,7 +22,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL
@@ -301,7 +301,7 @@ def _surroundings(ranks: int, port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _own_logs(folder: Path) -> Iterator[None]:
+def _own_logs(folder: Path) -> Generator[None]:
     """Keep other launches out of a folder, and remove the logs of earlier ones."""
     folder.mkdir(parents=True, exist_ok=True)
     # The lock ends when this process closes the file or dies, and ranks do not inherit it. The file
@@ -326,7 +326,7 @@ def _own_logs(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _display(path: Path, ranks: int) -> Iterator[Callable[..., None]]:
+def _display(path: Path, ranks: int) -> Generator[Callable[..., None]]:
     """Show a file as it grows, its rows aside, and the seconds passed where bars are shown."""
     bar = progress_bar(desc=f"{ranks} ranks", bar_format="{desc}: {elapsed}", mininterval=1)
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sftlib.scale.memory import Bytes
 
@@ -40,7 +40,8 @@ def tracked_zero_bytes(engine: DeepSpeedEngine) -> Bytes:
     found = list(engine.module.parameters())
     # ZeRO wraps the optimizer that was asked for, whose state is Adam's moments; the wrappers keep
     # the rest, each stage under other names.
-    outer, inner = engine.optimizer, engine.optimizer
+    outer: Any = engine.optimizer
+    inner = outer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
 
@@ -85,7 +86,7 @@ class Saved:
 
 
 @contextmanager
-def saved_bytes(model: torch.nn.Module) -> Iterator[Saved]:
+def saved_bytes(model: torch.nn.Module) -> Generator[Saved]:
     """Measure what forward passes inside the block keep for the backward pass, weights aside.
 
     It reads what autograd saves (`torch.autograd.graph.saved_tensors_hooks`). Activation
@@ -131,7 +132,7 @@ class Peak:
 
 
 @contextmanager
-def peak_bytes(before: Iterable[torch.Tensor] = ()) -> Iterator[Peak]:
+def peak_bytes(before: Iterable[torch.Tensor] = ()) -> Generator[Peak]:
     """Measure the most bytes that tensors occupy at one time inside the block.
 
     It sees each tensor when an operation makes it and when it is given back, so the figure is exact

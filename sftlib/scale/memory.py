@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
@@ -42,7 +43,9 @@ def parameters(model: torch.nn.Module) -> Parameters:
     )
 
 
-def linear_shapes(model: PreTrainedModel, head: bool = False) -> dict[str, tuple[int, int]]:
+def linear_shapes(
+    model: PreTrainedModel | PeftModel, head: bool = False
+) -> dict[str, tuple[int, int]]:
     """The linear layers of a model, with or without its output head: name → (inputs, outputs).
 
     A model on torch's `meta` device, without weights, will do; so will one with adapters.
@@ -63,12 +66,15 @@ def linear_shapes(model: PreTrainedModel, head: bool = False) -> dict[str, tuple
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):  # GPT-2's: the transposed matrix
-            shapes[name] = tuple(module.weight.shape)
+            inputs, outputs = module.weight.shape
+            shapes[name] = (inputs, outputs)
     return shapes
 
 
 def lora_targets(
-    model_or_shapes: PreTrainedModel | Shapes, r: int, target_modules: str | Sequence[str]
+    model_or_shapes: PreTrainedModel | PeftModel | Shapes,
+    r: int,
+    target_modules: str | Sequence[str],
 ) -> dict[str, tuple[int, int]]:
     """The linear layers that get a LoRA adapter, chosen as PEFT does it.
 

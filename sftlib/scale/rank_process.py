@@ -30,7 +30,8 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     without_builds()
     for handler in logging.getLogger("DeepSpeed").handlers:
-        handler.setStream(sys.stderr)  # its reports are kept, and not taken for results
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # its reports are kept, and not taken for results
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
@@ -40,7 +41,8 @@ def main() -> None:
         notes.with_suffix(".error").write_text(json.dumps(what))
         traceback.print_exc()
         _end(1)
-    threading._shutdown()  # wait for the script's threads, as Python does
+    # Wait for the script's threads, as Python does. The function is private, so no stub has it.
+    threading._shutdown()  # ty: ignore[missing-attribute]
     _end(0)
 
 

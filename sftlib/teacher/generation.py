@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ def generate_pairs(
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected topics that JSON can hold, found others: {error}.") from None
     teacher = teacher or Teacher()
-    shape = {"schema": schema, "temperature": temperature, "max_tokens": max_tokens}
+    shape: dict[str, Any] = {"schema": schema, "temperature": temperature, "max_tokens": max_tokens}
 
     def attempt(number: int) -> _Attempt:
         topic = topics[number % len(topics)]
@@ -353,7 +353,7 @@ def _append(file: IO[bytes], row: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _bar(n: int, result: Generated) -> Iterator[Callable[[], None]]:
+def _bar(n: int, result: Generated) -> Generator[Callable[[], None]]:
     """A progress bar of accepted pairs with the running cost; silent where bars are off."""
     with progress_bar(total=n, unit="pair") as bar:
 

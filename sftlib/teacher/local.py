@@ -26,9 +26,10 @@ def start(timeout: float = 120.0) -> tuple[str, str]:
     Raises:
         RuntimeError: it is not installed, or did not start; with its last output.
     """
-    if not installed():
+    file = smollm2_gguf()
+    if file is None or not installed():
         raise RuntimeError(
             "The local teacher is not installed. Run `make teacher`, then restart the kernel."
         )
-    server = serving.start(smollm2_gguf(), MODEL, timeout)
+    server = serving.start(file, MODEL, timeout)
     return server.url, server.key

