@@ -1,4 +1,8 @@
-"""Pretrain the tiny base model: a Llama of 3.3 million parameters, on two CPU cores."""
+"""Pretrain the tiny base model: a Llama of 3.3 million parameters, on two CPU cores.
+
+603 steps take about eleven minutes: 1.1 s per step on a CPU with bfloat16 instructions, 1.03 s on
+one with AVX2 alone (6.1 s, an hour in all, if Muon orthogonalizes in bfloat16 there).
+"""
 
 import math
 from collections.abc import Iterator
@@ -64,8 +68,10 @@ class _Float32(TorchFunctionMode):
     """Inside `with`, `tensor.bfloat16()` copies the tensor in float32 instead.
 
     `torch.optim.Muon` (torch 2.13) orthogonalizes in bfloat16 and has no option for another type.
-    CPUs without bfloat16 instructions (those with AVX2 alone, for instance) emulate it: the
-    optimizer's part of a step takes 21 times as long there as in float32.
+    CPUs without bfloat16 instructions (those with AVX2 alone, for instance) emulate it: a step
+    takes 3.4 times as long there as in float32, on one thread. Where a CPU has the instructions,
+    float32 takes 9 % longer. Over 50 steps no loss differs by more than 0.0063; another seed
+    changes them by up to 0.052.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
