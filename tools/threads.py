@@ -83,10 +83,12 @@ def measure(turns: int = TURNS, steps: int = STEPS) -> dict:
     Settings take turns, so that what else the machine does hits all of them alike.
     """
     spent = {name: {"alone": [], "two_at_once": []} for name in SETTINGS}
-    for _ in range(turns):
+    for turn in range(1, turns + 1):
         for name, setting in SETTINGS.items():
-            spent[name]["alone"].append(seconds(setting, 1, steps))
-            spent[name]["two_at_once"].append(seconds(setting, 2, steps))
+            alone, both = (seconds(setting, processes, steps) for processes in (1, 2))
+            spent[name]["alone"].append(alone)
+            spent[name]["two_at_once"].append(both)
+            print(f"turn {turn}, {name}: {alone:.1f} s, {both:.1f} s", flush=True)
     return {
         "steps": steps,
         "turns": turns,
