@@ -49,11 +49,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools import (
-    injection,  # noqa: E402
-    notebooks,  # noqa: E402
-)
+from tools import injection, notebooks
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "data" / "benchmarks.json"
