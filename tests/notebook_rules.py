@@ -264,7 +264,7 @@ def lesson_and_solutions_are_twins(nb: NotebookNode, path: Path) -> list[str]:
 
 def lesson_begins_itself(nb: NotebookNode, path: Path) -> list[str]:
     """After a restart and the set-up cell, any cell can be run: the set-up cell sees to it."""
-    wanted = f'lesson.begin("{path.stem}")'
+    wanted = f'work = lesson.begin("{path.stem}")'
     if path.parent.name == "solutions":
         return []
     found = [cell.source for cell in nb.cells if cell.get("id") == "setup"]

@@ -19,7 +19,7 @@ from tools import copies, notebooks
 
 NOTEBOOKS = notebooks.find()
 PNG = "iVBORw0KGgo="
-SET_UP = 'x = 1 + 1\nprint(x)\nassert x == 2\nlesson.begin("01_sums")'
+SET_UP = 'x = 1 + 1\nprint(x)\nassert x == 2\nwork = lesson.begin("01_sums")'
 TAKES = "*Difficulty ★☆☆ · importance ★★★ · 3 minutes*"
 
 
@@ -161,7 +161,8 @@ BROKEN = [
         "promise",
     ),
     (rules.lesson_begins_itself, lambda nb: nb.cells[1].update(id="first"), "the id 'setup'"),
-    (rules.lesson_begins_itself, code('lesson.begin("02_sums")'), "01_sums"),
+    (rules.lesson_begins_itself, code('work = lesson.begin("02_sums")'), "01_sums"),
+    (rules.lesson_begins_itself, code('lesson.begin("01_sums")'), "work = "),
     (rules.lesson_ends_with_its_versions, lambda nb: nb.cells.pop(5), "environment()"),
     (
         rules.exercises_say_what_they_take,
