@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -68,17 +68,16 @@ def score_in_one_piece() -> None:
     more logits than one tile, bfloat16, ZeRO-3, and TRL's other trainers.
     """
     import torch
-    import trl.trainer.utils
-    from torch.nn.functional import linear, log_softmax
+    import trl.trainer.utils as utils
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    in_tiles = getattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)
+    in_tiles: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     if not getattr(in_tiles, "__module__", "").startswith("trl."):
         return  # another version of TRL, or patched already
 
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
         # hidden: (tokens, hidden size), weight: (vocabulary, hidden size), targets: (tokens,)
-        if not (
+        if (
             set(outputs) == {"log_probs", "entropy", "is_top1"}  # what SFTTrainer asks for
             and (temperature, softcap, scale) == (1, None, 1)
             and hidden.device.type == "cpu"
@@ -88,16 +87,26 @@ def score_in_one_piece() -> None:
             and len(hidden) <= 4096
             and len(weight) <= chunk_size
         ):
-            rest = (temperature, chunk_size, softcap, scale, outputs)
-            return in_tiles.apply(hidden, weight, bias, targets, *rest)
-        all_log_probs = log_softmax(linear(hidden, weight, bias), dim=-1)
-        log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
-        with torch.no_grad():  # for the log alone
-            entropy = -all_log_probs.exp().mul_(all_log_probs).sum(-1)
-            is_top1 = all_log_probs.argmax(-1) == targets
-        return log_probs, entropy, None, None, is_top1
+            return _log_probs_in_one_piece(hidden, weight, bias, targets)
+        rest = (temperature, chunk_size, softcap, scale, outputs)
+        return in_tiles.apply(hidden, weight, bias, targets, *rest)
 
-    trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+    cast(Any, utils)._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+
+
+def _log_probs_in_one_piece(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> tuple:
+    """What TRL's function returns: log-probabilities of the targets, entropies, and hits."""
+    import torch
+    from torch.nn.functional import linear, log_softmax
+
+    all_log_probs = log_softmax(linear(hidden, weight, bias), dim=-1)  # (tokens, vocabulary)
+    log_probs = all_log_probs.gather(-1, targets[:, None])[:, 0]
+    with torch.no_grad():  # for the log alone
+        entropy = -all_log_probs.exp().mul_(all_log_probs).sum(-1)
+        is_top1 = all_log_probs.argmax(-1) == targets
+    return log_probs, entropy, None, None, is_top1
 
 
 def show_the_head(model: PreTrainedModel) -> None:

@@ -58,23 +58,31 @@ def seconds(setting: dict[str, str], processes: int, steps: int) -> float:
     """Of the slowest of so many processes that train at the same time."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     command = [sys.executable, "-m", "tools.threads", "--child", "--steps", str(steps)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**kept, "SFT_NO_BARS": "1", **setting}
-    started = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(processes)
-    ]
+    started = [_start(command, environment) for _ in range(processes)]
     try:
         for process in started:
-            if (said := process.stdout.readline()) != "ready\n":
+            if (said := _read(process)) != "ready":
                 raise RuntimeError(f"Expected a process that is ready to train, it said {said!r}.")
         for process in started:
+            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        return max(float(process.stdout.readline()) for process in started)
+        return max(float(_read(process)) for process in started)
     finally:
         for process in started:
             process.kill()
             process.communicate()
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def _read(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 def measure(turns: int = TURNS, steps: int = STEPS) -> dict:

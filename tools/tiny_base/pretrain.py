@@ -74,7 +74,7 @@ class _Float32(TorchFunctionMode):
     changes them by up to 0.052.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple = (), kwargs: dict | None = None):
         if func is torch.Tensor.bfloat16:
             return args[0].to(torch.float32, copy=True)  # Muon changes the result in place
         return func(*args, **(kwargs or {}))
