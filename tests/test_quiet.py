@@ -1,4 +1,4 @@
-"""Importing `sftlib` makes other libraries quiet, whether they are imported before it or after."""
+"""What importing `sftlib` does: it makes other libraries quiet, and loads none of them."""
 
 import os
 import subprocess
@@ -106,3 +106,21 @@ print(len(os.listdir("/proc/self/task")))
 def test_the_tokenizer_starts_no_threads(imports, expected):
     said = printed(imports + THREADS, RAYON_NUM_THREADS="2")
     assert said.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("imports", "not_needed"),
+    [
+        (
+            "from sftlib.data import read_jsonl, convert",
+            "numpy rapidfuzz torch transformers datasets",
+        ),
+        ("from sftlib.chat import render, encode", "torch transformers rapidfuzz numpy"),
+        ("from sftlib.experiments import table, diagnose", "torch transformers peft"),
+        ("from sftlib.models import load", "torch transformers deepspeed"),
+        ("from sftlib.teacher import Teacher", "torch transformers"),
+    ],
+)
+def test_importing_one_function_loads_nothing_that_it_does_not_need(imports, not_needed):
+    code = f"import sys; {imports}; print(*(set({not_needed.split()}) & set(sys.modules)))"
+    assert printed(code).stdout.strip() == ""
