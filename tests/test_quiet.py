@@ -113,7 +113,7 @@ def test_the_tokenizer_starts_no_threads(imports, expected):
     [
         (
             "from sftlib.data import read_jsonl, convert",
-            "numpy rapidfuzz torch transformers datasets",
+            "numpy rapidfuzz torch datasets",
         ),
         ("from sftlib.chat import render, encode", "torch transformers rapidfuzz numpy"),
         ("from sftlib.experiments import table, diagnose", "torch transformers peft"),
