@@ -15,9 +15,10 @@ IMPORTED = 50  # modules: a test that loads more pays for all that come after it
 def pytest_runtest_call(item: pytest.Item):
     """A unit test that takes long fails: `make quick` stays short only if each of its tests does.
 
-    What counts is CPU time, of this process and of the children that it waited for. Measured beside
-    ten busy programs on two cores it grew to 1.6 times at most, the time by the clock to ten times.
-    The clock's limit is far higher for that reason; it is there for a test that hangs.
+    What counts is CPU time, of this process and of the children that it waited for. Beside ten busy
+    programs on two cores CPU time grew by up to 1.7, the time by the clock by ten: where the clock
+    shows that the machine is busy, twice the CPU time is allowed. The limit on the clock is there
+    for a test that hangs.
 
     The first test that needs torch, TRL or DeepSpeed imports it. This costs seconds, which test it
     is depends on what else runs, and others would pay it otherwise: that test is not judged.
@@ -27,7 +28,8 @@ def pytest_runtest_call(item: pytest.Item):
     cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     is_unit = not any(item.get_closest_marker(tier) for tier in ("integration", "nightly"))
     judged = is_unit and len(sys.modules) - loaded < IMPORTED
-    if judged and (cpu > CPU_SECONDS or wall > WALL_SECONDS):
+    busy = wall > 1.5 * cpu
+    if judged and (cpu > CPU_SECONDS * (1 + busy) or wall > WALL_SECONDS):
         pytest.fail(
             f"Expected a unit test to take at most {CPU_SECONDS:.0f} s of CPU time (or to wait "
             f"{WALL_SECONDS:.0f} s), found {cpu:.1f} s ({wall:.1f} s by the clock). Make it "
