@@ -52,7 +52,7 @@ def facts(tmp_path):
 
 
 def command(*arguments, launcher=(), env=None):
-    settings = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1" if launcher else "2"} | (env or {})
+    settings = os.environ | {"CI": "1"} | (env or {})
     return subprocess.Popen(
         [*(launcher or [sys.executable]), "class_5_llama3.py", *map(str, arguments)],
         cwd=ROOT,
