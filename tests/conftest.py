@@ -31,7 +31,7 @@ def pytest_runtest_call(item: pytest.Item):
     busy = wall > 1.5 * cpu
     if judged and (cpu > CPU_SECONDS * (1 + busy) or wall > WALL_SECONDS):
         pytest.fail(
-            f"Expected a unit test to take at most {CPU_SECONDS:.0f} s of CPU time (or to wait "
+            f"Expected a unit test to take at most {CPU_SECONDS:g} s of CPU time (or to wait "
             f"{WALL_SECONDS:.0f} s), found {cpu:.1f} s ({wall:.1f} s by the clock). Make it "
             "smaller: a model of two layers, fewer rows, a shared fixture. If it must take long, "
             "mark it `@pytest.mark.integration`.",

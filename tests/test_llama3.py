@@ -623,7 +623,7 @@ def test_a_file_of_settings_counts_less_than_the_command_line(facts, tmp_path, c
         script.main([str(word) for word in ("--config", file, *more, "--learning_rate", "1e-3")])
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_two_ranks_divide_an_adapter_and_its_base_with_zero3(facts, tmp_path):
     """All parameters with ZeRO-2 and ZeRO-3: other launchers, SLURM, the help's `torchrun`."""
     said = run(

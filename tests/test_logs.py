@@ -272,8 +272,8 @@ def test_gaps_and_printed_numbers_do_not_disturb():
 @pytest.mark.parametrize(("scatter", "quiet"), [(0.1, 0.99), (0.2, 0.95)])
 def test_noise_of_small_batches_is_hardly_ever_a_sign(scatter, quiet):
     rng = random.Random(1)
-    logs = [logged([x * rng.lognormvariate(0, scatter) for x in FALLING]) for _ in range(100)]
-    assert sum(list(diagnose(log).index) == ["nothing unusual"] for log in logs) >= quiet * 100
+    logs = [logged([x * rng.lognormvariate(0, scatter) for x in FALLING]) for _ in range(200)]
+    assert sum(list(diagnose(log).index) == ["nothing unusual"] for log in logs) >= quiet * 200
 
 
 def test_the_published_log_starts_near_chance():

@@ -8,7 +8,7 @@ import pytest
 from tools import lab, threads
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_two_processes_train_at_the_same_time_under_a_setting():
     for processes in (1, 2):
         assert 0 < threads.seconds({"OMP_NUM_THREADS": "1"}, processes, steps=1) < 120

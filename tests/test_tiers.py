@@ -10,15 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TESTS = '''
-import subprocess, sys, time, pytest
+import subprocess, sys, time, conftest, pytest
+conftest.CPU_SECONDS = 0.5  # so that this test need not take long itself
 SPIN = """import time
-end = time.process_time() + 4.5  # beyond the limit of a busy machine, too
+end = time.process_time() + 1.3  # beyond the limit of a busy machine, too
 while time.process_time() < end: pass"""
 
 def test_short(): pass
 def test_busy(): exec(SPIN)
 def test_busy_child(): subprocess.run([sys.executable, "-c", SPIN], check=True)
-def test_waits(): time.sleep(2.3)  # by the clock, as on a machine where others take the cores
+def test_waits(): time.sleep(1.3)  # by the clock, as on a machine where others take the cores
 def test_wrong():
     exec(SPIN)
     assert False, "its own reason"
@@ -30,7 +31,6 @@ def test_integration(): exec(SPIN)
 @pytest.mark.nightly
 def test_nightly(): exec(SPIN)
 def test_hangs():  # the last one: with a limit that it need not wait for
-    import conftest
     conftest.WALL_SECONDS = 0.5
     time.sleep(1)
 '''
@@ -47,7 +47,7 @@ def test_a_unit_test_that_takes_long_fails_and_is_told_what_to_do(tmp_path: Path
     ends = {name: end for end, name in re.findall(r"^(PASSED|FAILED) \S+::test_(\w+)", said, re.M)}
     failed = {name for name, end in ends.items() if end == "FAILED"}
     assert failed == {"busy", "busy_child", "hangs", "wrong"} and len(ends) == 9, said
-    assert len(re.findall("^E? *Expected a unit test to take at most 2 s", said, re.M)) == 3, said
+    assert len(re.findall("^E? *Expected a unit test to take at most 0.5 s", said, re.M)) == 3, said
     assert "mark it `@pytest.mark.integration`" in said and "its own reason" in said
 
 
