@@ -1,0 +1,8 @@
+"""Take a finetuned model out of Transformers, and use it.
+
+| file | what it does |
+|---|---|
+| `export` | a model folder → a GGUF file, and both compared token for token |
+| `serving` | an OpenAI-compatible server for a GGUF file, on this machine alone |
+| `talk` | a conversation in the terminal or in a notebook |
+"""
