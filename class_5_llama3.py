@@ -54,7 +54,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
-INTERRUPTED = 130  # exit code; a job file asks for another turn when it sees it
+INTERRUPTED = 130  # exit code after a signal; a job script may requeue the job when it sees it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,15 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     is_main = training.process_index == 0  # one rank prints and writes for all
     if folder.finished(args.saved_folders[-1]):
         if is_main:
-            saved = folder.path / args.saved_folders[-1]
-            print(f"{saved} is finished already. Give another --output_dir to train again.")
+            existing = folder.path / args.saved_folders[-1]
+            print(f"{existing} is finished already. Give another --output_dir to train again.")
         return 0
     checkpoint = folder.last_checkpoint()
     if is_main:
         print(f"{len(data.train):,} conversations to train on, {len(data.held_out):,} held out")
 
     # 4. Model and template, adapters, and TRL's trainer.
-    trainer, answers, stop_signal = make_trainer(args, training, data)
+    trainer, held_out_answers, stop_signal = make_trainer(args, training, data)
 
     # 5. Train, and save.
     if is_main:  # only now: what is refused above must leave no file behind
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 6. What came out.
     if is_main:
-        report(trainer, args, training, data, answers, saved)
+        report(trainer, args, training, data, held_out_answers, saved)
     end_all_ranks(trainer)
     return 0 if saved else INTERRUPTED
 
@@ -110,6 +110,7 @@ def make_trainer(
 
     lora = lora_config(args, model, tokenizer) if args.trains_adapters else None
     trainer = prepare(model, tokenizer, data.train, lora, data.held_out, training)
+    # max_length may have cut away every answer.
     datasets: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
     for name, rows in datasets.items():
         if not len(rows):
@@ -121,15 +122,15 @@ def make_trainer(
     questions = questions_that_fit(
         data.held_out, tokenizer, args.ask, args.answer_tokens, training.max_length
     )
-    answers = HeldOutAnswers(trainer, questions, args.answer_tokens)
+    held_out_answers = HeldOutAnswers(trainer, questions, args.answer_tokens)
     stop_signal = StopOnSignal()
-    trainer.add_callback(answers)
+    trainer.add_callback(held_out_answers)
     trainer.add_callback(stop_signal)
     if not progress_bars():
         trainer.add_callback(PrintLoss())
     if args.patience:
         trainer.add_callback(EarlyStoppingCallback(args.patience))
-    return trainer, answers, stop_signal
+    return trainer, held_out_answers, stop_signal
 
 
 def lora_config(
@@ -190,7 +191,7 @@ def report(
     args: FinetuneArguments,
     training: SFTConfig,
     data: Data,
-    answers: HeldOutAnswers,
+    held_out_answers: HeldOutAnswers,
     saved: Path | None,
 ) -> None:
     """Write the model card, and print a few answers and where the model is."""
@@ -199,7 +200,7 @@ def report(
         print(f"Stopped and saved at step {last_step}. The same command again goes on from there.")
         return
     (saved / "README.md").write_text(model_card(args, training, trainer, data), encoding="utf-8")
-    print_samples(answers.rows, answers.by_step.get(best_step, []))
+    print_samples(held_out_answers.rows, held_out_answers.by_step.get(best_step, []))
     if best_step < last_step:
         print(f"Kept: the weights after step {best_step}, where the held-out loss was lowest.")
     summary = next((line for line in trainer.state.log_history if "train_runtime" in line), {})

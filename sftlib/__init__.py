@@ -1,11 +1,11 @@
 """Helpers of the course *Supervised Finetuning (SFT) I*.
 
-The package is thin on purpose: lessons call TRL, PEFT, DeepSpeed and Datasets directly, and
-`sftlib` only takes noise away. Importing it is fast; torch and transformers are loaded by the
-modules that need them, when they need them.
+Lessons call TRL, PEFT, DeepSpeed and Datasets directly; here is what they share. Importing it is
+fast, because torch and transformers are loaded only where and when a module needs them.
 
 The import makes other libraries quiet and stops their telemetry (see `_quiet`), whether they are
-imported before it or after. A variable that you have set yourself counts more.
+imported before it or after; one line that bitsandbytes logs at its import, on some CPUs, needs
+sftlib first. A variable that you have set yourself counts more.
 """
 
 from __future__ import annotations

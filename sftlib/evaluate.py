@@ -81,7 +81,7 @@ def continuations(
     """The ids that the model appends to each prompt, text or ids, up to its stop token.
 
     Greedily, or with a `temperature` above 0 drawn from the whole distribution: no top-k, no top-p.
-    The same `seed` gives the same draws on the same machine.
+    The same `seed` and `batch_size` give the same draws on the same machine.
     """
     import torch
 

@@ -92,7 +92,7 @@ class _Generators(ast.NodeTransformer):
 def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:
     """Files that a statement may read, and those that it writes: in a call named save or write.
 
-    Of an IPython command, the names in braces, too.
+    In an IPython command (`!ls {work}`), names in braces are read, too.
     """
     read, written = set(), set()
     for node in ast.walk(statement):
@@ -163,10 +163,11 @@ class Cells:
         return self.sources.index(source) if source in self.sources else None
 
     def needed(self, index: int, source: str, ran: set[int]) -> list[int]:
-        """Cells to run before this one, whose text may be another by now, in their order.
+        """Earlier cells that must run first, in the notebook's order.
 
         Args:
-            ran: those that were run.
+            source: the cell's current text, which a student may have changed.
+            ran: the cells that were run.
         """
         found: set[int] = set()
         open_ones = [index]

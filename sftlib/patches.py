@@ -1,6 +1,7 @@
-"""All changes that this package makes to other libraries while it runs, in one place.
+"""The changes that this package makes to how other libraries work, in one place.
 
-Each function names the library, the version, the reason, and what happens without the patch.
+(What makes them quiet is in `sftlib.__init__`.) Each function names the library and the version
+with which it was tested, the reason, and what happens without the patch.
 `tests/test_patches.py` has two tests for each: the patch cures the problem, and the library still
 has the problem. When the second test fails after an upgrade, delete the patch.
 """
@@ -39,7 +40,7 @@ def score_learned_positions_alone() -> None:
 
     `trl.trainer.utils.add_fused_lm_head` skips the other positions only where Triton runs, because
     tiles of changing shape make some accelerators compile again. A CPU does not compile. Without
-    the patch the loss is the same and a step takes half as long again, because most tokens of a
+    the patch the loss is the same and a step takes 1.5 times as long, because most tokens of a
     conversation are not learned.
 
     The patch stays on in the whole process: it holds for each later trainer of TRL, too.
@@ -110,10 +111,11 @@ def _log_probs_in_one_piece(
 
 
 def show_the_head(model: PreTrainedModel) -> None:
-    """PEFT 0.21: let TRL 1.16 read the bias of an output head of which PEFT trains some rows.
+    """PEFT 0.21: let TRL 1.16 see that an output head has no bias where PEFT trains its rows.
 
-    PEFT's wrapper (`LoraConfig(trainable_token_indices=…)`) passes the head's weight on, but not
-    its bias. Without the patch TRL stops in the first step: "object has no attribute 'bias'".
+    PEFT's wrapper (`LoraConfig(trainable_token_indices=…)`) passes the head's weight on, but has no
+    attribute `bias`. Without the patch TRL stops in the first step: "object has no attribute
+    'bias'". The patch is for heads without a bias, as Llama's.
     """
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
@@ -122,7 +124,7 @@ def show_the_head(model: PreTrainedModel) -> None:
 
 @contextmanager
 def without_dataset_bars() -> Generator[None]:
-    """Datasets: no progress bars inside, afterwards as before.
+    """Datasets 5.2: no progress bars inside, afterwards as before.
 
     Without it `prepare` shows four bars, each for a tenth of a second. The variable
     `HF_DATASETS_DISABLE_PROGRESS_BARS`, if you have set it, counts more: 0 shows them.
@@ -172,7 +174,7 @@ def without_builds() -> None:
 
 
 def wait_for_gloo() -> None:
-    """PyTorch 2.13: give gloo's threads the time to let go of the last tensors, then end.
+    """PyTorch 2.13: sleep while gloo's threads release the last tensors. Call it last.
 
     A thread needs the interpreter to free a tensor. Without the wait, a rank that ends right after
     a collective is aborted every few runs (signal 6), after all its work is done:

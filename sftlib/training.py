@@ -3,7 +3,9 @@
 `config` returns TRL's `SFTConfig`, `prepare` TRL's `SFTTrainer`, and `tune` the same, already
 trained. What differs from plain TRL:
 
-- `defaults` lists the arguments that are not TRL's; each can be overridden by its own name.
+- `defaults` lists the settings that differ from TRL's; each can be overridden by its own name. With
+  adapters the learning rate is ten times higher.
+- A `LoraConfig` that does not fit the model is refused (`sftlib.adapters.check_lora`).
 - `sftlib.chat.encode_batch` encodes conversations, not TRL (see `encoded`).
 - A bar of one line shows the progress. TRL would print a line per step (`PrinterCallback`).
 - Four patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` and
@@ -42,9 +44,9 @@ Rows = Sequence[Mapping[str, Any]]
 def config(**overrides: Any) -> SFTConfig:
     """TRL's `SFTConfig` with the course's defaults.
 
-    Differences from TRL's own defaults, and why: the loss is on the assistant's tokens only; no
-    activation checkpointing (it trades time for memory that a small model does not need); batches
-    of similar length (less padding); each step logged; no files, no trackers.
+    `defaults` has all that differ from TRL's. The main ones: the loss is on the assistant's tokens
+    only; no activation checkpointing (it trades time for memory that a small model does not need);
+    batches of similar length (less padding); each step logged; no files, no trackers.
 
     Args:
         overrides: any argument of `trl.SFTConfig`, by its name.
@@ -119,7 +121,7 @@ def prepare(
             `labels`, the labels say what is learned.
         eval_dataset: of the same kind, for `eval_strategy="steps"` or `"epoch"`.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
-        args: TRL's settings, whole; without them those of `config`.
+        args: TRL's settings, whole; then `overrides` are not used. Without them those of `config`.
         overrides: arguments of `trl.SFTConfig`, see `config`.
 
     Raises:

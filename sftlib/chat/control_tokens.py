@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "\u2060"
-"""WORD JOINER, which nobody sees. Behind its first character, a control token is none."""
+"""WORD JOINER (invisible). Placed after a control token's first character, it makes the tokenizer
+read the control token as plain text."""
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -36,14 +36,14 @@ def encode(
         tokenizer: a fast one; its chat template must mark the assistant's tokens with
             `{% generation %}`, or be one for which TRL has a training template.
         max_length: keep only the first tokens, and warn of what is lost. An answer that is cut is
-            learned without its end. Nothing is cut without it, nor ever from a prompt.
+            learned without its end. Without `max_length` nothing is cut. Prompts are never cut.
         add_generation_prompt: also open the assistant's turn; the last message is the user's then.
 
     Returns:
         Three lists of one length: `input_ids`; `assistant_masks`, in which 1 means "learn this";
         and `labels`, the id where the mask is 1 and `IGNORED` (-100) elsewhere. Labels are not
-        shifted: each stands at its own token. Where no message is the assistant's, all of them are
-        `IGNORED`.
+        shifted: each stands at its own token. In a prompt (`add_generation_prompt`) without an
+        answer all labels are `IGNORED`.
 
     Raises:
         ValueError: the conversation is not sound; or nothing in it would be learned, because it
@@ -196,10 +196,11 @@ def _cut(columns: dict[str, list[list[int]]], max_length: int) -> None:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token with which the assistant ends its turn: the last one its template learns.
+    """The token with which the assistant ends its turn.
 
-    Of a template without marks: the last one of a conversation. White space behind it does not
-    count. Where that is no control token, or the template takes no text: the end of a text (EOS).
+    It is the last token that the template marks as the assistant's, white space aside. If the
+    template marks nothing, it is the last token of a conversation. If that is not a control token,
+    or the template cannot be rendered, it is EOS.
     """
     from jinja2 import TemplateError
 

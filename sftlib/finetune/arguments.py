@@ -17,9 +17,16 @@ if TYPE_CHECKING:
     from trl import SFTConfig, TrlParser
 
 DEFAULT_MAX_LENGTH = 4096  # tokens of a conversation, where --max_length is not given
-COMMON = (  # arguments of TRL that --help shows; --help_all shows all
-    *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "max_length", "packing", "deepspeed", "report_to"),
+SHOWN_IN_HELP = (  # arguments of TRL that --help shows; --help_all shows all
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "deepspeed",
+    "report_to",
 )
 
 
@@ -36,7 +43,9 @@ class FinetuneArguments:
     """What is finetuned, how, on what."""
 
     model: str | None = option(
-        None, "A name on the Hub, a local folder, tiny-base or smollm2-135m; else SFT_MODEL."
+        None,
+        "A name on the Hub, a local folder, tiny-base or smollm2-135m. Without it the environment "
+        "variable SFT_MODEL decides.",
     )
     method: str = option(
         "lora",
@@ -51,8 +60,8 @@ class FinetuneArguments:
     )
     held_out: str = option(
         "",
-        "Conversations to evaluate on: such a file or dataset, or the share of the data to keep "
-        "back, such as 0.1.",
+        "Conversations to evaluate on: a file or dataset as for --data, or the share of the data "
+        "to keep back. Without it 0.1, and for the course's own data its held-out file.",
     )
     data_config: str = option("", "Configuration of a dataset on the Hub that has several.")
     data_split: str = option("train", "Split of a dataset on the Hub to train on.")
@@ -158,13 +167,14 @@ def help_page(parser: TrlParser, introduction: str) -> str:
     """Our arguments and the common ones of TRL, each with its default, for a person to read."""
     # A name may have several actions, such as --merge and --no_merge: the first one counts.
     actions = {action.dest: action for action in reversed(parser._actions)}
-    actions[
-        "max_length"
-    ].help = f"Longer ones are cut; the model's context, at most {DEFAULT_MAX_LENGTH:,}."
+    actions["max_length"].help = (
+        "Tokens per conversation; longer ones are cut. Without it the model's context, at most "
+        f"{DEFAULT_MAX_LENGTH:,}."
+    )
     actions["learning_rate"].help = "Follows from method and size of the model, see lesson 4."
     lines = [introduction.rstrip(), "", "Arguments:", ""]
     own = {argument.name: argument for argument in fields(FinetuneArguments)}
-    for name in (*own, *COMMON):
+    for name in (*own, *SHOWN_IN_HELP):
         flag, default, text = _help_entry(actions[name], own.get(name))
         wrapped = textwrap.wrap(text, 84)
         lines += [f"  --{flag}{default}", *(f"      {line}" for line in wrapped)]

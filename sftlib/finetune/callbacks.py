@@ -114,11 +114,11 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def tell_all_ranks(self, device: torch.device) -> None:
-        """A signal reaches the ranks in different steps, or only one of them; saving takes all."""
+        """Share the signal: a rank that got one stops all, since saving needs every rank."""
         if distributed.is_available() and distributed.is_initialized():
-            latest = torch.tensor(self.received, device=device)
-            distributed.all_reduce(latest, distributed.ReduceOp.MAX)
-            self.received = int(latest)
+            highest = torch.tensor(self.received, device=device)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+            self.received = int(highest)
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.tell_all_ranks(args.device)

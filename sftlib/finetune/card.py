@@ -33,6 +33,7 @@ def model_card(
     rank = f", r = {args.lora_r}, α = {args.lora_alpha}" if args.trains_adapters else ""
     learned = "the assistant's" if training.assistant_only_loss else "all"
     evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    table = "\n".join(map(_table_line, evaluations))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -51,7 +52,7 @@ step {saved_step(trainer)} are kept; seed {training.seed}; loss on {learned} tok
 
 | step | held-out loss | exact answers | ended by itself |
 |--:|--:|--:|--:|
-{chr(10).join(map(_table_line, evaluations))}
+{table}
 
 **Versions**: {", ".join(f"{name} {version(name)}" for name in PACKAGES)}.
 """
@@ -69,7 +70,7 @@ def _table_line(evaluation: dict[str, Any]) -> str:
 
 def print_samples(rows: list[dict], given: list[Answer], count: int = 3) -> None:
     """Print the first questions with the model's answers."""
-    for row, answer in list(zip(rows, given, strict=False))[:count]:
+    for row, answer in zip(rows[:count], given, strict=False):
         text = answer.text.replace("\n", "\n    ")
         end = "" if answer.stopped else " … (does not end)"
         print(f"\n{row['messages'][-2]['content']}\n    {text}{end}")

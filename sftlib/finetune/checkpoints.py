@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 SHARED_DISK_SECONDS = 90  # after which a network disk shows a new file on all nodes
-SETTINGS = (  # of TRL's settings, those that decide what is learned; others may change
-    *("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "max_length", "packing"),
+NEARLY_FULL = 64 * 2**20  # bytes
+IDENTITY_SETTINGS = (  # of TRL's settings, those that decide what is learned; others may change
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "max_length",
+    "packing",
     "seed",
 )
 
@@ -37,7 +43,7 @@ def run_identity(args: FinetuneArguments, training: SFTConfig, rows: list[dict])
         # The product, so that a run can go on with more or fewer GPUs.
         "rows_per_step": rows_per_step(training, training.world_size),
         "lr_scheduler_type": schedule(training),
-        **{name: getattr(training, name) for name in SETTINGS},
+        **{name: getattr(training, name) for name in IDENTITY_SETTINGS},
     }
 
 
@@ -87,7 +93,11 @@ class RunFolder:
             )
 
     def finished(self, saved: str) -> bool:
-        """Whether the folder `saved` is there with its card, which is written last."""
+        """Whether the folder `saved` is there with its card, which is written last.
+
+        Raises:
+            ValueError: the folder belongs to another run.
+        """
         if not (self.path / saved / "README.md").exists():
             return False
         self._check_owner()
@@ -114,9 +124,10 @@ class RunFolder:
         Each library reports a full disk in another way. Half-written files are removed, because
         otherwise there would be no room to go on.
         """
-        # Some libraries hide the system's message, and a failed write may have freed its space.
+        # A library may hide the system's message, so little free space is a sign, too. A failed
+        # write may have freed its space, so the message alone is one as well.
         free = shutil.disk_usage(self.path).free
-        if free > 64 * 2**20 and "No space left" not in str(error):
+        if free > NEARLY_FULL and "No space left" not in str(error):
             return
         for part in (*self.path.glob("*.part"), *self._checkpoints()):
             if part.suffix == ".part" or not is_whole(part):
@@ -137,4 +148,5 @@ def is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
+    # Transformers writes *.safetensors, DeepSpeed a folder of shards.
     return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*"))

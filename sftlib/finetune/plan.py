@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ class Plan:
     """Parameters, work, and the bytes that one rank keeps.
 
     Attributes:
-        parameters, trained: numbers of parameters; adapters are trained and not among the first.
+        parameters: of the base model.
+        trained: how many parameters are updated; those of adapters are not in `parameters`.
         on_device: bytes by what they are for.
         offloaded: bytes that DeepSpeed keeps in main memory or on disk.
         available: bytes of one GPU, or of this machine's main memory.
@@ -140,14 +142,11 @@ def _work(
 ) -> Workload:
     limit = allowed_max_length(model, training)
     count, kind, longest = len(lengths), "conversations", min(max(lengths), limit)
-    if training.packing:  # rows are filled up to the limit
-        count, kind, longest = (
-            -(-sum(min(n, limit) for n in lengths) // limit),
-            "packed rows",
-            limit,
-        )
+    if training.packing:  # conversations fill each row up to the limit
+        tokens = sum(min(n, limit) for n in lengths)
+        count, kind, longest = math.ceil(tokens / limit), "packed rows", limit
     per_step = rows_per_step(training, world_size)
-    steps = round(-(-count // per_step) * training.num_train_epochs)
+    steps = round(math.ceil(count / per_step) * training.num_train_epochs)
     return Workload(
         conversations=len(lengths),
         tokens=round(sum(lengths) * training.num_train_epochs),

@@ -27,7 +27,7 @@ def save(trainer: SFTTrainer, args: FinetuneArguments, folder: Path) -> Path:
     if trainer.is_world_process_zero():
         replace_folder(folder / f"{name}.part", folder / name)
     if last != name:
-        # One rank merges alone; under stage 3 it would wait for the others to load, too.
+        # Only the first rank merges. With ZeRO-3 still on, loading would wait for the others.
         unset_hf_deepspeed_config()
         if trainer.is_world_process_zero():
             print(f"The adapter is in {folder / name}; --no_merge would skip the merged model.")

@@ -46,9 +46,10 @@ class Result:
     """What a launch gave.
 
     Attributes:
-        ranks: how many processes ran.
+        ranks: how many were asked for.
         rows: the lines of JSON that ranks printed, each a dict, with its `rank` added.
-        failures: one line per rank that failed, the first to fail first; empty if none did.
+        failures: one line per rank that failed, causes before what only followed from them; after
+            a timeout, where each rank is. Empty if none failed.
         logs: the folder with what each rank printed; None for a stored run.
     """
 
@@ -288,7 +289,7 @@ def _surroundings(ranks: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": 1,
         "PYTHONUNBUFFERED": 1,  # what a rank prints is shown at once
         "SFT_NO_BARS": 1,
-        "TORCHDYNAMO_DISABLE": 1,  # DeepSpeed decorates with torch.compile: an import of seconds
+        "TORCHDYNAMO_DISABLE": 1,  # else importing DeepSpeed loads torch.compile, for seconds
         "PYTHONWARNINGS": "ignore::FutureWarning",
         # Ranks find the commands of this Python and this sftlib, though neither its environment
         # was activated nor the package installed.

@@ -84,8 +84,8 @@ def lora_targets(
         target_modules: `"all-linear"`, the last parts of names, or a pattern for whole names.
 
     Raises:
-        ValueError: nothing has such a name; the pattern is none; or the rank is below 1 or above
-            that of a matrix.
+        ValueError: nothing has such a name; the pattern is no valid regular expression; or the
+            rank is below 1 or above that of a matrix.
     """
     given = isinstance(model_or_shapes, Mapping)
     shapes = model_or_shapes if given else linear_shapes(model_or_shapes)
