@@ -59,13 +59,16 @@ def has_display(environ: Mapping[str, str], platform: str) -> bool:
 def settings() -> dict[str, str]:
     """Variables for JupyterLab: no pop-up about news in a lesson, and this environment's kernel.
 
-    And threads that sleep while they wait: a training is as fast alone, and with another program on
-    the same cores it is much faster than with threads that spin (`make threads` measures it).
+    And threads that spin for a short time only while they wait for each other. Two trainings at
+    once then take half the time, and one alone takes a tenth longer than with the default. Threads
+    that sleep at once (OMP_WAIT_POLICY=passive) cost a third of one training on some CPUs. `make
+    threads` measures it, data/benchmarks.json has the table. Your own setting counts more.
     """
+    own = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
     return {
         "JUPYTER_CONFIG_PATH": str(ROOT / "tools/jupyter"),
         "JUPYTER_PREFER_ENV_PATH": "1",
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        **({} if own else {"GOMP_SPINCOUNT": "1000"}),
     }
 
 

@@ -7,7 +7,7 @@ program wants the core, it has to wait for threads that do nothing.
     make threads                # measure each setting three times, in turns; print the medians
     make threads ARGS=--store   # keep them in data/benchmarks.json, under "threads" and the machine
 
-Where the result is used: `tools/lab.py` sets OMP_WAIT_POLICY for lessons, `conftest.py` sets
+Where the result is used: `tools/lab.py` sets GOMP_SPINCOUNT for lessons, `conftest.py` sets
 OMP_NUM_THREADS for tests.
 """
 
