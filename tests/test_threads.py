@@ -26,7 +26,7 @@ def test_each_machine_keeps_its_own_table_beside_what_else_is_stored(tmp_path, c
     assert "default                     4.2          9.8" in capsys.readouterr().out
 
 
-def test_tests_have_one_thread_and_lessons_threads_that_spin_briefly_unless_told_otherwise(monkeypatch):
+def test_tests_have_one_thread_and_lessons_threads_that_spin_briefly(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"]  # set by conftest.py, unless somebody set it before
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
