@@ -59,9 +59,9 @@ def has_display(environ: Mapping[str, str], platform: str) -> bool:
 def settings() -> dict[str, str]:
     """Variables for JupyterLab: no pop-up about news in a lesson, and this environment's kernel.
 
-    And threads that spin for a short time only while they wait for each other. Two trainings at
-    once then take half the time, and one alone takes a tenth longer than with the default. Threads
-    that sleep at once (OMP_WAIT_POLICY=passive) cost a third of one training on some CPUs. `make
+    And threads that spin for a short time only while they wait for each other. One training takes
+    as long as with the default, and two at once take 4 seconds in place of 8 to 71. Threads that
+    sleep at once (OMP_WAIT_POLICY=passive) make one training a third slower on some CPUs. `make
     threads` measures it, data/benchmarks.json has the table. Your own setting counts more.
     """
     own = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
