@@ -373,6 +373,7 @@ def test_much_output_does_not_stall(script, capsys):
 # Ranks that fail
 
 
+@pytest.mark.integration
 def test_a_failing_rank_says_why_and_where(script, capsys):
     path = script("""
         import json, os, time

@@ -82,6 +82,7 @@ def test_a_run_becomes_its_peft_config(tiny):
     assert config.target_modules == "all-linear"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "run", [Run(5e-4, targets="mlp", examples=32), Run(5e-3, r=2, examples=32, replay=16)]
 )

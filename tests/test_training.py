@@ -77,6 +77,7 @@ def test_the_trainer_learns_exactly_the_assistants_tokens(tokenizer):
     assert fed == {ids: answer + "<|im_end|>" for ids, answer in by_hand.items()}
 
 
+@pytest.mark.integration
 def test_what_is_learned_is_what_trl_would_learn(tokenizer):
     """For text without control tokens `tune` prepares a dataset as TRL does."""
     model = random_model(tokenizer)
@@ -121,6 +122,7 @@ def test_a_dataset_of_plain_text_goes_to_trl_as_it_is(tokenizer):
     assert list(trainer.train_dataset["labels"]) == expected
 
 
+@pytest.mark.integration
 def test_rows_are_trained_on_as_a_dataset_of_them_is(tokenizer):
     """Their own columns are ignored, also where one mixes types, which Arrow would refuse."""
     rows = [row | {"value": i if i % 2 else str(i)} for i, row in enumerate(ROWS[:4])]
