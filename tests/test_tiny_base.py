@@ -1,4 +1,4 @@
-"""The shipped facts, splits, tokenizer and model are what data/build makes, and they are sound."""
+"""The shipped facts, splits, tokenizer and model are what tools/tiny_base makes, and are sound."""
 
 import importlib
 import json
