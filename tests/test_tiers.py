@@ -12,6 +12,13 @@ ROOT = Path(__file__).parents[1]
 TESTS = '''
 import subprocess, sys, time, conftest, pytest
 conftest.CPU_SECONDS = 0.5  # so that this test need not take long itself
+conftest.a_known_loop = lambda: conftest.LOOP_SECONDS  # whatever machine it is
+class Idle:  # a core that idles, or none, whatever else runs
+    def __init__(self, a_core): self.a_core = a_core
+    def cpu_times(self): return self
+    @property
+    def idle(self): return time.perf_counter() * self.a_core
+conftest.psutil = Idle(False)
 SPIN = """import time
 end = time.process_time() + 1.3  # beyond the limit of a busy machine, too
 while time.process_time() < end: pass"""
@@ -20,6 +27,13 @@ def test_short(): pass
 def test_busy(): exec(SPIN)
 def test_busy_child(): subprocess.run([sys.executable, "-c", SPIN], check=True)
 def test_waits(): time.sleep(1.3)  # by the clock, as on a machine where others take the cores
+@pytest.fixture
+def idle(monkeypatch): monkeypatch.setattr(conftest, "psutil", Idle(True))
+def test_sleeps(idle): time.sleep(0.7)
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(conftest, "a_known_loop", lambda: conftest.LOOP_SECONDS * 5)
+def test_on_a_slow_machine(slow): exec(SPIN)
 def test_wrong():
     exec(SPIN)
     assert False, "its own reason"
@@ -46,8 +60,8 @@ def test_a_unit_test_that_takes_long_fails_and_is_told_what_to_do(tmp_path: Path
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     ends = {name: end for end, name in re.findall(r"^(PASSED|FAILED) \S+::test_(\w+)", said, re.M)}
     failed = {name for name, end in ends.items() if end == "FAILED"}
-    assert failed == {"busy", "busy_child", "hangs", "wrong"} and len(ends) == 9, said
-    assert len(re.findall("^E? *Expected a unit test to take at most 0.5 s", said, re.M)) == 3, said
+    assert failed == {"busy", "busy_child", "hangs", "sleeps", "wrong"} and len(ends) == 11, said
+    assert len(re.findall("^E? *Expected a unit test to take at most 0.5 s", said, re.M)) == 4, said
     assert "mark it `@pytest.mark.integration`" in said and "its own reason" in said
 
 
