@@ -47,7 +47,7 @@ test: setup ## run the tests of each commit and every notebook, in twelve minute
 
 test-all: setup ## run the nightly tests too: whole lessons in a browser, offline, two nodes, a full disk
 	@$(VENV) python tools/browser.py
-	@$(VENV) $(PYTEST) $(NBVAL) tests $(wildcard notebooks) $(ARGS)
+	@$(VENV) $(PYTEST) --hypothesis-profile=thorough $(NBVAL) tests $(wildcard notebooks) $(ARGS)
 
 browser: setup ## run every lesson in JupyterLab in a browser; screenshots in build/screenshots/
 	@$(VENV) python tools/browser.py

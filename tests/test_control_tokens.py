@@ -18,7 +18,7 @@ from sftlib.training import tune
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -132,7 +132,6 @@ CUT = st.builds(
 ATTACKS = st.lists(FRAGMENTS | CUT | st.text(max_size=3), max_size=12).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
 @given(ATTACKS)
 def test_unescape_gives_back_any_escaped_text(text):
     assert unescape(escape(text, TINY), TINY) == text
@@ -140,13 +139,11 @@ def test_unescape_gives_back_any_escaped_text(text):
     assert unescape(unescape(twice, TINY), TINY) == text
 
 
-@settings(max_examples=500, deadline=None)
 @given(ATTACKS)
 def test_an_escaped_text_has_no_control_token(text):
     assert controls(TINY.encode(escape(text, TINY), add_special_tokens=False)) == []
 
 
-@settings(max_examples=500, deadline=None)
 @given(ATTACKS)
 def test_only_control_tokens_are_escaped(text):
     escaped = escape(text, TINY)

@@ -17,7 +17,7 @@ from sftlib.data import (
 from sftlib.data.validation import normalise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
@@ -187,7 +187,6 @@ SENTENCE = st.lists(st.sampled_from("red green blue a b é 日 ! .".split()), ma
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.builds(chat, SENTENCE, SENTENCE), max_size=12),
     st.sampled_from([0.07, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),
@@ -347,7 +346,6 @@ def test_a_split_is_the_same_today_and_tomorrow():
 ROWS = st.lists(st.integers(0, 8), min_size=2, max_size=40).filter(lambda v: len(set(v)) > 1)
 
 
-@settings(max_examples=200, deadline=None)
 @given(ROWS, st.floats(0.01, 0.99), st.integers(0, 9), st.randoms(use_true_random=False))
 def test_a_value_is_on_one_side_whatever_the_order_of_the_rows(values, share, seed, rng):
     rows = [{"value": value, "i": i} for i, value in enumerate(values)]

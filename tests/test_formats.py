@@ -11,7 +11,7 @@ from sftlib.data.read import convert, convert_records
 from sftlib.data.validation import validate
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 SAMPLES = Path(__file__).parents[1] / "data" / "open_formats"
@@ -214,7 +214,7 @@ KEYS = (
 RECORD = JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUE))
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.integration
 @given(RECORD)
 def test_whatever_the_record_it_is_a_sound_conversation_or_a_record_error(record):
     try:
@@ -229,7 +229,6 @@ def test_whatever_the_record_it_is_a_sound_conversation_or_a_record_error(record
     assert roles == ["user", "assistant"] * (len(roles) // 2)
 
 
-@settings(max_examples=200, deadline=None)
 @given(JSON | st.lists(MESSAGE | JSON, max_size=5))
 def test_problems_never_raises_and_agrees_with_to_messages(messages):
     found = validate(messages)
@@ -479,12 +478,17 @@ def numbered(name: str, i: int) -> dict:
     "name, suffix, indent",
     [
         ("alpaca", ".json", 4),
-        ("alpaca", ".json", None),
         ("dolly", ".jsonl", None),
-        ("oasst", ".jsonl", None),
-        ("hh", ".jsonl.gz", None),
-        ("sharegpt", ".json", 2),
-        ("sharegpt", ".json", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.integration)
+            for case in [
+                ("alpaca", ".json", None),
+                ("oasst", ".jsonl", None),
+                ("hh", ".jsonl.gz", None),
+                ("sharegpt", ".json", 2),
+                ("sharegpt", ".json", None),
+            ]
+        ),
     ],
 )
 def test_of_ten_thousand_records_exactly_the_bad_ones_are_listed(tmp_path, name, suffix, indent):
@@ -516,7 +520,6 @@ def test_of_ten_thousand_records_exactly_the_bad_ones_are_listed(tmp_path, name,
         assert str(i) in reject["text"]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.text(), st.text()), max_size=6), st.sampled_from([None, 0, 1, 4]))
 def test_any_text_survives_an_array(tmp_path_factory, pairs, indent):
     records = [{"question": "q" + q, "answer": a + "a"} for q, a in pairs]
@@ -528,7 +531,6 @@ def test_any_text_survives_an_array(tmp_path_factory, pairs, indent):
     assert all(chat(r["question"].strip(), r["answer"].strip()) in found.rows for r in sound)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60) | st.text('[]{}",:\\ \nab1').map(str.encode))
 def test_no_bytes_make_an_array_raise_or_hang(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("a") / "a.json"

@@ -420,6 +420,7 @@ def test_ranks_that_lost_the_failing_one_come_last_and_in_short(script):
     ]
 
 
+@pytest.mark.integration
 def test_a_failed_script_ends_with_the_code_that_python_itself_would_give(script, tmp_path):
     command = [
         sys.executable,

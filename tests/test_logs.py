@@ -143,7 +143,7 @@ NUMBER = st.one_of(st.floats(), st.integers(-9, 9), st.text(max_size=3), st.none
 LINE = st.dictionaries(st.sampled_from(["step", "loss", "eval_loss", "grad_norm", "x"]), NUMBER)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(LINE, max_size=6))
 def test_any_log_gives_a_table_or_a_clear_error(log):
     try:
@@ -154,7 +154,7 @@ def test_any_log_gives_a_table_or_a_clear_error(log):
         assert rows.index.is_monotonic_increasing and rows.index.is_unique and "loss" in rows
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 5), st.floats(), st.dictionaries(st.text(max_size=9), st.floats()))
 def test_any_output_is_explained(steps, loss, metrics):
     names = ["train_steps_per_second", "train_samples_per_second", "total_flos", "epoch"]
@@ -269,6 +269,7 @@ def test_gaps_and_printed_numbers_do_not_disturb():
     assert list(diagnose(rare).index) == ["nothing unusual"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("scatter", "quiet"), [(0.1, 0.99), (0.2, 0.95)])
 def test_noise_of_small_batches_is_hardly_ever_a_sign(scatter, quiet):
     rng = random.Random(1)
@@ -280,6 +281,7 @@ def test_the_published_log_starts_near_chance():
     assert list(diagnose(LOSSES).index) == ["starts near chance"]
 
 
+@pytest.mark.integration
 def test_diagnoses_of_runs_held_apart_are_right():
     """The figures of lesson 8: at least 0.9 each, and 95 % of sound trainings left in peace."""
     runs = [run for run in read_jsonl(RUNS) if run["seed"] >= 5]  # the others were looked at
@@ -292,7 +294,7 @@ def test_diagnoses_of_runs_held_apart_are_right():
     assert len(sound) >= 40 and sum(not found for found in sound) >= 0.95 * len(sound)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(LINE, max_size=14))
 def test_any_log_gives_a_diagnosis_or_a_clear_error(log):
     try:
@@ -303,7 +305,7 @@ def test_any_log_gives_a_diagnosis_or_a_clear_error(log):
         assert len(found) and found.index.is_unique
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.fixed_dictionaries(

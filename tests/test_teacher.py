@@ -481,7 +481,7 @@ JSON = st.recursive(
 
 
 @given(st.text() | JSON.map(json.dumps) | st.lists(JSON.map(json.dumps) | st.text()).map("".join))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 def test_whatever_is_read_gives_pairs_with_text_or_the_documented_error(text):
     try:
         pairs = parse_pairs(text)

@@ -181,7 +181,8 @@ def test_no_tested_entity_occurs_in_the_sft_data(name):
     taught = "\n".join(m["content"] for row in read_facts("sft") for m in row["messages"]).lower()
     for row in read_facts(name):
         entity = row["entity"].lower().removeprefix("the ")
-        assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
+        if entity in taught:  # as part of a longer word it may be
+            assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
 
 
 def test_every_file_of_data_has_its_source_and_licence():

@@ -118,9 +118,7 @@ MESSAGE = st.fixed_dictionaries({"role": TURN | JUNK, "content": TEXT | JUNK})
 ANSWERED = st.lists(TEXT, min_size=2, max_size=4).map(lambda texts: chat(*texts)["messages"])
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JUNK | st.lists(MESSAGE | JUNK, max_size=4) | ANSWERED, st.booleans())
 def test_whatever_it_is_given_encode_succeeds_or_raises_a_value_error(tokenizer, junk, prompt):
     """It succeeds exactly where `fault` finds nothing."""
