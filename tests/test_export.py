@@ -212,6 +212,7 @@ def wait_until_there(path: Path, seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.integration
 def test_a_server_that_takes_too_long_is_ended(stub):
     path, began = stub(), time.monotonic()
     with pytest.raises(RuntimeError, match="The server of mine did not start"):
@@ -219,6 +220,7 @@ def test_a_server_that_takes_too_long_is_ended(stub):
     assert stub.ended() and time.monotonic() - began < 60
 
 
+@pytest.mark.integration
 def test_a_server_ends_with_its_block_and_after_a_comparison_that_fails(stub):
     with serving.start(stub(ANSWERS), "mine") as server:
         assert server.url == "http://127.0.0.1:9/v1" and server.key not in repr(server)

@@ -334,6 +334,7 @@ def test_deepspeed_builds_nothing_on_a_cpu(script):
 # Odd output
 
 
+@pytest.mark.integration
 def test_odd_bytes_and_line_ends_are_shown_once_and_whole(script, capsys):
     """A row is a line, whatever its text."""
     text = "one\u2028two\x0bthree\x85"
@@ -432,6 +433,7 @@ def test_a_failed_script_ends_with_the_code_that_python_itself_would_give(script
     assert subprocess.run(command, env=os.environ | notes, capture_output=True).returncode == 1
 
 
+@pytest.mark.integration
 def test_a_rank_that_only_followed_is_told_last_though_it_ended_first(script):
     path = script(
         """
@@ -447,6 +449,7 @@ def test_a_rank_that_only_followed_is_told_last_though_it_ended_first(script):
     assert second.startswith(f"rank 0: {LOST}")
 
 
+@pytest.mark.integration
 def test_ranks_that_still_wait_for_a_failed_one_are_stopped(script, monkeypatch):
     monkeypatch.setattr(launch_module, "GRACE", 0.5)
     path = script(
@@ -609,6 +612,7 @@ def test_who_has_the_logs_is_said_even_where_its_number_is_still_to_be_written(s
     assert run(path, ranks=1).failures == []
 
 
+@pytest.mark.integration
 def test_of_two_launches_at_once_one_gets_the_logs(script):
     path = script("import time; time.sleep(1)")
 

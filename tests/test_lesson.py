@@ -126,6 +126,7 @@ def test_of_two_cells_with_one_text_each_is_run_once(shell, capsys):
     assert shell.user_ns["rows"] == [1, 1]
 
 
+@pytest.mark.integration
 def test_set_up_run_again_begins_anew(shell, capsys):
     run(shell, "ask", capsys)
     shell.run_cell(CELLS["setup"] + "\nlesson.begin('00_short')", cell_id="setup")
@@ -186,6 +187,7 @@ def test_in_order_what_was_written_is_kept_and_written_once(shell, work, capsys)
     assert shell.user_ns["text"] == "long training" and (work / "adapter/weights").exists()
 
 
+@pytest.mark.integration
 def test_after_set_up_again_the_cell_that_wrote_a_file_is_run_before_the_one_that_reads_it(
     shell, work, capsys
 ):

@@ -34,6 +34,7 @@ def sections(lesson: Path) -> list[str]:
     return list(notebooks.sections(lesson))[1:]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page: Path):
     source = page.read_text(encoding="utf-8")

@@ -227,6 +227,7 @@ def test_zero_3_keeps_trls_tiles(heads):
     assert config.is_zero3() and products == [4, 4]
 
 
+@pytest.mark.integration
 def test_training_with_logits_in_one_piece_logs_what_trl_logs(heads, monkeypatch):
     logs = []
     for head in (SimpleNamespace(apply=heads[0].apply), heads[1]):

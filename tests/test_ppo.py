@@ -226,6 +226,7 @@ def test_training_earns_more_reward(tuned):
     assert first < 0.4 and last > first + 0.3
 
 
+@pytest.mark.integration
 def test_a_price_keeps_the_model_near_the_reference(tokenizer):
     settings = {"steps": 6, "batch_size": 16, "max_new_tokens": 6, "learning_rate": 2e-2}
     free, bound = (trained(tokenizer, kl_coef=kl, **settings)[-2:] for kl in (0.0, 2.0))

@@ -131,6 +131,7 @@ def test_an_answer_comes_with_its_tokens(serve):
     ]
 
 
+@pytest.mark.integration
 def test_a_short_wait_is_waited_for(serve):
     teacher = serve(error(429, Retry_After="1"), chat("ok"))
     started = time.monotonic()
@@ -166,6 +167,7 @@ def test_a_server_error_that_stays_is_said(serve, status):
     assert len(serve.log) == 3
 
 
+@pytest.mark.integration
 def test_a_server_that_does_not_answer_in_time(serve):
     def slow(request):
         time.sleep(1)
