@@ -375,6 +375,7 @@ def test_jupyterlab_stays_on_this_machine_and_keeps_its_token():
     assert "token" not in call and "password" not in call and "--no-browser" not in call
 
 
+@pytest.mark.integration
 def test_jupyterlab_asks_nobody_for_news_or_for_its_latest_version():
     from jupyterlab.handlers.announcements import NeverCheckForUpdate
     from jupyterlab.labapp import LabApp
