@@ -6,6 +6,7 @@ What needs `make serving` is skipped where that was not run.
 import copy
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -313,6 +314,15 @@ def test_a_conversation_that_has_grown_too_long_is_announced(tiny, capsys):
     room = model.config.max_position_embeddings
     talk(model, tokenizer, ["word " * (room - 10)], max_new_tokens=2)
     assert f"of {room} tokens are used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["no/such/model", "."])
+def test_talk_says_in_a_sentence_why_a_model_cannot_be_loaded(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["talk", wrong])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("sftlib.deploy.talk", run_name="__main__")
+    assert f"Cannot load the model {wrong!r}" in str(end.value.code)
 
 
 # --- What needs it -------------------------------------------------------------------------------
