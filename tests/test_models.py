@@ -203,3 +203,22 @@ def test_importing_sftlib_is_fast_and_leaves_torch_alone():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert float(done.stdout) < 2
+
+
+@pytest.mark.parametrize(("file", "server"), [(None, True), ("a.gguf", False), ("a.gguf", True)])
+def test_the_local_teacher_starts_only_where_both_its_parts_are_installed(
+    monkeypatch, file, server
+):
+    asked = []
+    started = SimpleNamespace(url="http://127.0.0.1:9/v1", key="k")
+    monkeypatch.setattr(local, "smollm2_gguf", lambda: file)
+    monkeypatch.setattr(local.serving, "installed", lambda: server)
+    monkeypatch.setattr(local.serving, "start", lambda *given: asked.append(given) or started)
+    local.start.cache_clear()
+    if file and server:
+        assert local.start(5.0) == (started.url, "k") == local.start(5.0)
+        assert asked == [(file, local.MODEL, 5.0)]
+    else:
+        with pytest.raises(RuntimeError, match="make teacher"):
+            local.start(5.0)
+    local.start.cache_clear()
