@@ -50,8 +50,10 @@ LLAMA_1B: dict[str, Any] = {  # meta-llama/Llama-3.2-1B/config.json
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
 }
-TINY = LLAMA_1B | {"vocab_size": 4352, "hidden_size": 64, "intermediate_size": 128}
-TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TINY: dict[str, Any] = LLAMA_1B | {
+    **{"vocab_size": 4352, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}
 STEPS, WARM_UP, SAVE_STEPS = (
     20,
     3,
@@ -82,8 +84,12 @@ def build(folder: str) -> None:
 
     gpu, path = torch.cuda.is_available(), Path(folder)
     tokenizer = describe("tiny-base")[1]
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
-    config = LlamaConfig(**(LLAMA_1B if gpu else TINY), bos_token_id=None, **tokens)
+    config = LlamaConfig(
+        **(LLAMA_1B if gpu else TINY),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if gpu else "cpu"):
         dtype = torch.bfloat16 if gpu else torch.float32
@@ -110,7 +116,7 @@ def watched(figures: str, *command: str) -> None:
     sys.argv = list(command)
     if not torch.cuda.is_available():  # bitsandbytes has a slow way of its own on a CPU
         gpu = mock.patch("torch.cuda.is_available", lambda: True)
-        model.four_bit_config = gpu(model.four_bit_config)
+        mock.patch.object(model, "four_bit_config", gpu(model.four_bit_config)).start()
     trainer.DEFAULT_CALLBACKS.append(watch(Path(figures)))
     runpy.run_path(command[0], run_name="__main__")
 
@@ -232,7 +238,8 @@ class Check:
         """Keep what a part found, or the last lines of its failure."""
         began = time.monotonic()
         self.deadline = min(began + limit * self.slow, self.end)
-        found = self.found[name] = {"status": "passed"}
+        found: dict[str, Any] = {"status": "passed"}
+        self.found[name] = found
         try:
             do(found)
         except Skipped as reason:

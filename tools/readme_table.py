@@ -103,7 +103,8 @@ def gpu(root: Path = ROOT) -> str:
         "",
         f"{found['machine']}, {found['gpu_gib']} GiB, {found['date']}, "
         f"{', '.join(map(' '.join, versions))}. A model of the shape of Llama 3.2 1B with random "
-        f"weights; {found['steps']}. `make gpu` measures it.",
+        f"weights; {found['steps']}. Memory is what PyTorch had allocated at most. `make gpu` "
+        "measures it.",
     ]
     return "\n".join([GPU_BEGIN, *rows, GPU_END])
 
