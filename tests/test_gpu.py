@@ -79,7 +79,7 @@ def test_places_of_this_machine_are_not_kept(check):
 @pytest.mark.integration
 def test_a_part_that_takes_too_long_ends_with_all_its_processes(check):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
-    sleeps = "import time; print('asleep', flush=True); time.sleep(600)"
+    sleeps = f"import time; print('asleep', flush=True); time.sleep(600)  # {check.work}"
     check.slow = 1
     began = time.monotonic()
     check.part("one", 1, lambda found: check.python("-c", child.format(sleeps)))
