@@ -1,14 +1,17 @@
 """`make gpu`: rehearsed on a CPU; what it reads, what it keeps of a failure, the README's table."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from transformers import TrainerCallback  # here: it must see this machine, and not a played GPU
 
 from tools import gpu, readme_table
 
@@ -25,10 +28,11 @@ def test_the_rehearsal_passes_and_stores_nothing_in_the_course(tmp_path):
     """The same steps as on a GPU, a tiny model."""
     before = gpu.STORED.read_bytes() if gpu.STORED.exists() else None
     command = [sys.executable, "-m", "tools.gpu", "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     stored = Path(re.search(r"Stored in (\S+)\.$", done.stdout.strip())[1])
-    assert ROOT not in stored.parents
+    assert tmp_path in stored.parents
     assert (gpu.STORED.read_bytes() if gpu.STORED.exists() else None) == before
     text = stored.read_text()
     parts = json.loads(text)["parts"]
@@ -71,9 +75,11 @@ def test_a_part_that_fails_is_kept_with_its_last_lines_and_the_others_go_on(chec
     assert "three: {'status': 'passed'" in capsys.readouterr().out
 
 
-def test_places_of_this_machine_are_not_kept(check):
+def test_places_of_this_machine_are_not_kept(check, monkeypatch):
     text = f"{check.work}/lora {ROOT}/tools {Path.home()}/x {sys.prefix}/lib"
     assert check.without_places(text) == "work/lora ./tools ~/x .venv/lib"
+    monkeypatch.setattr(gpu.Path, "home", lambda: Path("/"))
+    assert check.without_places("a/b /c") == "a/b /c"
 
 
 @pytest.mark.integration
@@ -160,6 +166,48 @@ def test_a_method_that_does_not_fit_is_skipped(check, monkeypatch):
 def test_utilisation_is_the_mean_of_the_samples_that_are_numbers():
     assert gpu.mean_percent("90\n100\n") == 95
     assert gpu.mean_percent("[N/A]\n") is None and gpu.mean_percent("") is None
+
+
+def test_nvidia_smi_is_asked_about_the_gpu_that_trains_until_it_is_stopped(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$1"\necho 90\nexec sleep 60\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    sampler = gpu.utilisation()
+    assert [sampler.stdout.readline() for _ in range(2)] == ["--id=3\n", "90\n"]
+    assert sampler.poll() is None
+    sampler.terminate()
+    assert sampler.communicate()[0] == ""
+
+
+def test_speed_and_memory_are_those_of_the_timed_steps(tmp_path, monkeypatch):
+    """A GPU played by five functions: 300 tokens in each second, one second a step."""
+    now, asked = [0.0], []
+    played = {"is_available": lambda: True, "max_memory_allocated": lambda: 3 * 2**30}
+    played |= {
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: asked.append("reset"),
+    }
+    for name, function in played.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", function)
+    monkeypatch.setattr(gpu, "utilisation", lambda: None)
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    watch, state = gpu.watch(tmp_path / "figures.json"), SimpleNamespace(global_step=0, max_steps=9)
+    args, state.log_history = SimpleNamespace(per_device_train_batch_size=2), []
+    assert isinstance(watch, TrainerCallback)
+    watch.on_train_begin(args, state, None)
+    for step in range(1, 10):
+        watch.on_step_begin(args, state, None)
+        now[0] += 1 if step > gpu.WARM_UP else 50
+        state.global_step = step
+        watch.on_step_end(args, state, None)
+        state.log_history.append({"step": step, "loss": 5 - step / 9, "num_tokens": 300 * step})
+    state.log_history.append({"step": 9, "eval_loss": 4.0})
+    now[0] += 100  # an evaluation at the end
+    watch.on_train_end(args, state, None)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert (found["tokens_per_second"], found["peak_gib"], asked) == (300, 3.0, ["reset"])
+    assert len(found["losses"]) == 9 and found["losses"]["9"] == 4.0
 
 
 def test_without_nvidia_smi_utilisation_is_not_measured(monkeypatch):

@@ -253,8 +253,9 @@ class Check:
     def without_places(self, text: str) -> str:
         """A text without where on this machine the course, its packages and the work lie."""
         places = {self.work: "work", ROOT: ".", Path(sys.prefix): ".venv", Path.home(): "~"}
-        for place in sorted(places, key=lambda place: -len(str(place))):
-            text = text.replace(str(place), places[place])
+        for place in sorted(places, key=lambda place: len(place.parts), reverse=True):
+            if place.name:  # a user of a container may live at /
+                text = text.replace(str(place), places[place])
         return text.strip()
 
     # --- Child processes
