@@ -12,7 +12,7 @@ NOTEBOOKS := tools/notebooks.py
 export PORT
 
 .PHONY: help setup lab doctor teacher serving quick test test-all browser lint format run new-lesson \
-	sections mutation bench threads audit newest slides tiny-base sweeps real recording clean
+	sections mutation bench threads gpu audit newest slides tiny-base sweeps real recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps 
 
 threads: setup ## measure how OpenMP's threads should wait on this machine (ARGS=--store keeps the table)
 	@$(VENV) python -m tools.threads $(ARGS)
+
+gpu: setup ## check the script on an NVIDIA GPU, in at most eight minutes (ARGS=--rehearse: on a CPU)
+	@$(VENV) python -m tools.gpu $(ARGS)
 
 audit: setup ## known vulnerabilities of the pinned packages (asks the index about each)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --upgrade \

@@ -23,6 +23,9 @@ DEFAULT = "tiny-base"
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny-base"
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Options of `from_pretrained` that say where the files are, for the tokenizer as for the model.
+WHERE = {"cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision"}
+WHERE |= {"subfolder", "token"}
 
 
 def load(
@@ -181,7 +184,8 @@ def _read(
 
     safe = {"trust_remote_code": False} | options
     try:
-        tokenizer = _tokenizer(source, options)
+        # A tokenizer keeps what it is given, and could not be saved with a quantization_config.
+        tokenizer = _tokenizer(source, {n: options[n] for n in options if n in WHERE})
         if "gguf_file" not in options:
             safe["use_safetensors"] = True
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe)

@@ -13,7 +13,7 @@ from sftlib.teacher import local
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,32 @@ def test_a_local_folder_is_loaded_with_the_dtype_asked_for(tmp_path):
     tokenizer.save_pretrained(tmp_path / "mine")
     again, _ = load(tmp_path / "mine", dtype=torch.float64)
     assert again.dtype == torch.float64
+
+
+def test_options_of_the_model_are_not_saved_with_the_tokenizer(tmp_path):
+    """Or a QLoRA run would train, and then fail to save."""
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    options = {"quantization_config": four_bits, "attn_implementation": "eager"}
+    model, tokenizer = load(**options, cache_dir=str(tmp_path / "cache"))
+    assert model.config._attn_implementation == "eager" and model.is_loaded_in_4bit
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not {"quantization_config", "attn_implementation"} & set(saved)
+
+
+def test_where_the_files_are_holds_for_the_tokenizer_too(monkeypatch):
+    asked = {}
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+
+        def read(source, kind=kind, **options):
+            asked[kind] = options["revision"]
+            raise OSError
+
+        monkeypatch.setattr(kind, "from_pretrained", read)
+        with pytest.raises(OSError):
+            load(revision="v1")
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: None)
+    assert asked == {AutoTokenizer: "v1", AutoModelForCausalLM: "v1"}
 
 
 def test_a_name_that_is_not_there_says_what_was_tried_and_what_to_do():

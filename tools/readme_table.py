@@ -1,8 +1,9 @@
-"""Write the README's table of lessons, and the instructors' of sections; `make format` does it.
+"""Write the README's tables, and the instructors' of sections; `make format` does it.
 
 A lesson's first cell begins with `# Lesson 1: Title` and has a line `> promise`. Times come from
 `data/benchmarks.json`, `{"machine": "...", "seconds": {"01_what_is_sft": 61.2}, "lessons": …}`,
-where it exists; `make bench ARGS="seconds --store"` measures them.
+where it exists; `make bench ARGS="seconds --store"` measures them. The table of the GPU comes from
+`data/runs/gpu.json`, which `make gpu` writes.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 TITLE = re.compile(r"^# Lesson (\d+): (.+)$", re.MULTILINE)
 PROMISE = re.compile(r"^> (.+)$", re.MULTILINE)
 
@@ -71,16 +73,58 @@ def sections(root: Path = ROOT) -> str:
     return "\n".join([BEGIN, *rows, "", where, END])
 
 
+def gpu(root: Path = ROOT) -> str:
+    """What `make gpu` found on a GPU, or that it has not been run on one; marks included."""
+    stored = root / "data/runs/gpu.json"
+    if not stored.exists():
+        words = "It has not been run on a GPU yet: `make gpu` does that, and fills in a table here."
+        return f"{GPU_BEGIN}\n{words}\n{GPU_END}"
+    found = json.loads(stored.read_text(encoding="utf-8"))
+    parts, versions = found["parts"], found["versions"].items()
+    rows = [
+        "| method | peak memory, GiB: `--plan`, script, `trl sft` | tokens/s: script, `trl sft` "
+        "| GPU busy: script, `trl sft` |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in ("lora", "qlora", "full"):
+        part = parts[name]
+        runs = [part.get(way, {}) for way in ("ours", "trl")]
+        memory = [part.get("planned_gib"), *(run.get("peak_gib") for run in runs)]
+        speed = [run.get("tokens_per_second") for run in runs]
+        busy = [run.get("utilisation") for run in runs]
+        cells = (_cell(memory, ".1f"), _cell(speed, ",.0f"), _cell(busy, ".0f", " %"))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows.append("")
+    for name, part in parts.items():
+        if "said" in part:
+            said = part["said"].replace("|", "\\|").replace("<", "&lt;")
+            rows.append(f"- {name}: {part['status']}; {said}")
+    rows += [
+        "",
+        f"{found['machine']}, {found['gpu_gib']} GiB, {found['date']}, "
+        f"{', '.join(map(' '.join, versions))}. A model of the shape of Llama 3.2 1B with random "
+        f"weights; {found['steps']}. Memory is what PyTorch had allocated at most. `make gpu` "
+        "measures it.",
+    ]
+    return "\n".join([GPU_BEGIN, *rows, GPU_END])
+
+
+def _cell(figures: list[float | None], form: str, unit: str = "") -> str:
+    return ", ".join("–" if figure is None else f"{figure:{form}}{unit}" for figure in figures)
+
+
 def updated(page: str, block: str) -> str:
-    """A page with the block between its two marks made anew."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"The page must hold the marks {BEGIN} and {END}; found not both")
-    before, rest = page.split(BEGIN, 1)
-    return before + block + rest.split(END, 1)[1]
+    """A page with the block between its two marks, the block's first and last line, made anew."""
+    begin, *_, end = block.splitlines()
+    if begin not in page or end not in page:
+        raise ValueError(f"The page must hold the marks {begin} and {end}; found not both")
+    before, rest = page.split(begin, 1)
+    return before + block + rest.split(end, 1)[1]
 
 
 def main() -> None:
-    for path, block in ((ROOT / "README.md", table()), (ROOT / "instructor/README.md", sections())):
+    readme, instructors = ROOT / "README.md", ROOT / "instructor/README.md"
+    for path, block in ((readme, table()), (readme, gpu()), (instructors, sections())):
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
 
 
