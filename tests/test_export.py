@@ -316,6 +316,17 @@ def test_a_conversation_that_has_grown_too_long_is_announced(tiny, capsys):
     assert f"of {room} tokens are used" in capsys.readouterr().out
 
 
+def test_an_answer_that_may_fill_the_context_to_the_last_token_is_not_announced(tiny, capsys):
+    model, tokenizer = tiny
+    asked = [{"role": "user", "content": "One, two"}]
+    used = len(encode(asked, tokenizer, add_generation_prompt=True)["input_ids"])
+    model = copy.deepcopy(model)
+    for room, said in ((used + 2, False), (used + 1, True)):
+        model.config.max_position_embeddings = room
+        talk(model, tokenizer, ["One, two"], max_new_tokens=2)
+        assert ("tokens are used" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("wrong", ["no/such/model", "."])
 def test_talk_says_in_a_sentence_why_a_model_cannot_be_loaded(wrong, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

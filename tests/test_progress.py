@@ -34,6 +34,15 @@ def two(monkeypatch):
     return check(1), check(2)
 
 
+def test_the_exercises_of_each_lesson_are_numbered_from_one_in_their_order():
+    numbers: dict[int, list[int]] = {}
+    for lesson, number in EXERCISES:
+        numbers.setdefault(lesson, []).append(number)
+    for lesson, found in numbers.items():
+        assert found == [*range(1, len(found) + 1)], lesson
+    assert len(numbers) >= 9
+
+
 # --- Bars ----------------------------------------------------------------------------------------
 
 

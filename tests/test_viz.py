@@ -140,3 +140,14 @@ def test_tokens_without_counts_give_no_number_away(tokenizer):
 def test_tokens_and_mask_must_match(tokenizer):
     with pytest.raises(ValueError, match="one mask value per token"):
         viz.tokens([1, 2], [0], tokenizer)
+
+
+def test_the_bins_of_a_histogram_reach_from_the_lowest_value_to_the_highest(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    series = {"a": [3.0, 4.0, 7.0], "b": [5.0]}
+    viz.histogram(series, "title", "a picture", "value", bins=4)
+    outlines = [patch.get_path().vertices for patch in figures[0].axes[0].patches]
+    for outline in outlines:
+        assert outline[:, 0].min() == 3.0 and outline[:, 0].max() == 7.0
+    assert sorted({x for x, _ in outlines[0]}) == [3.0, 4.0, 5.0, 6.0, 7.0]
