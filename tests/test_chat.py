@@ -198,7 +198,7 @@ S, U, A = MESSAGES[:3]
         ([{"content": "Q"}, A], "Message 1 of 2: .* with the keys 'content': name them so"),
         ([U, {"role": "assistant"}], "Message 2 of 2: .* with the keys 'role': name them so"),
         ([U, {}], "Message 2 of 2: .* found an object with no keys: name them so"),
-        ([U, {**A, "role": "bot"}], "Message 2 of 2: .* or assistant, found 'bot': rename it"),
+        ([U, {**A, "role": "bot"}], "Message 2 of 2: .* or tool, found 'bot': rename it"),
         ([U, {**A, "role": "user\n"}], r"Message 2 of 2: .* found 'user\\n': rename it"),
         ([U, {**A, "role": ["user"]}], "Message 2 of 2: .* found a value of type list: rename it"),
         ([U, {**A, "content": ["A"]}], "Message 2 of 2: .* found a value of type list: join its"),
