@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
@@ -21,10 +22,16 @@ MARK = "\u2060"
 read the control token as plain text."""
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template: the default one where it has several, or an empty text."""
+def template_of(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+    """The tokenizer's chat template, or an empty text.
+
+    Of several it is the one for tools (`tool_use`) where that is asked for, else the default one,
+    as in `apply_chat_template`.
+    """
     template = tokenizer.chat_template or ""
-    return template if isinstance(template, str) else template.get("default", "")
+    if isinstance(template, str):
+        return template
+    return (with_tools and template.get("tool_use")) or template.get("default", "")
 
 
 def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -62,7 +69,9 @@ class ControlTokens:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
         added = [(t.content, n, t.special) for n, t in tokenizer.added_tokens_decoder.items()]
-        state = (added, template_of(tokenizer))  # both can change
+        templates = tokenizer.chat_template or ""
+        written = templates if isinstance(templates, str) else "\n".join(templates.values())
+        state = (added, written)  # both can change
         if cls._known.get(tokenizer, (None,))[0] != state:
             cls._known[tokenizer] = (state, cls._read(*state))
         return cls._known[tokenizer][1]
@@ -101,6 +110,16 @@ class ControlTokens:
                 "reads it as a control token wherever it stands. Take it out of the text."
             )
         return self.open.sub(rf"\g<0>{MARK}", text)
+
+    def escape_all(self, value: Any) -> Any:
+        """A copy of lists and objects in which each text is escaped, keys included."""
+        if isinstance(value, str):
+            return self.escape(value)
+        if isinstance(value, Mapping):
+            return {self.escape_all(key): self.escape_all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.escape_all(item) for item in value]
+        return value
 
     def cut(self, text: str) -> list[tuple[int, str]]:
         """The pieces between the marks of an escaped text, each with its place in it."""

@@ -7,12 +7,14 @@ it never stops.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.chat.control_tokens import template_of
+from sftlib.data.validation import says_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,57 +43,123 @@ LLAMA3 = (
 )
 """The format of Llama 3 Instruct (Llama 3 model card, "Prompt format")."""
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""Messages as `sftlib.data.validation` describes them."""
+Tools = Sequence[Mapping[str, Any]]
+"""Schemas: `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`."""
+Spans = list[tuple[int, int]]
+"""From where to where in a text the template marks what the assistant says."""
 
 
-def render(messages: Messages, template: str = CHATML, add_generation_prompt: bool = False) -> str:
+def render(
+    messages: Messages,
+    template: str = CHATML,
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
+) -> str:
     """The text of a conversation in a chat format.
 
     Args:
-        messages: dicts with `role` (system, user or assistant) and `content`.
+        messages: dicts with `role` (system, user, assistant or tool), `content`, and where there
+            are any `reasoning_content` and `tool_calls`.
         template: a Jinja chat template, for instance `CHATML` or `LLAMA3`.
         add_generation_prompt: also open the assistant's turn, so that a model answers next.
+        tools: schemas of the tools that the assistant may call.
 
     A control token that stands in a message stands in the text, too, where a tokenizer cannot tell
     it from the template's own. To read, not to train on: `encode` keeps them apart.
+
+    Raises:
+        ValueError: the template cannot render the conversation, or leaves a part of it out.
     """
-    return render_marked([messages], template, add_generation_prompt)[0][0]
+    from sftlib.chat.layout import is_plain, layout_of
+
+    text, _ = render_marked(messages, template, add_generation_prompt, tools)
+    if not is_plain(messages, tools):
+        layout_of(messages, template, add_generation_prompt, tools).refuse_losses(messages)
+    return text
 
 
 def render_marked(
-    conversations: Sequence[Messages],
+    messages: Messages,
     template: str,
     add_generation_prompt: bool = False,
-    **special_tokens: str,
-) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """The texts, and where in each (from, to) the template marks what the assistant says."""
+    tools: Tools | None = None,
+    **special_tokens: Any,
+) -> tuple[str, Spans]:
+    """The text, and where in it the template marks what the assistant says.
+
+    Raises:
+        ValueError: the template cannot render this conversation.
+    """
+    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # transformers annotates a text as the result
-    render_all = cast("Callable[..., tuple[list[str], list]]", render_jinja_template)
-    texts, spans = render_all(
-        conversations=conversations,
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=marks_the_assistant(template),
-        **special_tokens,
-    )
-    return texts, spans or [[] for _ in texts]
+    spoken = [spoken_keys(message) for message in messages]
+
+    def rendered(messages: list[dict]) -> tuple[str, Spans]:
+        # transformers annotates a text as the result
+        texts, spans = cast(
+            "tuple[list[str], list[Spans]]",
+            render_jinja_template(
+                conversations=[messages],
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marks_the_assistant(template),
+                **special_tokens,
+            ),
+        )
+        return texts[0], spans[0] if spans else []
+
+    try:
+        try:
+            return rendered(spoken)
+        except TypeError:  # templates as DeepSeek's join the arguments to a text
+            return rendered([_arguments_as_text(message) for message in spoken])
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            "Expected a conversation that the chat template can render, found one that it refuses "
+            f"({type(error).__name__}: {error}): change the conversation, or take another template."
+        ) from error
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def spoken_keys(message: Mapping) -> dict[str, Any]:
+    """The message without what is not said: the weight, and keys of no value (see `READ`)."""
+    kept = ("role", "content")
+    return {
+        key: value
+        for key, value in message.items()
+        if key in kept or (key != "weight" and not says_nothing(value))
+    }
+
+
+def _arguments_as_text(message: dict) -> dict:
+    calls = [
+        call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
     """The tokenizer's chat template if it marks what the assistant says, else TRL's version of it.
 
     Raises:
         ValueError: it does not, and TRL does not know it either.
     """
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, with_tools)
     if marks_the_assistant(template):
         return template
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        template = get_training_chat_template(tokenizer) if template else None
+        default = template and template == template_of(tokenizer)  # TRL knows no other
+        template = get_training_chat_template(tokenizer) if default else None
     except ValueError:
         template = None
     if template is None:

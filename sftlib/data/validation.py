@@ -142,12 +142,12 @@ def key_problems(number: int, message: Mapping) -> Iterator[str]:
     """What is wrong beside role and content, in sentences."""
     name, role = f"Message {number}", message.get("role")
     for key, value in message.items():
-        if key in ("role", "content") or _says_nothing(value):
+        if key in ("role", "content") or says_nothing(value):
             continue
         if key not in READ:
             yield f"{name} has the key {briefly(key)}: nobody reads it; rename or remove it."
         elif role != READ[key] and isinstance(role, str) and role in ROLES:
-            yield f"{name} comes from the {role} and has {key}: only the {READ[key]} may; remove it."
+            yield f"{name}, from the {role}, has {key}: only the {READ[key]} may; remove it."
         elif key == "tool_calls":
             yield from _calls_problems(name, value)
         elif key == "weight":
@@ -159,7 +159,8 @@ def key_problems(number: int, message: Mapping) -> Iterator[str]:
             yield f"{name} has half a character ({half}) in {key}: type it again."
 
 
-def _says_nothing(value: object) -> bool:
+def says_nothing(value: object) -> bool:
+    """Whether a value is None or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
@@ -177,7 +178,7 @@ def _wrong_with_call(call: object) -> str:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or call.get("type") != "function":
         return f"is {briefly(call)}: write {A_CALL}"
-    others = [k for k in call if k not in ("id", "type", "function") and not _says_nothing(call[k])]
+    others = [k for k in call if k not in ("id", "type", "function") and not says_nothing(call[k])]
     others += [k for k in function if k not in ("name", "arguments")]
     if others:
         return f"has the key {briefly(others[0])}: nobody reads it; rename or remove it"
@@ -194,7 +195,7 @@ def _wrong_with_call(call: object) -> str:
 
 def tool_problems(tools: object) -> Iterator[str]:
     """What is wrong with the schemas of a conversation's tools, in sentences."""
-    if _says_nothing(tools):
+    if says_nothing(tools):
         return
     if not isinstance(tools, list | tuple):
         yield f"Expected a list of tools, found {briefly(tools)}: write [{A_TOOL}]."
