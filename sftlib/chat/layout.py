@@ -21,7 +21,10 @@ Shape = tuple[tuple[str, bool, bool, int], ...]
 """Of each message: its role, whether it has text, whether it has thoughts, how many calls."""
 
 WORD = re.compile(r"probe(\d+)(text|thoughts|calls|tools)\d+x?")
-QUESTION: Shape = (("user", True, False, 0), ("assistant", True, True, 0))
+THINKING: tuple[Shape, ...] = (  # a template that knows thoughts shows them in one of these
+    (("user", True, False, 0), ("assistant", True, True, 0)),
+    (("user", True, False, 0), ("assistant", False, True, 1), ("tool", True, False, 0)),
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,12 @@ class Layout:
     knows_thoughts: bool
 
     def refuse_losses(self, messages: Messages) -> int:
-        """How many earlier turns lose their thoughts; raise where anything else is left out."""
-        last = max((n for n, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        dropped = 0
+        """How many turns lose their thoughts; raise where anything else is left out.
+
+        Some templates show the thoughts of the latest turn alone. There they must be, if the
+        conversation ends with it and it is learned.
+        """
+        dropped, last = 0, len(messages) - 1
         for number, what in sorted(self.missing):
             if what in ("tools", "calls"):
                 where = f" of message {number + 1}" * (what == "calls")
@@ -125,11 +131,19 @@ def _layout(
     knows_thoughts = True
     if any(what == "thoughts" for _, what in missing):
         # A template that shows those of the latest turn alone knows them, too.
-        knows_thoughts = shape != QUESTION and (
-            not _layout(template, QUESTION, False, False, special_tokens).missing
-        )
+        knows_thoughts = any(_shows(template, other, special_tokens) for other in THINKING)
     owners = tuple(_owners(text, span, shape) for span in spans)
     return Layout(frozenset(missing), owners, knows_thoughts)
+
+
+@lru_cache(maxsize=4096)
+def _shows(template: str, shape: Shape, special_tokens: str) -> bool:
+    """Whether the template renders the one thought in a conversation of this shape."""
+    try:
+        text, _ = render_marked(_probe(shape), template, **json.loads(special_tokens))
+    except ValueError:
+        return False
+    return "probe1thoughts0" in text
 
 
 def _owners(text: str, span: tuple[int, int], shape: Shape) -> frozenset[int]:
