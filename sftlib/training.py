@@ -38,6 +38,7 @@ FULL_LEARNING_RATE = 5e-4
 LORA_LEARNING_RATE = 5e-3  # about ten times that of full finetuning
 # Where one of these columns stands beside `messages`, TRL encodes the rows itself.
 TRL_ENCODES = {"input_ids", "chat_template_kwargs"}
+AS_WRITTEN = {"messages", "tools"}  # columns of objects that differ in their keys
 
 Rows = Sequence[Mapping[str, Any]]
 """Rows of training data, each with `messages` and perhaps `tools`; other columns are ignored."""
@@ -187,6 +188,7 @@ def encoded(
         return dataset
 
     def encode(rows: dict) -> dict:
+        _refuse_filled(rows, dataset.features)
         tools = [_parsed(own) for own in rows["tools"]] if "tools" in columns else None
         found = encode_batch(rows["messages"], tokenizer, tools, learn=learn)
         if not args.assistant_only_loss:
@@ -259,20 +261,49 @@ def _typed(rows: list[dict]) -> Dataset:
     As columns of one type, objects would be given each other's keys, with None as the value: a call
     would be learned with the arguments of all other calls. Such columns are kept as JSON.
     """
-    from datasets import Dataset, Json
+    from datasets import Dataset, Features, Json
 
-    plain = Dataset.from_list
-    keys = {key for row in rows for m in row["messages"] if isinstance(m, Mapping) for key in m}
+    lists = [row["messages"] for row in rows if isinstance(row["messages"], list | tuple)]
+    keys = {key for messages in lists for m in messages if isinstance(m, Mapping) for key in m}
     if keys <= {"role", "content"} and not any("tools" in row for row in rows):
-        return plain(rows)
+        return Dataset.from_list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
-    as_json = {"messages", "tools"} & columns.keys()
-    features = Dataset.from_dict({n: c for n, c in columns.items() if n not in as_json}).features
-    return Dataset.from_dict(
-        columns,
-        features=type(features)({n: Json() if n in as_json else features[n] for n in names}),
-    )
+    others = {name: column for name, column in columns.items() if name not in AS_WRITTEN}
+    known = Dataset.from_dict(others).features
+    types = {name: Json() if name in AS_WRITTEN else known[name] for name in names}
+    return Dataset.from_dict(columns, features=Features(types))
+
+
+def _refuse_filled(rows: dict, types: Mapping[str, Any]) -> None:
+    """Raise where Arrow may have given calls or tools the keys of others."""
+    calls = [
+        call
+        for messages in rows["messages"]
+        for m in messages
+        for call in (m.get("tool_calls") or () if isinstance(m, Mapping) else ())
+    ]
+    arguments = [_part(call, "function", "arguments") for call in calls]
+    schemas = [tool for own in rows.get("tools", ()) if isinstance(own, list) for tool in own]
+    for name, parts in (("messages", arguments), ("tools", schemas)):
+        if "Json(" not in repr(types.get(name)) and any(map(_holds_none, parts)):
+            raise ValueError(
+                f"Expected {name} as they were written, found None in the objects of a call or a "
+                "tool: Arrow gives all objects of a column the same keys. Pass a list of rows, or "
+                "a Dataset in which the column has the type datasets.Json()."
+            )
+
+
+def _part(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _holds_none(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(item is None or _holds_none(item) for item in value.values())
+    return isinstance(value, list) and any(map(_holds_none, value))
 
 
 def _no_rows(data: Any) -> str:

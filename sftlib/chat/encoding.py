@@ -13,9 +13,11 @@ from sftlib.chat.templates import (
     Messages,
     Spans,
     Tools,
+    marks_the_assistant,
     render_marked,
     spoken_keys,
     training_template,
+    turns_after_prompts,
 )
 from sftlib.data.validation import fault, is_learned
 
@@ -52,7 +54,8 @@ def encode(
             `tool_calls`, which messages of the role `tool` answer, and `weight`: a turn of weight 0
             is read and not learned. `sftlib.data.validation` lists all keys.
         tokenizer: a fast one; its chat template must mark the assistant's tokens with
-            `{% generation %}`, or be one for which TRL has a training template.
+            `{% generation %}`, or be one for which TRL has a training template, or write each turn
+            right after the prompt that asks for it, whatever follows.
         tools: the schemas of the tools that the assistant may call.
         max_length: keep only the first tokens, and warn of what is lost. An answer that is cut is
             learned without its end. Without `max_length` nothing is cut. Prompts are never cut.
@@ -147,6 +150,9 @@ class _Renderer:
             for said in map(spoken_keys, messages)
         ]
         text, spans = render_marked(safe, *how, escape(tools), **self.special_tokens)
+        marked = marks_the_assistant(template)
+        if not marked and not self.add_generation_prompt:
+            spans = turns_after_prompts(safe, template, escape(tools), **self.special_tokens)
         if self.learn == "all" and is_plain(messages, tools):
             return text, spans
         layout = layout_of(messages, *how, tools, **self.special_tokens)
@@ -154,9 +160,11 @@ class _Renderer:
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         learned = [n for n in answers if is_learned(messages[n])]
         learned = learned[-1:] if self.learn == "last" else learned
-        if learned != answers:
-            spans = layout.learned(spans, set(learned))
-        return text, spans
+        if learned == answers or self.add_generation_prompt:
+            return text, spans
+        if marked:
+            return text, layout.learned(spans, set(learned))
+        return text, [spans[answers.index(number)] for number in learned]
 
     def template(self, with_tools: bool) -> str:
         if with_tools not in self.templates:
@@ -299,7 +307,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
     with suppress(ValueError), _plain(tokenizer.backend_tokenizer):
         rendered = render_marked(
-            conversation, template_of(tokenizer), **tokenizer.special_tokens_map
+            conversation, template_of(tokenizer), False, None, **tokenizer.special_tokens_map
         )
         _encode_into(columns, [rendered], tokenizer)
     ids, mask = (sum(rows, []) for rows in columns.values())

@@ -53,8 +53,9 @@ class Layout:
                 where = f" of message {number + 1}" * (what == "calls")
                 raise ValueError(
                     f"Expected a chat template that knows tools, found one that leaves out the "
-                    f"{what}{where}: take the template of a model that was trained with tools, or "
-                    "leave the conversation out."
+                    f"{what}{where}: take that of a model which was trained with tools, perhaps "
+                    "the model's own (class_5_llama3.py: --template own), or leave the "
+                    "conversation out."
                 )
             is_last = number == last and is_learned(messages[number])
             if what == "text" or is_last or not self.knows_thoughts:

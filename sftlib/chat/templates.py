@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,7 +104,7 @@ def render_marked(
             "tuple[list[str], list[Spans]]",
             render_jinja_template(
                 conversations=[messages],
-                tools=list(tools) if tools else None,
+                tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marks_the_assistant(template),
@@ -147,28 +148,69 @@ def _json(value: object) -> str:
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
-    """The tokenizer's chat template if it marks what the assistant says, else TRL's version of it.
+    """The template to train with: one in which it can be told what the assistant says.
+
+    It is the tokenizer's chat template if that marks what the assistant says; else TRL's version of
+    it; else the tokenizer's again, if it opens the assistant's turn in a prompt (see
+    `turns_after_prompts`).
 
     Raises:
-        ValueError: it does not, and TRL does not know it either.
+        ValueError: it does neither, and TRL does not know it.
     """
     template = template_of(tokenizer, with_tools)
     if marks_the_assistant(template):
         return template
     from trl.chat_template_utils import get_training_chat_template
 
-    try:
-        default = template and template == template_of(tokenizer)  # TRL knows no other
-        template = get_training_chat_template(tokenizer) if default else None
-    except ValueError:
-        template = None
-    if template is None:
+    found = None
+    if template and template == template_of(tokenizer):  # TRL knows no other
+        with suppress(ValueError):
+            found = get_training_chat_template(tokenizer)
+    if found is None and not _opens_turns(template, json.dumps(tokenizer.special_tokens_map)):
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
             "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML "
             "(class_5_llama3.py: --template chatml)."
         )
-    return template
+    return found or template
+
+
+@lru_cache
+def _opens_turns(template: str, special_tokens: str) -> bool:
+    """Whether the template adds something to a prompt that the assistant's turn begins with."""
+    pair = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant")]
+    with suppress(ValueError):
+        return bool(turns_after_prompts(pair, template, **json.loads(special_tokens)))
+    return False
+
+
+def turns_after_prompts(
+    messages: Messages, template: str, tools: Tools | None = None, **special_tokens: Any
+) -> Spans:
+    """Where the assistant's turns are in the text of a template that does not mark them.
+
+    A turn is what follows the prompt that asks for it, to the end of the text that ends with it.
+
+    Raises:
+        ValueError: the whole conversation does not begin with these texts.
+    """
+    whole, _ = render_marked(messages, template, False, tools, **special_tokens)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, _ = render_marked(messages[:number], template, False, tools, **special_tokens)
+        prompt, _ = render_marked(messages[:number], template, True, tools, **special_tokens)
+        turn, _ = render_marked(messages[: number + 1], template, False, tools, **special_tokens)
+        opens = whole.startswith(turn) and turn.startswith(prompt)
+        if not opens or prompt == before or turn == prompt:
+            raise ValueError(
+                "Expected a chat template that marks the assistant's tokens with {% generation %}, "
+                f"found one without it, in which message {number + 1} does not follow the prompt "
+                "for it: it cannot be told what is learned. Take another template."
+            )
+        spans.append((len(prompt), len(turn)))
+    return spans
 
 
 @lru_cache

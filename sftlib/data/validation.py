@@ -175,9 +175,11 @@ def _calls_problems(name: str, calls: object) -> Iterator[str]:
 
 def _wrong_with_call(call: object) -> str:
     """What is wrong with a call, and what to do; empty when it is fine."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or call.get("type") != "function":
+    if not isinstance(call, Mapping) or call.get("type") != "function":
         return f"is {briefly(call)}: write {A_CALL}"
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return f"has {briefly(function)} as function: write {A_CALL}"
     others = [k for k in call if k not in ("id", "type", "function") and not says_nothing(call[k])]
     others += [k for k in function if k not in ("name", "arguments")]
     if others:
