@@ -151,8 +151,10 @@ def key_problems(number: int, message: Mapping) -> Iterator[str]:
         elif key == "tool_calls":
             yield from _calls_problems(name, value)
         elif key == "weight":
-            if not isinstance(value, int | float) or value not in (0, 1):
-                yield f"{name} has {briefly(value)} as weight: write 0 (not learned) or 1."
+            is_number = isinstance(value, int | float)
+            if not is_number or value not in (0, 1):
+                found = value if is_number else briefly(value)
+                yield f"{name} has {found} as weight: write 0 (not learned) or 1."
         elif not isinstance(value, str):
             yield f"{name} has {briefly(value)} as {key}: write text."
         elif half := _half_character(value):
