@@ -6,6 +6,9 @@ import warnings
 from sftlib.chat import encode, training_template
 from sftlib.data import read_facts
 from sftlib.evaluate import report
+from sftlib.finetune.card import print_samples
+from sftlib.finetune.data import Data
+from sftlib.finetune.plan import make_plan
 from sftlib.models import load
 from sftlib.training import config, defaults, encoded, prepare, tune
 
@@ -15,6 +18,7 @@ from datasets import Dataset, Features, Json, Value
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
+import class_5_llama3 as script
 from tests.random_model import random_model
 
 ROWS = read_facts("sft")[:480]
@@ -316,6 +320,28 @@ def test_rows_with_tools_need_a_template_that_knows_them():
     rows = [{"messages": ROWS[0]["messages"], "tools": "[broken"}]
     with pytest.raises(ValueError, match=r"Expected tools as a list or as JSON, found '\[broken'"):
         prepare(model, tokenizer, rows)
+
+
+@pytest.mark.integration
+def test_the_script_trains_on_rows_with_tools_and_asks_them(qwen3, tmp_path, capsys):
+    """With the model's own template; a held-out question may end with a tool's result."""
+    folder = tmp_path / "base"
+    random_model(qwen3).save_pretrained(folder)
+    qwen3.save_pretrained(folder)
+    words = f"--model {folder} --template own --method full --output_dir {tmp_path / 'run'}"
+    words += " --max_steps 1 --answer_tokens 4"
+    args, training = script.parse(words.split())
+    data = Data(TOOL_ROWS, TOOL_ROWS[:2], [])
+    trainer, asked, _ = script.make_trainer(args, training, data)
+    by_hand = encode(TOOL_ROWS[0]["messages"], qwen3, TOOL_ROWS[0]["tools"])["labels"]
+    assert trainer.train_dataset["labels"][0] == by_hand
+    trainer.train()
+    assert [len(given) for given in asked.by_step.values()] == [2, 2]
+    print_samples(asked.rows, asked.by_step[1])
+    assert "Use add.\n" in capsys.readouterr().out
+    assert make_plan(args, training, TOOL_ROWS).work.longest == max(
+        len(encode(row["messages"], qwen3, row.get("tools"))["input_ids"]) for row in TOOL_ROWS
+    )
 
 
 WRONG_DATA = [
