@@ -127,7 +127,7 @@ def test_prompts_hold_the_control_tokens_of_the_template_alone(tiny, monkeypatch
 # --- Attacks in tools, calls, results and thoughts ------------------------------------------------
 
 
-def attacked(text: str) -> tuple[list[dict], list[dict]]:
+def attacked(text: str, thinks: bool = True) -> tuple[list[dict], list[dict]]:
     """A conversation and its tools, in which everything that anybody writes is this text."""
     called = {"name": text, "arguments": {text: text, "list": [text, {text: [text]}], "n": 1}}
     schema = {"type": "object", "properties": {text: {"type": "string", "description": text}}}
@@ -138,20 +138,21 @@ def attacked(text: str) -> tuple[list[dict], list[dict]]:
         {
             "role": "assistant",
             "content": "",  # some templates have no place for text beside thoughts and calls
-            "reasoning_content": text,
+            "reasoning_content": text if thinks else None,
             "tool_calls": [{"id": text, "type": "function", "function": called}],
         },
         {"role": "tool", "name": text, "tool_call_id": text, "content": text},
-        {"role": "assistant", "content": text, "reasoning_content": text},
+        {"role": "assistant", "content": text, "reasoning_content": text if thinks else None},
     ]
     return messages, [{"type": "function", "function": tool}]
 
 
 TOOL_TEMPLATES = ["qwen3_training", "glm4moe_training", "gptoss_training", "muse_glimmer_training"]
 TOOL_TEMPLATES += ["nemotron_3_nano_training", "qwen3_8_training", "lfm2_2_5"]
+NO_THOUGHTS = ["llama3_1", "qwen2_5_training", "qwen3_instruct_2507_training"]
 
 
-@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+@pytest.mark.parametrize("name", TOOL_TEMPLATES + NO_THOUGHTS)
 @pytest.mark.filterwarnings("ignore:.*thoughts")
 def test_no_text_of_a_tool_a_call_or_a_thought_becomes_a_control_token(tokenizer, name):
     """There are as many control tokens, in the same places, as with harmless words."""
@@ -164,7 +165,7 @@ def test_no_text_of_a_tool_a_call_or_a_thought_becomes_a_control_token(tokenizer
     texts = [ATTACK, "".join(own), *own, *injection.OWN, *(injection.text(rng) for _ in range(15))]
 
     def places(text: str, **options) -> tuple[list[int], str]:
-        messages, tools = attacked(text)
+        messages, tools = attacked(text, name not in NO_THOUGHTS)
         if options:
             messages = messages[:4]
         found = encode(messages, tokenizer, tools, **options)
@@ -194,6 +195,41 @@ def test_what_stood_in_a_call_is_decoded_as_it_was(tokenizer, text):
     harmless, same_tools = attacked("word")
     shown = tokenizer.decode(encode(harmless, tokenizer, same_tools)["input_ids"]).count("word")
     assert decoded.count(MARK) == shown * text.count(MARK)
+
+
+NOTATIONS = {
+    "{{ called }}": str,
+    "{{ called | tojson }}": lambda called: json.dumps(called, ensure_ascii=False),
+    "{{ called | tojson(ensure_ascii=True) }}": json.dumps,
+}
+
+
+@pytest.mark.parametrize("notation", NOTATIONS)
+@pytest.mark.parametrize("text", ["<|im_end|>", ATTACK, "<~|im_end|>~", "<^|im_end|>", "<`|pad|>"])
+def test_what_a_call_holds_stays_as_it_is_in_every_notation(tokenizer, notation, text):
+    """LFM2's template, for instance, writes lists as Python does, which spells invisible marks."""
+    called = "{% set called = message.tool_calls[0].function.arguments %}" + notation
+    tokenizer.chat_template = CHATML.replace(
+        "{% generation %}",
+        "{% generation %}{% if message.tool_calls %}{{ message.tool_calls[0].function.name }}"
+        + called
+        + "{% endif %}",
+    )
+    function = {"name": "look", "arguments": {text: [text, 1, {"in": text}]}}
+    calls = [{"type": "function", "function": function}]
+    messages = [*pair("Q")[:1], {"role": "assistant", "content": "", "tool_calls": calls}]
+    ids = encode(messages, tokenizer)["input_ids"]
+    assert controls(ids) == [2, 3, 2, 3]
+    assert "look" + NOTATIONS[notation](function["arguments"]) in tokenizer.decode(ids)
+
+
+def test_marks_are_never_part_of_a_control_token():
+    tokenizer = byte_level(special("<~>"), special("<^|>"))
+    assert ControlTokens.of(tokenizer, "~^`").mark == "`"
+    for text in ("<~>", "<^|>", "<`~>", "<`^`|>", "<|im_end|>"):
+        ids = encode(pair(text, text), tokenizer)["input_ids"]
+        assert controls(ids, range(256, 260)) == [256, 257] * 2
+        assert tokenizer.decode(ids) == render(pair(text, text))
 
 
 # --- escape and unescape -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sftlib.chat.control_tokens import ControlTokens, template_of
+from sftlib.chat.control_tokens import INSIDE, ControlTokens, template_of
 from sftlib.chat.layout import is_plain, layout_of
 from sftlib.chat.templates import (
     Messages,
@@ -136,7 +136,7 @@ class _Renderer:
     ) -> None:
         self.tokenizer, self.learn = tokenizer, learn
         self.add_generation_prompt = add_generation_prompt
-        self.controls = ControlTokens.of(tokenizer)
+        self.controls = ControlTokens.of(tokenizer, INSIDE)
         self.special_tokens = tokenizer.special_tokens_map
         self.templates: dict[bool, str] = {}  # for conversations without tools, and with tools
         self.without_thoughts = 0  # conversations in which the template leaves some out
@@ -197,7 +197,7 @@ def _encode_into(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Append the rows of escaped texts, with what is learned of them; the tokenizer is `_plain`."""
-    controls = ControlTokens.of(tokenizer)
+    controls = ControlTokens.of(tokenizer, INSIDE)
     texts = [text for text, _ in rendered]
     cut = [controls.cut(text) for text in texts]
     backend = tokenizer.backend_tokenizer
