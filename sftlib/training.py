@@ -118,7 +118,8 @@ def prepare(
 
     Args:
         model: changed in place; with `peft_config`, `trainer.model` is the wrapped model.
-        tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
+        tokenizer: its chat template must say what the assistant writes (see `sftlib.chat.encode`),
+            and show the tools, calls and thoughts that the rows have.
         dataset: a list of rows or a `datasets.Dataset`, with `messages`, and perhaps `tools` (see
             `sftlib.chat.encode`); columns such as `relation` or `value` are ignored. Or another of
             TRL's dataset types, which then goes to TRL as it is. Where there are `input_ids` and
