@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
-"""A test row: `messages` (the last one is the reference answer) and `value` (its key word)."""
+"""A test row: `messages` (the last one is the reference answer), perhaps `tools`, and for `content`
+and `cloze` a `value` (its key word)."""
+Conversations = Sequence[Sequence[Mapping[str, Any]]]
+Tools = Sequence[Sequence[Mapping[str, Any]] | None]
+"""For each conversation the schemas of its tools, or None."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,20 @@ class Answer:
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict[str, str]]],
+    conversations: Conversations,
     max_new_tokens: int = 32,
     batch_size: int = 256,
+    tools: Tools | None = None,
     **sampling: Any,
 ) -> list[Answer]:
-    """Answers to conversations that end with a user's message, in the given order.
+    """Answers to conversations that end with a user's message or a tool's result, in their order.
 
     Greedy, or sampled with `temperature` and `seed` (see `continuations`). Control tokens that
     stand in a message are read as text (see `sftlib.chat.encode`).
     """
     from sftlib.chat import encode_batch
 
-    prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
+    prompts = encode_batch(conversations, tokenizer, tools, add_generation_prompt=True)["input_ids"]
     return answers_to_text(model, tokenizer, prompts, max_new_tokens, batch_size, **sampling)
 
 
@@ -119,12 +124,34 @@ def continuations(
     return [found[i] for i in range(len(prompts))]
 
 
-def exact_match(given: Sequence[Answer], rows: Sequence[Row]) -> float:
-    """Share of answers that stopped and equal the reference, character for character (0 to 1)."""
+def exact_match(
+    given: Sequence[Answer],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
+    """Share of answers that stopped and equal the reference, character for character (0 to 1).
+
+    Args:
+        tokenizer: with it, thoughts and calls of tools in the reference count, as its chat template
+            writes them; without it the content alone.
+    """
     return _share(
-        a.stopped and a.text == row["messages"][-1]["content"]
+        a.stopped and a.text == reference(row, tokenizer)
         for a, row in zip(given, rows, strict=True)
     )
+
+
+def reference(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """The right answer as a model writes it; see `exact_match`."""
+    from sftlib.chat import IGNORED, encode
+
+    *before, last = row["messages"]
+    if tokenizer is None or not (last.get("reasoning_content") or last.get("tool_calls")):
+        return last["content"]
+    learned = {key: value for key, value in last.items() if key != "weight"}
+    labels = encode([*before, learned], tokenizer, row.get("tools"), learn="last")["labels"]
+    ids = [label for label in labels if label != IGNORED]
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def content(given: Sequence[Answer], rows: Sequence[Row]) -> float:
@@ -159,10 +186,11 @@ def report(
     lines = {}
     for name, rows in sets.items():
         asked = [row["messages"][:-1] for row in rows]
-        given = answers(model, tokenizer, asked, max_new_tokens=max_new_tokens)
+        tools = [row.get("tools") for row in rows]
+        given = answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, tools=tools)
         lines[name] = {
             "prompts": len(rows),
-            "exact_match": exact_match(given, rows),
+            "exact_match": exact_match(given, rows, tokenizer),
             "content": content(given, rows),
             "stops": stops(given),
         }
@@ -212,8 +240,9 @@ def perplexity(
 def logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict[str, str]]],
+    conversations: Conversations,
     batch_size: int = 128,
+    tools: Tools | None = None,
 ) -> list[float]:
     """log π(answer | prompt) of each conversation, in nats: the sum over the assistant's tokens.
 
@@ -222,7 +251,7 @@ def logprobs(
     """
     from sftlib.chat import encode_batch
 
-    encoded = encode_batch(conversations, tokenizer)
+    encoded = encode_batch(conversations, tokenizer, tools)
     losses = _losses(model, tokenizer, encoded["input_ids"], batch_size)
     return [
         -sum(loss for loss, learned in zip(row, mask[1:], strict=True) if learned)
@@ -233,8 +262,9 @@ def logprobs(
 def token_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict[str, str]]],
+    conversations: Conversations,
     batch_size: int = 128,
+    tools: Tools | None = None,
 ) -> list[list[float]]:
     """The loss of each token but the first, −log π(token | tokens before it), in nats per token.
 
@@ -248,7 +278,7 @@ def token_losses(
     """
     from sftlib.chat import encode_batch
 
-    ids = encode_batch(conversations, tokenizer)["input_ids"]
+    ids = encode_batch(conversations, tokenizer, tools)["input_ids"]
     return _losses(model, tokenizer, ids, batch_size)
 
 

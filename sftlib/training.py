@@ -16,6 +16,7 @@ trained. What differs from plain TRL:
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sftlib import patches, progress_bar, progress_bars
 from sftlib.adapters import check_lora
 from sftlib.chat import IGNORED, encode_batch
+from sftlib.data.validation import says_nothing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,10 +37,11 @@ if TYPE_CHECKING:
 FULL_LEARNING_RATE = 5e-4
 LORA_LEARNING_RATE = 5e-3  # about ten times that of full finetuning
 # Where one of these columns stands beside `messages`, TRL encodes the rows itself.
-TRL_ENCODES = {"input_ids", "tools", "chat_template_kwargs"}
+TRL_ENCODES = {"input_ids", "chat_template_kwargs"}
+AS_WRITTEN = {"messages", "tools"}  # columns of objects that differ in their keys
 
 Rows = Sequence[Mapping[str, Any]]
-"""Rows of training data, each with `messages`; other columns of your own are ignored."""
+"""Rows of training data, each with `messages` and perhaps `tools`; other columns are ignored."""
 
 
 def config(**overrides: Any) -> SFTConfig:
@@ -103,6 +106,7 @@ def prepare(
     peft_config: PeftConfig | None = None,
     eval_dataset: Rows | Dataset | None = None,
     args: SFTConfig | None = None,
+    learn: str = "all",
     **overrides: Any,
 ) -> SFTTrainer:
     """TRL's `SFTTrainer` for `model` and `dataset`, ready for its `train()`.
@@ -114,20 +118,24 @@ def prepare(
 
     Args:
         model: changed in place; with `peft_config`, `trainer.model` is the wrapped model.
-        tokenizer: its chat template must mark the assistant's tokens with `{% generation %}`.
-        dataset: a list of rows or a `datasets.Dataset`, with `messages` (lists of `role` and
-            `content`); columns such as `relation` or `value` are ignored. Or another of TRL's
-            dataset types, which then goes to TRL as it is. Where there are `input_ids` and
+        tokenizer: its chat template must say what the assistant writes (see `sftlib.chat.encode`),
+            and show the tools, calls and thoughts that the rows have.
+        dataset: a list of rows or a `datasets.Dataset`, with `messages`, and perhaps `tools` (see
+            `sftlib.chat.encode`); columns such as `relation` or `value` are ignored. Or another of
+            TRL's dataset types, which then goes to TRL as it is. Where there are `input_ids` and
             `labels`, the labels say what is learned.
         eval_dataset: of the same kind, for `eval_strategy="steps"` or `"epoch"`.
         peft_config: for instance a `peft.LoraConfig`; without it all parameters are trained.
         args: TRL's settings, whole; then `overrides` are not used. Without them those of `config`.
+        learn: "all" answers of a conversation, or the "last" alone; see `sftlib.chat.encode`.
         overrides: arguments of `trl.SFTConfig`, see `config`.
 
     Raises:
         TypeError: the data are neither a list of rows nor a `datasets.Dataset`.
-        ValueError: a list is empty, or `messages` is missing in some of its rows; a `LoraConfig`
-            does not fit the model (see `sftlib.adapters.check_lora`).
+        ValueError: a list is empty, or `messages` is missing in some of its rows; a conversation
+            cannot be encoded (see `sftlib.chat.encode`); some turns are not to be learned although
+            the loss is on all tokens; a `LoraConfig` does not fit the model (see
+            `sftlib.adapters.check_lora`).
     """
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -148,8 +156,10 @@ def prepare(
         trainer = SFTTrainer(
             model=model,
             args=args,
-            train_dataset=encoded(dataset, tokenizer, args),
-            eval_dataset=None if eval_dataset is None else encoded(eval_dataset, tokenizer, args),
+            train_dataset=encoded(dataset, tokenizer, args, learn),
+            eval_dataset=(
+                None if eval_dataset is None else encoded(eval_dataset, tokenizer, args, learn)
+            ),
             processing_class=tokenizer,
             peft_config=peft_config,
         )
@@ -162,12 +172,16 @@ def prepare(
 
 
 def encoded(
-    dataset: Rows | Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+    dataset: Rows | Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    learn: str = "all",
 ) -> Dataset:
     """The dataset with columns `input_ids` and `labels`, as TRL itself would make them.
 
     Args:
         dataset: as for `prepare`.
+        learn: as for `prepare`.
     """
     dataset = _as_dataset(dataset)
     columns = set(dataset.column_names)
@@ -175,7 +189,11 @@ def encoded(
         return dataset
 
     def encode(rows: dict) -> dict:
-        found = encode_batch(rows["messages"], tokenizer)
+        _refuse_filled(rows, dataset.features)
+        tools = [_parsed(own) for own in rows["tools"]] if "tools" in columns else None
+        found = encode_batch(rows["messages"], tokenizer, tools, learn=learn)
+        if not args.assistant_only_loss:
+            _refuse_unlearned(rows["messages"], learn)
         learned = "labels" if args.assistant_only_loss else "input_ids"
         return {"input_ids": found["input_ids"], "labels": found[learned]}
 
@@ -184,6 +202,27 @@ def encoded(
     if args.max_length is not None and cuts:
         _warn_of_cuts(encoded["labels"], args.max_length, args.truncation_mode == "keep_start")
     return encoded
+
+
+def _parsed(tools: Any) -> Any:
+    """Tools as a list; some datasets keep them as JSON, because Arrow wants one type per column."""
+    if not isinstance(tools, str) or not tools.strip():
+        return tools or None
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected tools as a list or as JSON, found {tools[:80]!r} ({error}): mend the JSON."
+        ) from error
+
+
+def _refuse_unlearned(conversations: Sequence[Any], learn: str) -> None:
+    """Raise where some turns are not to be learned; the loss is on all tokens."""
+    if learn != "all" or any(m.get("weight") == 0 for messages in conversations for m in messages):
+        raise ValueError(
+            "Expected assistant_only_loss=True where turns have weight 0 or the last answer alone "
+            "is learned, found False: the loss would be on all tokens. Set it, or leave them out."
+        )
 
 
 def _as_dataset(data: Rows | Dataset) -> Dataset:
@@ -209,8 +248,63 @@ def _as_dataset(data: Rows | Dataset) -> Dataset:
         )
     # Arrow wants one type per column. Columns of your own may mix them (a value that is a text in
     # one row and a number in the next), and no trainer reads them.
-    kept = {"messages", "labels"} | TRL_ENCODES
-    return Dataset.from_list([{n: row[n] for n in row if n in kept} for row in data])
+    kept = {"messages", "labels", "tools"} | TRL_ENCODES
+    rows = [{name: row[name] for name in row if name in kept} for row in data]
+    if all(says_nothing(row.get("tools")) for row in rows):
+        for row in rows:
+            row.pop("tools", None)
+    return _typed(rows)
+
+
+def _typed(rows: list[dict]) -> Dataset:
+    """A `Dataset` that gives the rows back as they were.
+
+    As columns of one type, objects would be given each other's keys, with None as the value: a call
+    would be learned with the arguments of all other calls. Such columns are kept as JSON.
+    """
+    from datasets import Dataset, Features, Json
+
+    lists = [row["messages"] for row in rows if isinstance(row["messages"], list | tuple)]
+    keys = {key for messages in lists for m in messages if isinstance(m, Mapping) for key in m}
+    if keys <= {"role", "content"} and not any("tools" in row for row in rows):
+        return Dataset.from_list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    others = {name: column for name, column in columns.items() if name not in AS_WRITTEN}
+    known = Dataset.from_dict(others).features
+    types = {name: Json() if name in AS_WRITTEN else known[name] for name in names}
+    return Dataset.from_dict(columns, features=Features(types))
+
+
+def _refuse_filled(rows: dict, types: Mapping[str, Any]) -> None:
+    """Raise where Arrow may have given calls or tools the keys of others."""
+    calls = [
+        call
+        for messages in rows["messages"]
+        for m in messages
+        for call in (m.get("tool_calls") or () if isinstance(m, Mapping) else ())
+    ]
+    arguments = [_part(call, "function", "arguments") for call in calls]
+    schemas = [tool for own in rows.get("tools", ()) if isinstance(own, list) for tool in own]
+    for name, parts in (("messages", arguments), ("tools", schemas)):
+        if "Json(" not in repr(types.get(name)) and any(map(_holds_none, parts)):
+            raise ValueError(
+                f"Expected {name} as they were written, found None in the objects of a call or a "
+                "tool: Arrow gives all objects of a column the same keys. Pass a list of rows, or "
+                "a Dataset in which the column has the type datasets.Json()."
+            )
+
+
+def _part(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _holds_none(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(item is None or _holds_none(item) for item in value.values())
+    return isinstance(value, list) and any(map(_holds_none, value))
 
 
 def _no_rows(data: Any) -> str:

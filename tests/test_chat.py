@@ -198,7 +198,7 @@ S, U, A = MESSAGES[:3]
         ([{"content": "Q"}, A], "Message 1 of 2: .* with the keys 'content': name them so"),
         ([U, {"role": "assistant"}], "Message 2 of 2: .* with the keys 'role': name them so"),
         ([U, {}], "Message 2 of 2: .* found an object with no keys: name them so"),
-        ([U, {**A, "role": "bot"}], "Message 2 of 2: .* or assistant, found 'bot': rename it"),
+        ([U, {**A, "role": "bot"}], "Message 2 of 2: .* or tool, found 'bot': rename it"),
         ([U, {**A, "role": "user\n"}], r"Message 2 of 2: .* found 'user\\n': rename it"),
         ([U, {**A, "role": ["user"]}], "Message 2 of 2: .* found a value of type list: rename it"),
         ([U, {**A, "content": ["A"]}], "Message 2 of 2: .* found a value of type list: join its"),
@@ -466,3 +466,323 @@ def test_of_several_templates_the_default_one_is_taken(tokenizer):
     prompt = encode(MESSAGES[:2], tokenizer, add_generation_prompt=True)["input_ids"]
     assert tokenizer.decode(prompt) == render(MESSAGES[:2], add_generation_prompt=True)
     assert tokenizer.decode([end_of_turn_id(tokenizer)]) == "<|im_end|>"
+
+
+# --- Tools, thoughts, and turns that are not learned ---------------------------------------------
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "A city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def call(name: str = "weather", **arguments) -> dict:
+    function = {"name": name, "arguments": arguments}
+    return {"id": "call00001", "type": "function", "function": function}
+
+
+def result(content: str) -> dict:
+    return {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": content}
+
+
+ASK = {"role": "assistant", "content": "", "tool_calls": [call(city="Lima", days=2)]}
+WITH_TOOLS = [
+    *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain in Lima?"}),
+    *(ASK, result('{"rain": false}'), {"role": "assistant", "content": "No."}),
+    *({"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}),
+]
+THOUGHTS = {2: "I look it up.", 4: "It is dry.", 6: "I am."}
+THINKING = [
+    message | ({"reasoning_content": THOUGHTS[n]} if n in THOUGHTS else {})
+    for n, message in enumerate(WITH_TOOLS)
+]
+# Hermes 2 Pro's format: ChatML with JSON in <tool_call>, in a template for tools alone.
+HERMES = (
+    "<|im_start|>system\n<tools>{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}"
+    "</tools><|im_end|>\n{% for message in messages %}<|im_start|>{{ message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{% for call in message.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>"
+    "{% endfor %}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% elif message.role == 'tool' %}<tool_response>\n{{ message.content }}\n</tool_response>"
+    "<|im_end|>\n{% else %}{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+def with_tokens_of(tokenizer, template: str):
+    """The tokenizer with a template, and with all control tokens that the template writes."""
+    controls = sorted({*re.findall(r"<[/|｜]?[\w▁]+[|｜]?>", template)})
+    tokenizer.add_special_tokens({"additional_special_tokens": controls})
+    tokenizer.bos_token = "<|begin_of_text|>"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned_text(tokenizer, messages, tools=None, **options) -> str:
+    labels = encode(messages, tokenizer, tools, **options)["labels"]
+    return tokenizer.decode([label for label in labels if label != IGNORED])
+
+
+MARKED = ["qwen3_training", "qwen3_8_training", "qwen3_5_think_training", "glm4moe_training"]
+MARKED += ["gptoss_training", "nemotron_3_nano_training", "lfm2_2_5", "muse_glimmer_training"]
+NO_THOUGHTS = ["qwen2_5_training", "qwen3_instruct_2507_training", "qwen3_vl_training"]
+NO_THOUGHTS += ["lfm2_v2_training"]
+
+
+@pytest.mark.parametrize("name", MARKED + NO_THOUGHTS)
+@pytest.mark.filterwarnings("ignore:.*thoughts")
+def test_tools_and_thoughts_give_the_text_ids_and_mask_of_the_template(tokenizer, name):
+    tokenizer = with_tokens_of(tokenizer, trl_template(name))
+    messages = WITH_TOOLS if name in NO_THOUGHTS else THINKING
+    for some, tools in ((messages, [TOOL]), (messages[:5], [TOOL, TOOL]), (messages[:3], None)):
+        how = {"tools": tools, "return_dict": True}
+        theirs = tokenizer.apply_chat_template(some, return_assistant_tokens_mask=True, **how)
+        ours = encode(some, tokenizer, tools)
+        assert ours["input_ids"] == theirs["input_ids"]
+        assert ours["assistant_masks"] == theirs["assistant_masks"]
+        text = tokenizer.apply_chat_template(some, tools=tools, tokenize=False)
+        assert tokenizer.decode(ours["input_ids"]) == text
+    asked = {"tools": [TOOL], "add_generation_prompt": True}
+    theirs = tokenizer.apply_chat_template(messages[:4], return_dict=True, **asked)
+    assert encode(messages[:4], tokenizer, **asked)["input_ids"] == theirs["input_ids"]
+
+
+@pytest.mark.parametrize("name", MARKED + NO_THOUGHTS)
+@pytest.mark.filterwarnings("ignore:.*thoughts")
+def test_calls_and_thoughts_are_learned_and_results_are_not(tokenizer, name):
+    tokenizer = with_tokens_of(tokenizer, trl_template(name))
+    messages = WITH_TOOLS if name in NO_THOUGHTS else THINKING
+    learned = learned_text(tokenizer, messages, [TOOL])
+    assert all(word in learned for word in ("weather", "Lima", "No.", "Yes."))
+    assert not any(word in learned for word in ('"rain"', "Rain", "Sure", "brief", "A city"))
+    text = tokenizer.decode(encode(messages, tokenizer, [TOOL])["input_ids"])
+    for thought in THOUGHTS.values() if messages is THINKING else ():
+        assert (thought in learned) == (thought in text), "what is shown is learned"
+    assert messages is WITH_TOOLS or THOUGHTS[6] in learned
+
+
+def test_what_is_learned_of_qwen3_to_the_letter(tokenizer):
+    tokenizer = with_tokens_of(tokenizer, trl_template("qwen3"))  # TRL's marks
+    tool_call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lima", "days": 2}}\n'
+    assert learned_text(tokenizer, THINKING, [TOOL]) == (
+        f"<think>\nI look it up.\n</think>\n\n{tool_call}</tool_call><|im_end|>\n"
+        "<think>\nIt is dry.\n</think>\n\nNo.<|im_end|>\n"
+        "<think>\nI am.\n</think>\n\nYes.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "gemma4_v2"])
+def test_a_template_without_marks_is_learned_from_each_prompt_to_the_end_of_the_turn(
+    tokenizer, name
+):
+    tokenizer = with_tokens_of(tokenizer, trl_template(name))
+    end = tokenizer.decode([end_of_turn_id(tokenizer)])
+    for messages, tools in ((WITH_TOOLS, [TOOL]), (MESSAGES, None)):
+        ours = encode(messages, tokenizer, tools)
+        whole = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True)
+        assert ours["input_ids"] == whole["input_ids"]
+        learned = learned_text(tokenizer, messages, tools)
+        assert not any(word in learned for word in ("rain", "Sure", "brief", "A city", "<|start_"))
+        if name != "gemma4_v2":
+            assert learned.count(end) == sum(m["role"] == "assistant" for m in messages)
+    learned = learned_text(tokenizer, WITH_TOOLS, [TOOL])
+    if name.startswith("llama"):
+        arguments = '{"city": "Lima", "days": 2}'
+        asked = f'{{"name": "weather", "parameters": {arguments}}}<|eot_id|>'
+        assert learned == f"{asked}No.<|eot_id|>Yes.<|eot_id|>"
+    assert learned_text(tokenizer, WITH_TOOLS, [TOOL], learn="last").startswith("Yes.")
+
+
+def test_a_turn_that_depends_on_what_follows_cannot_be_told_without_marks(tokenizer):
+    last = CHATML.replace("{% generation %}", "{% if loop.last %}!{% endif %}")
+    tokenizer.chat_template = last.replace("{% endgeneration %}", "")
+    assert learned_text(tokenizer, MESSAGES[:3]) == "!The capital of Kenya is Nairobi.<|im_end|>\n"
+    with pytest.raises(ValueError, match="message 3 does not follow the prompt for it"):
+        encode(MESSAGES, tokenizer)
+
+
+def test_of_several_templates_the_one_for_tools_is_taken_with_tools(tokenizer):
+    """As in `apply_chat_template`; Hermes' and Command R's tokenizers have one."""
+    tokenizer = with_tokens_of(tokenizer, HERMES)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": HERMES}
+    how = {"tools": [TOOL], "return_dict": True, "return_assistant_tokens_mask": True}
+    theirs = tokenizer.apply_chat_template(WITH_TOOLS, **how)
+    ours = encode_batch([WITH_TOOLS, MESSAGES], tokenizer, [[TOOL], []])
+    assert ours["input_ids"][0] == theirs["input_ids"]
+    assert ours["assistant_masks"][0] == theirs["assistant_masks"]
+    assert tokenizer.decode(ours["input_ids"][1]) == render(MESSAGES)
+    assert learned_text(tokenizer, WITH_TOOLS, [TOOL]) == (
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Lima", "days": 2}}\n</tool_call>'
+        "<|im_end|>No.<|im_end|>Yes.<|im_end|>"
+    )
+
+
+def test_arguments_are_given_as_json_to_a_template_that_joins_them_to_a_text(tokenizer):
+    """DeepSeek V3's own template; TRL's version for training takes both."""
+    tokenizer = with_tokens_of(tokenizer, trl_template("deepseekv3"))
+    found = encode(WITH_TOOLS[:4], tokenizer, add_generation_prompt=True)["input_ids"]
+    assert '{"city": "Lima", "days": 2}' in tokenizer.decode(found)
+    assert '{"city": "Lima", "days": 2}' in learned_text(tokenizer, WITH_TOOLS)
+
+
+# --- Templates that leave something out
+
+KNOWS_NO_TOOLS = "Expected a chat template that knows tools, found one that leaves out the "
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, trl_template("phi3_training")])
+def test_a_template_without_tools_is_refused_and_says_so(tokenizer, template):
+    tokenizer = with_tokens_of(tokenizer, template)
+    for messages, tools, lost in (
+        (MESSAGES, [TOOL], "tools: take"),
+        (WITH_TOOLS, [TOOL], "calls of message 3: take"),
+        (WITH_TOOLS[:3], None, "calls of message 3: take"),
+    ):
+        with pytest.raises(ValueError, match="^" + KNOWS_NO_TOOLS + "(tools|" + lost + ")"):
+            encode(messages, tokenizer, tools)
+        with pytest.raises(ValueError, match="^Conversation 2 of 2: " + KNOWS_NO_TOOLS):
+            encode_batch([MESSAGES, messages], tokenizer, [None, tools])
+        with pytest.raises(ValueError, match="^" + KNOWS_NO_TOOLS):
+            render(messages, template, tools=tools)
+    for tools in (None, [], ()):
+        assert encode(MESSAGES, tokenizer, tools) == encode(MESSAGES, tokenizer)
+
+
+def test_render_shows_tools_and_thoughts():
+    template = trl_template("qwen3")
+    text = render(THINKING, template, tools=[TOOL])
+    assert all(word in text for word in ("The weather of a city.", "I am.", '"Lima"', "rain"))
+    with pytest.raises(ValueError, match="shows the thoughts of message 3"):
+        render(THINKING[:3], trl_template("qwen2_5"))
+
+
+def test_text_beside_a_call_is_not_dropped(tokenizer):
+    """Llama 3.1's template shows the call alone, and refuses a second one."""
+    tokenizer = with_tokens_of(tokenizer, trl_template("llama3_1"))
+    messages = [*WITH_TOOLS[:2], ASK | {"content": "Let me see."}, *WITH_TOOLS[3:]]
+    with pytest.raises(ValueError, match="that shows the text of message 3, found one that leaves"):
+        encode(messages, tokenizer, [TOOL])
+    messages[2] = ASK | {"tool_calls": [call(), call()]}
+    with pytest.raises(ValueError, match="only supports single tool-calls at once.*: change the"):
+        encode(messages, tokenizer, [TOOL])
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, trl_template("qwen2_5_training")])
+def test_a_template_without_thoughts_is_refused(tokenizer, template):
+    tokenizer = with_tokens_of(tokenizer, template)
+    for number in (2, 4):
+        messages = [dict(message) for message in MESSAGES]
+        messages[number]["reasoning_content"] = "I know it."
+        said = f"that shows the thoughts of message {number + 1}, found one that leaves it out"
+        with pytest.raises(ValueError, match=said):
+            encode(messages, tokenizer)
+
+
+def test_thoughts_of_earlier_turns_that_the_template_drops_are_not_learned(tokenizer):
+    """A warning counts them; what is learned is what is shown, and no mask shifts."""
+    latest = CHATML.replace(
+        "{% generation %}{{",
+        "{% generation %}{% if loop.last and message.reasoning_content %}<think>"
+        "{{ message.reasoning_content }}</think>{% endif %}{{",
+    )
+    tokenizer = with_tokens_of(tokenizer, latest)
+    messages = [dict(message) for message in MESSAGES]
+    messages[2]["reasoning_content"] = messages[4]["reasoning_content"] = "I know it."
+    with pytest.warns(UserWarning, match="In 1 of 2 conversations .* leaves out thoughts"):
+        encoded = encode_batch([messages, MESSAGES], tokenizer)
+    learned = [i for i in encoded["labels"][0] if i != IGNORED]
+    assert tokenizer.decode(learned) == (
+        "The capital of Kenya is Nairobi.<|im_end|><think>I know it.</think>Lima.<|im_end|>"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(messages[:3], tokenizer)  # it is the latest turn
+        encode(messages[:4], tokenizer, add_generation_prompt=True)  # nothing is learned
+
+
+def test_a_template_that_marks_nothing_of_an_answer_is_refused(tokenizer):
+    tokenizer.chat_template = CHATML + "{% generation %}{% endgeneration %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ message['content'] + '<|im_end|>' }}",
+    )
+    with pytest.raises(ValueError, match="Expected something to learn, found none: the chat templ"):
+        encode(MESSAGES, tokenizer)
+
+
+# --- Turns that are not learned
+
+
+def weighted(messages, *weights) -> list[dict]:
+    """The messages, with a weight for each of the assistant's that is not None."""
+    left = iter(weights)
+    given = [next(left) if m["role"] == "assistant" else None for m in messages]
+    return [
+        m if weight is None else m | {"weight": weight}
+        for m, weight in zip(messages, given, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, trl_template("qwen3_training")])
+def test_turns_of_weight_0_are_read_and_not_learned(tokenizer, template):
+    tokenizer = with_tokens_of(tokenizer, template)
+    whole = encode(MESSAGES, tokenizer)
+    assert encode(weighted(MESSAGES, 1, None), tokenizer) == whole
+    first, last = (learned_text(tokenizer, weighted(MESSAGES, *w)) for w in ((1, 0), (0, 1)))
+    assert first + last == learned_text(tokenizer, MESSAGES)
+    assert "Nairobi" in first and "Lima" in last and "Nairobi" not in last
+    assert encode(weighted(MESSAGES, 0, 1), tokenizer)["input_ids"] == whole["input_ids"]
+    assert encode(MESSAGES, tokenizer, learn="last") == encode(
+        weighted(MESSAGES, 0, None), tokenizer
+    )
+    assert learned_text(tokenizer, weighted(MESSAGES, 1, 0), learn="last") == first
+
+
+@pytest.mark.parametrize("name", MARKED + NO_THOUGHTS)
+@pytest.mark.filterwarnings("ignore:.*thoughts")
+def test_each_turn_can_be_left_out_whatever_pieces_the_template_marks(tokenizer, name):
+    tokenizer = with_tokens_of(tokenizer, trl_template(name))
+    messages = WITH_TOOLS if name in NO_THOUGHTS else THINKING
+    words = ("weather", "No.", "Yes.")
+    alone = []
+    for turn in range(3):
+        some = weighted(messages, *(int(n == turn) for n in range(3)))
+        alone.append(learned_text(tokenizer, some, [TOOL]))
+        assert [word in alone[-1] for word in words] == [n == turn for n in range(3)]
+    assert "".join(alone) == learned_text(tokenizer, messages, [TOOL])
+    assert learned_text(tokenizer, messages, [TOOL], learn="last") == alone[2]
+
+
+def test_turns_in_one_marked_piece_cannot_be_parted(tokenizer):
+    tokenizer.chat_template = (
+        "{% generation %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% endgeneration %}"
+    )
+    assert len(learned_text(tokenizer, MESSAGES)) > 90
+    with pytest.raises(ValueError, match=r"one piece for messages \[3, 5\], of which some"):
+        encode(weighted(MESSAGES, 0, 1), tokenizer)
+
+
+def test_which_turns_are_learned_has_two_names(tokenizer):
+    with pytest.raises(ValueError, match=r"Expected learn to be one of \('all', 'last'\), found 0"):
+        encode(MESSAGES, tokenizer, learn=0)
+    with pytest.raises(ValueError, match="Expected tools for each of 2 conversations, found 1"):
+        encode_batch([MESSAGES, MESSAGES], tokenizer, [None])
+
+
+def test_keys_without_a_value_change_nothing(tokenizer):
+    """Arrow gives all messages of a column the same keys."""
+    keys = ("tool_calls", "reasoning_content", "name", "tool_call_id", "weight", "audio")
+    filled = [dict.fromkeys(keys) | message for message in MESSAGES]
+    for template in (CHATML, trl_template("qwen3_training"), trl_template("llama3_1")):
+        tokenizer = with_tokens_of(tokenizer, template)
+        assert encode(filled, tokenizer) == encode(MESSAGES, tokenizer)
+    filled = [{"role": "", "content": ""} | dict.fromkeys(keys) | message for message in WITH_TOOLS]
+    assert encode(filled, tokenizer, [TOOL]) == encode(WITH_TOOLS, tokenizer, [TOOL])

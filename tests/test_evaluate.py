@@ -1,5 +1,6 @@
 """The measures, on answers written by hand and on a model whose behaviour is known."""
 
+import copy
 import math
 
 from sftlib.chat import encode, render
@@ -12,6 +13,7 @@ from sftlib.evaluate import (
     exact_match,
     logprobs,
     perplexity,
+    reference,
     report,
     stops,
     token_losses,
@@ -19,6 +21,7 @@ from sftlib.evaluate import (
 
 import pytest
 import torch
+from trl.chat_template_utils import qwen3_chat_template
 
 
 def row(answer="The symbol of iron is Fe.", value="Fe"):
@@ -55,6 +58,42 @@ def test_content_takes_symbols_and_digits_literally():
     assert content([Answer("Dial +254 first.", True)], [row(value="254")]) == 1
     assert content([Answer("Dial +2549 first.", True)], [row(value="254")]) == 0
     assert content([Answer("N'Djamena!", True)], [row(value="N'Djamena")]) == 1
+
+
+def test_a_reference_with_thoughts_or_calls_is_what_the_model_should_write(tokenizer):
+    tokenizer.chat_template = qwen3_chat_template
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "Fe"}}}]
+    asks = row()["messages"][:1] + [
+        {"role": "assistant", "content": "", "tool_calls": calls, "weight": 0}
+    ]
+    written = '<think>\n\n</think>\n\n<tool_call>\n{"name": "look", "arguments": {"at": "Fe"}}\n'
+    written += "</tool_call>"
+    assert exact_match([Answer(written, True)], [{"messages": asks}], tokenizer) == 1
+    assert exact_match([Answer("", True)], [{"messages": asks}], tokenizer) == 0
+    assert reference({"messages": asks}) == ""
+    assert reference(row(), tokenizer) == reference(row()) == "The symbol of iron is Fe."
+
+
+def test_conversations_with_tools_are_asked_and_measured(tiny):
+    model, shipped = tiny
+    tokenizer = copy.deepcopy(shipped)
+    tokenizer.chat_template = qwen3_chat_template
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "Fe"}}}]
+    told = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "iron"},
+    ]
+    messages = [*row()["messages"][:1], *told, *row()["messages"][1:]]
+    tools = [[{"type": "function", "function": {"name": "look", "parameters": {}}}]]
+    (answer,) = answers(model, tokenizer, [messages[:-1]], max_new_tokens=2, tools=tools)
+    assert isinstance(answer.text, str)
+    encoded = encode(messages, tokenizer, tools[0])
+    (losses,) = token_losses(model, tokenizer, [messages], tools=tools)
+    assert len(losses) == len(encoded["input_ids"]) - 1
+    learned = sum(x for x, m in zip(losses, encoded["assistant_masks"][1:], strict=True) if m)
+    assert logprobs(model, tokenizer, [messages], tools=tools) == pytest.approx([-learned])
+    table = report(model, tokenizer, {"asked": [row() | {"messages": messages, "tools": tools[0]}]})
+    assert table.loc["asked", "prompts"] == 1
 
 
 def test_shares_are_over_all_rows():

@@ -1,21 +1,28 @@
 """What `tune` really trains on, and that it turns the base model into one that answers."""
 
+import json
 import warnings
 
-from sftlib.chat import encode
+from sftlib.chat import encode, training_template
 from sftlib.data import read_facts
 from sftlib.evaluate import report
+from sftlib.finetune.card import print_samples
+from sftlib.finetune.data import Data
+from sftlib.finetune.plan import make_plan
 from sftlib.models import load
 from sftlib.training import config, defaults, encoded, prepare, tune
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Json, Value
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen3_chat_template
 
+import class_5_llama3 as script
 from tests.random_model import random_model
 
 ROWS = read_facts("sft")[:480]
+COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
 def dataset(rows):
@@ -162,11 +169,179 @@ def test_rows_that_say_themselves_what_is_learned_need_no_setting():
 
 def test_columns_that_trl_reads_are_kept_beside_messages():
     tokenizer = load()[1]
-    rows = [{"messages": ROWS[0]["messages"], "tools": "[]", "value": "Lima"}]
-    assert encoded(rows, tokenizer, config()).column_names == ["messages", "tools"]
+    rows = [{"messages": ROWS[0]["messages"], "chat_template_kwargs": {"a": 1}, "value": "Lima"}]
+    assert encoded(rows, tokenizer, config()).column_names == ["messages", "chat_template_kwargs"]
     rows = [{"messages": ROWS[0]["messages"], "labels": "places", "value": "Lima"}]
     found = encoded(rows, tokenizer, config())[0]
     assert found["labels"] == encode(ROWS[0]["messages"], tokenizer)["labels"]
+
+
+# --- Tools, thoughts, turns that are not learned
+
+
+def schema(name: str, **properties: str) -> dict:
+    types = {key: {"type": kind} for key, kind in properties.items()}
+    parameters = {"type": "object", "properties": types}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calling(name: str, result: str, answer: str, **arguments) -> list[dict]:
+    function = {"name": name, "arguments": arguments}
+    return [
+        {"role": "user", "content": f"Use {name}."},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "I need it.",
+            "tool_calls": [{"type": "function", "function": function}],
+        },
+        {"role": "tool", "content": result},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+TOOL_ROWS = [
+    {"messages": calling("add", "3", "It is 3.", a=1, b=2), "tools": [schema("add", a="integer")]},
+    {
+        "messages": calling("find", "", "Nothing.", where=None, words=["x", {"y": 1.5}]),
+        "tools": [schema("find", words="array"), schema("stop")],
+    },
+    {"messages": [*ROWS[0]["messages"][:1], {**ROWS[0]["messages"][1], "weight": 1}]},
+]
+TOOL_ROWS.append({"messages": [*TOOL_ROWS[0]["messages"]], "tools": TOOL_ROWS[0]["tools"]})
+TOOL_ROWS[3]["messages"][1] = TOOL_ROWS[0]["messages"][1] | {"weight": 0}
+
+
+@pytest.fixture
+def qwen3(tokenizer):
+    """The tokenizer with Qwen3's template and its tokens for calls and thoughts."""
+    tags = ["tool_call", "think", "tool_response"]
+    tokenizer.add_tokens([f"<{slash}{tag}>" for tag in tags for slash in ("", "/")])
+    tokenizer.chat_template = qwen3_chat_template
+    return tokenizer
+
+
+def batch_of(trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def test_the_batch_of_rows_with_tools_has_exactly_the_learned_tokens(qwen3):
+    trainer = prepare(random_model(qwen3), qwen3, TOOL_ROWS, max_steps=1)
+    batch = batch_of(trainer)
+    fed = []
+    for ids, labels, keep in zip(*(batch[c] for c in COLUMNS), strict=True):
+        assert ids[labels != -100].equal(labels[labels != -100])
+        fed.append((qwen3.decode(ids[keep == 1]), qwen3.decode(labels[labels != -100])))
+    added = (
+        '<think>\nI need it.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, '
+        '"b": 2}}\n</tool_call><|im_end|>\n'
+    )
+    found = (
+        '<think>\nI need it.\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"where": '
+        'null, "words": ["x", {"y": 1.5}]}}\n</tool_call><|im_end|>\n'
+    )
+    no_thought, end = "<think>\n\n</think>\n\n", "<|im_end|>\n"
+    fact = ROWS[0]["messages"][1]["content"]
+    assert {learned for _, learned in fed} == {
+        f"{added}{no_thought}It is 3.{end}",
+        f"{found}{no_thought}Nothing.{end}",
+        f"{no_thought}{fact}{end}",
+        f"{no_thought}It is 3.{end}",
+    }
+    texts = {
+        qwen3.apply_chat_template(
+            row["messages"],
+            tools=row.get("tools"),
+            tokenize=False,
+            chat_template=training_template(qwen3),
+        )
+        for row in TOOL_ROWS
+    }
+    assert {text for text, _ in fed} == texts
+    trainer.train()
+
+
+def test_the_last_answer_alone_can_be_learned(qwen3):
+    trainer = prepare(
+        random_model(qwen3), qwen3, TOOL_ROWS[:2], eval_dataset=TOOL_ROWS[:2], learn="last"
+    )
+    for data in (trainer.train_dataset, trainer.eval_dataset):
+        learned = [[i for i in row if i != -100] for row in data["labels"]]
+        assert [qwen3.decode(ids) for ids in learned] == [
+            f"<think>\n\n</think>\n\n{text}<|im_end|>\n" for text in ("It is 3.", "Nothing.")
+        ]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_dataset_of_rows_with_tools_is_encoded_as_the_rows_are(qwen3, as_json):
+    """Tools may be JSON there; messages, too, in a column of the type Json."""
+    expected = encoded(TOOL_ROWS, qwen3, config())
+    tools = [row.get("tools") for row in TOOL_ROWS]
+    columns = {
+        "messages": [row["messages"] for row in TOOL_ROWS],
+        "tools": [json.dumps(own) if own else "" for own in tools] if as_json else tools,
+    }
+    types = {"messages": Json(), "tools": Value("string") if as_json else Json()}
+    found = encoded(Dataset.from_dict(columns, features=Features(types)), qwen3, config())
+    assert found["input_ids"] == expected["input_ids"] and found["labels"] == expected["labels"]
+
+
+def test_a_dataset_in_which_arrow_has_changed_the_calls_is_refused(qwen3):
+    mixed = Dataset.from_list([TOOL_ROWS[0], {"messages": calling("see", "1", "One.", c="x")}])
+    assert mixed[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["c"] is None
+    with pytest.raises(ValueError, match="Expected messages as they were written, found None in "):
+        encoded(mixed, qwen3, config())
+    schemas = [{"messages": ROWS[0]["messages"], "tools": row["tools"]} for row in TOOL_ROWS[:2]]
+    with pytest.raises(
+        ValueError, match="Expected tools as they were written, .* list of rows, or"
+    ):
+        encoded(Dataset.from_list(schemas), qwen3, config())
+    alike = Dataset.from_list([TOOL_ROWS[0], TOOL_ROWS[3]])  # with the same keys nothing is filled
+    assert encoded(alike, qwen3, config())["labels"] == [
+        encode(row["messages"], qwen3, row["tools"])["labels"] for row in alike
+    ]
+
+
+@pytest.mark.parametrize(("rows", "learn"), [(TOOL_ROWS[3:], "all"), (TOOL_ROWS[:1], "last")])
+def test_a_loss_on_all_tokens_leaves_no_turn_out(qwen3, rows, learn):
+    everything = config(assistant_only_loss=False)
+    with pytest.raises(ValueError, match="assistant_only_loss=True .* found False: the loss would"):
+        encoded(rows, qwen3, everything, learn)
+    whole = encoded(TOOL_ROWS[:1], qwen3, everything)
+    assert whole["labels"] == whole["input_ids"]
+
+
+def test_rows_with_tools_need_a_template_that_knows_them():
+    model, tokenizer = load()
+    with pytest.raises(
+        ValueError, match="Conversation 1 of 4: .* knows tools, found one that leave"
+    ):
+        prepare(model, tokenizer, TOOL_ROWS)
+    rows = [{"messages": ROWS[0]["messages"], "tools": "[broken"}]
+    with pytest.raises(ValueError, match=r"Expected tools as a list or as JSON, found '\[broken'"):
+        prepare(model, tokenizer, rows)
+
+
+@pytest.mark.integration
+def test_the_script_trains_on_rows_with_tools_and_asks_them(qwen3, tmp_path, capsys):
+    """With the model's own template; a held-out question may end with a tool's result."""
+    folder = tmp_path / "base"
+    random_model(qwen3).save_pretrained(folder)
+    qwen3.save_pretrained(folder)
+    words = f"--model {folder} --template own --method full --output_dir {tmp_path / 'run'}"
+    words += " --max_steps 1 --answer_tokens 4"
+    args, training = script.parse(words.split())
+    data = Data(TOOL_ROWS, TOOL_ROWS[:2], [])
+    trainer, asked, _ = script.make_trainer(args, training, data)
+    by_hand = encode(TOOL_ROWS[0]["messages"], qwen3, TOOL_ROWS[0]["tools"])["labels"]
+    assert trainer.train_dataset["labels"][0] == by_hand
+    trainer.train()
+    assert [len(given) for given in asked.by_step.values()] == [2, 2]
+    print_samples(asked.rows, asked.by_step[1])
+    assert "Use add.\n" in capsys.readouterr().out
+    assert make_plan(args, training, TOOL_ROWS).work.longest == max(
+        len(encode(row["messages"], qwen3, row.get("tools"))["input_ids"]) for row in TOOL_ROWS
+    )
 
 
 WRONG_DATA = [

@@ -3,6 +3,7 @@
 | file | what it does |
 |---|---|
 | `templates` | `CHATML`, `LLAMA3`, `render`: messages → text |
+| `layout` | which parts of a conversation a template shows, and which it marks |
 | `encoding` | `encode`: messages → token ids, and the mask and the labels of what is learned |
 | `control_tokens` | `escape`: text that spells a control token stays text |
 """

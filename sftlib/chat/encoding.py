@@ -7,9 +7,19 @@ from collections.abc import Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sftlib.chat.control_tokens import ControlTokens, template_of
-from sftlib.chat.templates import Messages, render_marked, training_template
-from sftlib.data.validation import fault
+from sftlib.chat.control_tokens import INSIDE, ControlTokens, template_of
+from sftlib.chat.layout import is_plain, layout_of
+from sftlib.chat.templates import (
+    Messages,
+    Spans,
+    Tools,
+    marks_the_assistant,
+    render_marked,
+    spoken_keys,
+    training_template,
+    turns_after_prompts,
+)
+from sftlib.data.validation import fault, is_learned
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -17,62 +27,98 @@ if TYPE_CHECKING:
 
 AT_ONCE = 500  # conversations in memory with their offsets; with more, each takes longer
 IGNORED = -100  # the label of a token that is not learned: PyTorch's cross-entropy leaves it out
+LEARN = ("all", "last")
 
 
 def encode(
     messages: Messages,
     tokenizer: PreTrainedTokenizerBase,
+    tools: Tools | None = None,
     max_length: int | None = None,
     add_generation_prompt: bool = False,
+    learn: str = "all",
 ) -> dict[str, list[int]]:
     """The tokens of a conversation, and which of them the model learns from.
 
-    Control tokens come from the chat template alone: what a message holds is encoded as text, and
-    decodes to what was written. Otherwise the ids are those of `tokenizer.apply_chat_template`.
+    Control tokens come from the chat template alone: what a message or a tool holds is encoded as
+    text, and decodes to what was written. Otherwise the ids are those of
+    `tokenizer.apply_chat_template`.
+
+    What is learned is what the template marks: the assistant's turns with their thoughts, calls of
+    tools and ends. Results of tools are read. Some templates leave out the thoughts of earlier
+    turns: these are neither read nor learned, and a warning counts them.
 
     Args:
         messages: dicts with `role` and `content`, from the user and the assistant in turn, after a
-            message from the system or without one.
+            message from the system or without one. The assistant's may have `reasoning_content`,
+            `tool_calls`, which messages of the role `tool` answer, and `weight`: a turn of weight 0
+            is read and not learned. `sftlib.data.validation` lists all keys.
         tokenizer: a fast one; its chat template must mark the assistant's tokens with
-            `{% generation %}`, or be one for which TRL has a training template.
+            `{% generation %}`, or be one for which TRL has a training template, or write each turn
+            right after the prompt that asks for it, whatever follows.
+        tools: the schemas of the tools that the assistant may call.
         max_length: keep only the first tokens, and warn of what is lost. An answer that is cut is
             learned without its end. Without `max_length` nothing is cut. Prompts are never cut.
-        add_generation_prompt: also open the assistant's turn; the last message is the user's then.
+        add_generation_prompt: also open the assistant's turn; the last message is the user's, or a
+            tool's result, then.
+        learn: "all", or "last" for the last answer alone. Turns of weight 0 are not learned.
 
     Returns:
         Three lists of one length: `input_ids`; `assistant_masks`, in which 1 means "learn this";
         and `labels`, the id where the mask is 1 and `IGNORED` (-100) elsewhere. Labels are not
-        shifted: each stands at its own token. In a prompt (`add_generation_prompt`) without an
-        answer all labels are `IGNORED`.
+        shifted: each stands at its own token. In a prompt (`add_generation_prompt`) all labels are
+        `IGNORED`, except in answers that a template marks also there.
 
     Raises:
-        ValueError: the conversation is not sound; or nothing in it would be learned, because it
-            has no answer, because the first `max_length` tokens have none, or because the template
-            does not mark what the assistant says.
+        ValueError: the conversation or a tool is not sound; the template cannot render it, or
+            leaves out a part of it (many know no tools); or nothing in it would be learned, because
+            it has no answer, because the first `max_length` tokens have none, or because the
+            template does not mark what the assistant says.
     """
-    encoded = encode_batch([messages], tokenizer, max_length, add_generation_prompt)
+    encoded = encode_batch([messages], tokenizer, [tools], max_length, add_generation_prompt, learn)
     return {column: rows[0] for column, rows in encoded.items()}
 
 
 def encode_batch(
     conversations: Sequence[Messages],
     tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Tools | None] | None = None,
     max_length: int | None = None,
     add_generation_prompt: bool = False,
+    learn: str = "all",
 ) -> dict[str, list[list[int]]]:
-    """`encode` for many conversations, as columns: for `Dataset.map(…, batched=True)`."""
-    for number, messages in enumerate(conversations, 1):
-        if wrong := fault(messages, add_generation_prompt):
+    """`encode` for many conversations, as columns: for `Dataset.map(…, batched=True)`.
+
+    Args:
+        tools: for each conversation its tools, or None.
+    """
+    if learn not in LEARN:
+        raise ValueError(f"Expected learn to be one of {LEARN}, found {learn!r}.")
+    tools = [None] * len(conversations) if tools is None else tools
+    if len(tools) != len(conversations):
+        raise ValueError(
+            f"Expected tools for each of {len(conversations)} conversations, found {len(tools)}: "
+            "give None for one without tools."
+        )
+    for number, (messages, own) in enumerate(zip(conversations, tools, strict=True), 1):
+        if wrong := fault(messages, add_generation_prompt, own):
             raise ValueError(_which(number, conversations) + wrong)
-    asked = add_generation_prompt and template_of(tokenizer)
-    template = asked or training_template(tokenizer)
+    renderer = _Renderer(tokenizer, add_generation_prompt, learn)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     with _plain(tokenizer.backend_tokenizer):
         for start in range(0, len(conversations), AT_ONCE):
-            some = conversations[start : start + AT_ONCE]
-            _encode_into(columns, some, tokenizer, template, add_generation_prompt)
+            rendered = []
+            for at in range(start, min(start + AT_ONCE, len(conversations))):
+                try:
+                    rendered.append(renderer.render(conversations[at], tools[at]))
+                except ValueError as error:
+                    raise ValueError(_which(at + 1, conversations) + str(error)) from error
+            _encode_into(columns, rendered, tokenizer)
     if max_length is not None and not add_generation_prompt:
         _cut(columns, max_length)
+    if not add_generation_prompt:
+        renderer.warn_of_thoughts(len(conversations))
+        _refuse_nothing(columns["assistant_masks"])
     pairs = zip(columns["input_ids"], columns["assistant_masks"], strict=True)
     columns["labels"] = [_labels(ids, mask) for ids, mask in pairs]
     return columns
@@ -82,22 +128,77 @@ def _labels(ids: list[int], mask: list[int]) -> list[int]:
     return [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
 
+class _Renderer:
+    """From messages to an escaped text, and the pieces of it that are learned."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool, learn: str
+    ) -> None:
+        self.tokenizer, self.learn = tokenizer, learn
+        self.add_generation_prompt = add_generation_prompt
+        self.controls = ControlTokens.of(tokenizer, INSIDE)
+        self.special_tokens = tokenizer.special_tokens_map
+        self.templates: dict[bool, str] = {}  # for conversations without tools, and with tools
+        self.without_thoughts = 0  # conversations in which the template leaves some out
+
+    def render(self, messages: Messages, tools: Tools | None) -> tuple[str, Spans]:
+        template = self.template(bool(tools))
+        how = (template, self.add_generation_prompt)
+        escape = self.controls.escape_all
+        safe = [
+            {key: value if key == "role" else escape(value) for key, value in said.items()}
+            for said in map(spoken_keys, messages)
+        ]
+        text, spans = render_marked(safe, *how, escape(tools), **self.special_tokens)
+        marked = marks_the_assistant(template)
+        if not marked and not self.add_generation_prompt:
+            spans = turns_after_prompts(safe, template, escape(tools), **self.special_tokens)
+        if self.learn == "all" and is_plain(messages, tools):
+            return text, spans
+        layout = layout_of(messages, *how, tools, **self.special_tokens)
+        self.without_thoughts += layout.refuse_losses(messages) > 0
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [n for n in answers if is_learned(messages[n])]
+        learned = learned[-1:] if self.learn == "last" else learned
+        if learned == answers or self.add_generation_prompt:
+            return text, spans
+        if marked:
+            return text, layout.learned(spans, set(learned))
+        return text, [spans[answers.index(number)] for number in learned]
+
+    def template(self, with_tools: bool) -> str:
+        if with_tools not in self.templates:
+            asked = self.add_generation_prompt and template_of(self.tokenizer, with_tools)
+            found = asked or training_template(self.tokenizer, with_tools)
+            self.templates[with_tools] = found
+        return self.templates[with_tools]
+
+    def warn_of_thoughts(self, of: int) -> None:
+        if self.without_thoughts:
+            warnings.warn(
+                f"In {self.without_thoughts} of {of} conversations the chat template leaves out "
+                "thoughts (reasoning_content) of earlier turns: they are neither read nor learned.",
+                stacklevel=3,
+            )
+
+
+def _refuse_nothing(masks: list[list[int]]) -> None:
+    for number, mask in enumerate(masks, 1):
+        if not any(mask):
+            raise ValueError(
+                f"{_which(number, masks)}Expected something to learn, found none: the chat "
+                "template marks nothing of the answers that are learned. Take another template."
+            )
+
+
 def _encode_into(
     columns: dict[str, list[list[int]]],
-    conversations: Sequence[Messages],
+    rendered: Sequence[tuple[str, Spans]],
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    add_generation_prompt: bool,
 ) -> None:
-    """Append the rows of sound conversations to the columns; the tokenizer is `_plain`."""
-    controls = ControlTokens.of(tokenizer)
-    safe = [
-        [{"role": m["role"], "content": controls.escape(m["content"])} for m in messages]
-        for messages in conversations
-    ]
-    texts, spans = render_marked(
-        safe, template, add_generation_prompt, **tokenizer.special_tokens_map
-    )
+    """Append the rows of escaped texts, with what is learned of them; the tokenizer is `_plain`."""
+    controls = ControlTokens.of(tokenizer, INSIDE)
+    texts = [text for text, _ in rendered]
     cut = [controls.cut(text) for text in texts]
     backend = tokenizer.backend_tokenizer
     # A piece from the middle of a text follows a line break, which is taken away again: some
@@ -109,7 +210,7 @@ def _encode_into(
             add_special_tokens=False,
         )
     )
-    for text, pieces, marked in zip(texts, cut, spans, strict=True):
+    for (text, marked), pieces in zip(rendered, cut, strict=True):
         ids, mask = [], []
         for at, piece in pieces:
             encoding, lead = next(encodings), int(at > 0)
@@ -202,12 +303,13 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     template marks nothing, it is the last token of a conversation. If that is not a control token,
     or the template cannot be rendered, it is EOS.
     """
-    from jinja2 import TemplateError
-
     columns: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
-    with suppress(TemplateError), _plain(tokenizer.backend_tokenizer):
-        _encode_into(columns, [conversation], tokenizer, template_of(tokenizer), False)
+    with suppress(ValueError), _plain(tokenizer.backend_tokenizer):
+        rendered = render_marked(
+            conversation, template_of(tokenizer), False, None, **tokenizer.special_tokens_map
+        )
+        _encode_into(columns, [rendered], tokenizer)
     ids, mask = (sum(rows, []) for rows in columns.values())
     turn = [token for token, learned in zip(ids, mask, strict=True) if learned] or ids
     last = next((token for token in reversed(turn) if str(tokenizer.decode([token])).strip()), None)

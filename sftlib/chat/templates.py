@@ -7,12 +7,15 @@ it never stops.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.chat.control_tokens import template_of
+from sftlib.data.validation import says_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,66 +44,173 @@ LLAMA3 = (
 )
 """The format of Llama 3 Instruct (Llama 3 model card, "Prompt format")."""
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""Messages as `sftlib.data.validation` describes them."""
+Tools = Sequence[Mapping[str, Any]]
+"""Schemas: `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`."""
+Spans = list[tuple[int, int]]
+"""From where to where in a text the template marks what the assistant says."""
 
 
-def render(messages: Messages, template: str = CHATML, add_generation_prompt: bool = False) -> str:
+def render(
+    messages: Messages,
+    template: str = CHATML,
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
+) -> str:
     """The text of a conversation in a chat format.
 
     Args:
-        messages: dicts with `role` (system, user or assistant) and `content`.
+        messages: dicts with `role` (system, user, assistant or tool), `content`, and where there
+            are any `reasoning_content` and `tool_calls`.
         template: a Jinja chat template, for instance `CHATML` or `LLAMA3`.
         add_generation_prompt: also open the assistant's turn, so that a model answers next.
+        tools: schemas of the tools that the assistant may call.
 
     A control token that stands in a message stands in the text, too, where a tokenizer cannot tell
     it from the template's own. To read, not to train on: `encode` keeps them apart.
+
+    Raises:
+        ValueError: the template cannot render the conversation, or leaves a part of it out.
     """
-    return render_marked([messages], template, add_generation_prompt)[0][0]
+    from sftlib.chat.layout import is_plain, layout_of
+
+    text, _ = render_marked(messages, template, add_generation_prompt, tools)
+    if not is_plain(messages, tools):
+        layout_of(messages, template, add_generation_prompt, tools).refuse_losses(messages)
+    return text
 
 
 def render_marked(
-    conversations: Sequence[Messages],
+    messages: Messages,
     template: str,
     add_generation_prompt: bool = False,
-    **special_tokens: str,
-) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """The texts, and where in each (from, to) the template marks what the assistant says."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    # transformers annotates a text as the result
-    render_all = cast("Callable[..., tuple[list[str], list]]", render_jinja_template)
-    texts, spans = render_all(
-        conversations=conversations,
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=marks_the_assistant(template),
-        **special_tokens,
-    )
-    return texts, spans or [[] for _ in texts]
-
-
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template if it marks what the assistant says, else TRL's version of it.
+    tools: Tools | None = None,
+    **special_tokens: Any,
+) -> tuple[str, Spans]:
+    """The text, and where in it the template marks what the assistant says.
 
     Raises:
-        ValueError: it does not, and TRL does not know it either.
+        ValueError: the template cannot render this conversation.
     """
-    template = template_of(tokenizer)
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    spoken = [spoken_keys(message) for message in messages]
+
+    def rendered(messages: list[dict]) -> tuple[str, Spans]:
+        # transformers annotates a text as the result
+        texts, spans = cast(
+            "tuple[list[str], list[Spans]]",
+            render_jinja_template(
+                conversations=[messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marks_the_assistant(template),
+                **special_tokens,
+            ),
+        )
+        return texts[0], spans[0] if spans else []
+
+    try:
+        try:
+            return rendered(spoken)
+        except TypeError:  # templates as DeepSeek's join the arguments to a text
+            return rendered([_arguments_as_text(message) for message in spoken])
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            "Expected a conversation that the chat template can render, found one that it refuses "
+            f"({type(error).__name__}: {error}): change the conversation, or take another template."
+        ) from error
+
+
+def spoken_keys(message: Mapping) -> dict[str, Any]:
+    """The message without what is not said: the weight, and keys of no value (see `READ`)."""
+    kept = ("role", "content")
+    return {
+        key: value
+        for key, value in message.items()
+        if key in kept or (key != "weight" and not says_nothing(value))
+    }
+
+
+def _arguments_as_text(message: dict) -> dict:
+    calls = [
+        call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+    """The template to train with: one in which it can be told what the assistant says.
+
+    It is the tokenizer's chat template if that marks what the assistant says; else TRL's version of
+    it; else the tokenizer's again, if it opens the assistant's turn in a prompt (see
+    `turns_after_prompts`).
+
+    Raises:
+        ValueError: it does neither, and TRL does not know it.
+    """
+    template = template_of(tokenizer, with_tools)
     if marks_the_assistant(template):
         return template
     from trl.chat_template_utils import get_training_chat_template
 
-    try:
-        template = get_training_chat_template(tokenizer) if template else None
-    except ValueError:
-        template = None
-    if template is None:
+    found = None
+    if template and template == template_of(tokenizer):  # TRL knows no other
+        with suppress(ValueError):
+            found = get_training_chat_template(tokenizer)
+    if found is None and not _opens_turns(template, json.dumps(tokenizer.special_tokens_map)):
         raise ValueError(
             "Expected a chat template that marks the assistant's tokens with {% generation %}, "
             "found one without it. Set tokenizer.chat_template, for instance to sftlib.chat.CHATML "
             "(class_5_llama3.py: --template chatml)."
         )
-    return template
+    return found or template
+
+
+@lru_cache
+def _opens_turns(template: str, special_tokens: str) -> bool:
+    """Whether the template adds something to a prompt that the assistant's turn begins with."""
+    pair = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant")]
+    with suppress(ValueError):
+        return bool(turns_after_prompts(pair, template, **json.loads(special_tokens)))
+    return False
+
+
+def turns_after_prompts(
+    messages: Messages, template: str, tools: Tools | None = None, **special_tokens: Any
+) -> Spans:
+    """Where the assistant's turns are in the text of a template that does not mark them.
+
+    A turn is what follows the prompt that asks for it, to the end of the text that ends with it.
+
+    Raises:
+        ValueError: the whole conversation does not begin with these texts.
+    """
+    whole, _ = render_marked(messages, template, False, tools, **special_tokens)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, _ = render_marked(messages[:number], template, False, tools, **special_tokens)
+        prompt, _ = render_marked(messages[:number], template, True, tools, **special_tokens)
+        turn, _ = render_marked(messages[: number + 1], template, False, tools, **special_tokens)
+        opens = whole.startswith(turn) and turn.startswith(prompt)
+        if not opens or prompt == before or turn == prompt:
+            raise ValueError(
+                "Expected a chat template that marks the assistant's tokens with {% generation %}, "
+                f"found one without it, in which message {number + 1} does not follow the prompt "
+                "for it: it cannot be told what is learned. Take another template."
+            )
+        spans.append((len(prompt), len(turn)))
+    return spans
 
 
 @lru_cache

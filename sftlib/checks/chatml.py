@@ -46,10 +46,7 @@ def _rendered(
     messages: list[dict], template: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation's text and its marked spans, with Llama 3's own `bos_token`."""
-    texts, spans = render_marked(
-        [messages], template, add_generation_prompt, bos_token="<|begin_of_text|>"
-    )
-    return texts[0], spans[0]
+    return render_marked(messages, template, add_generation_prompt, bos_token="<|begin_of_text|>")
 
 
 def _wrong_text(text: str, asked: str) -> str:

@@ -162,7 +162,7 @@ def _role(number: int, item: object, key: str, roles: dict[str, str]) -> str:
 
 
 def _chat(key: str) -> Callable[[Mapping], Turns]:
-    return _list(key, "role", "content", {role: role for role in ROLES})
+    return _list(key, "role", "content", {role: role for role in ROLES if role != "tool"})
 
 
 def _completion(record: Mapping) -> Turns:

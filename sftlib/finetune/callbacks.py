@@ -52,9 +52,11 @@ class HeldOutAnswers(TrainerCallback):
             [row["messages"][:-1] for row in self.rows],
             self.answer_tokens,
             args.per_device_train_batch_size,
+            [row.get("tools") for row in self.rows],
         )
         self.by_step[state.global_step] = given
-        scores = {"eval_exact_match": exact_match(given, self.rows), "eval_stops": stops(given)}
+        exact = exact_match(given, self.rows, processing_class)
+        scores = {"eval_exact_match": exact, "eval_stops": stops(given)}
         # Three readers: early stopping, the log of the run, and trackers such as TensorBoard.
         metrics.update(scores)
         state.log_history[-1].update(scores)
@@ -78,7 +80,8 @@ def questions_that_fit(
     """The first `count` rows whose question leaves room for an answer within `max_length`."""
 
     def fits(row: dict) -> bool:
-        ids = encode(row["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
+        asked, tools = row["messages"][:-1], row.get("tools")
+        ids = encode(asked, tokenizer, tools, add_generation_prompt=True)["input_ids"]
         return len(ids) + answer_tokens <= max_length
 
     return list(islice(filter(fits, rows), count))

@@ -73,5 +73,6 @@ def print_samples(rows: list[dict], given: list[Answer], count: int = 3) -> None
     for row, answer in zip(rows[:count], given, strict=False):
         text = answer.text.replace("\n", "\n    ")
         end = "" if answer.stopped else " … (does not end)"
-        print(f"\n{row['messages'][-2]['content']}\n    {text}{end}")
+        asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        print(f"\n{asked[-1]}\n    {text}{end}")
     print()

@@ -134,7 +134,8 @@ def _lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each conversation, template included."""
     from sftlib.chat import encode_batch
 
-    return [len(ids) for ids in encode_batch([r["messages"] for r in rows], tokenizer)["input_ids"]]
+    conversations, tools = [r["messages"] for r in rows], [r.get("tools") for r in rows]
+    return [len(ids) for ids in encode_batch(conversations, tokenizer, tools)["input_ids"]]
 
 
 def _work(
