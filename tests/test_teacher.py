@@ -226,7 +226,6 @@ NOT_COMPLETIONS = {
     "choices null": raw(json.dumps(chat("x") | {"choices": None})),
     "choices empty": raw(json.dumps(chat("x") | {"choices": []})),
     "choices of text": raw(json.dumps(chat("x") | {"choices": "x"})),
-    "content in parts": raw(json.dumps(chat([{"type": "text", "text": "x"}]))),
     "content a number": raw(json.dumps(chat(7))),
 }
 
@@ -258,7 +257,7 @@ def test_what_a_completion_lacks_is_none(serve, change, found):
     ("answer", "words"),
     [
         (error(401), "does not accept the key. Correct OPENAI_API_KEY"),
-        (error(403), "does not accept the key"),
+        (error(403), "knows the key, but does not allow this"),
         (error(404), "no such model or address. Check OPENAI_MODEL"),
         (error(400), "does not accept this request"),
         (error(422), "does not accept this request"),
