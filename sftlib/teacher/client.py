@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 SOURCES = ("openai", "server", "local", "recording")
 LONGEST_WAIT = 60.0  # seconds: if a server asks for a longer wait, do not try again
@@ -207,8 +207,8 @@ class Teacher:
         return text.replace(self._key, "[key]") if self._key else text
 
     def _url(self) -> str:
-        """The address without what may be secret in it: a password, or a query."""
-        return str(self.client.base_url.copy_with(userinfo=b"", query=None))
+        """The address without a name and password."""
+        return str(self.client.base_url.copy_with(userinfo=b""))
 
     def _find_model(self) -> str:
         from sftlib.teacher.local import MODEL
@@ -284,14 +284,16 @@ def _client(source: str, url: str | None, key: str, timeout: float, max_retries:
     options: dict[str, Any] = {}
     if source == "recording":
         options["transport"] = recording.Replay()
-    if _is_this_machine(urlsplit(url or "").hostname or ""):
+    parts = urlsplit(url or "https://api.openai.com/v1")
+    if _is_this_machine(parts.hostname or ""):
         options["trust_env"] = False  # no proxy: it could not reach this machine's 127.0.0.1
     hooks = [_do_not_retry_in_vain]
     if record := os.environ.get("SFT_RECORD"):
         hooks.append(recording.Recorder(record))
     return openai.OpenAI(
         api_key=key or "none",  # the client demands a key; servers without keys ignore it
-        base_url=url or "https://api.openai.com/v1",
+        base_url=parts._replace(query="").geturl(),
+        default_query=dict(parse_qsl(parts.query)),  # such as Azure's api-version
         timeout=timeout,
         max_retries=max_retries,
         http_client=openai.DefaultHttpxClient(event_hooks={"response": hooks}, **options),

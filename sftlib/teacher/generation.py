@@ -113,10 +113,10 @@ def generate_pairs(
         TeacherError: the teacher cannot be asked any more; what was accepted is in `out`.
         ValueError: an argument is out of range, or `out` holds other pairs than these.
     """
-    if not topics or n < 1 or concurrency < 1:
+    if not topics or min(n, concurrency, 1 if patience is None else patience) < 1:
         raise ValueError(
-            f"Expected topics, n >= 1 and concurrency >= 1; found {len(topics)} topics, n={n}, "
-            f"concurrency={concurrency}."
+            f"Expected topics, and n, concurrency and patience >= 1; found {len(topics)} topics, "
+            f"n={n}, concurrency={concurrency}, patience={patience}."
         )
     try:
         json.dumps(list(topics))
