@@ -477,6 +477,8 @@ def test_the_only_model_of_a_server_is_taken(httpserver, settled):
         ({"SFT_TEACHER": "openai", "OPENAI_API_KEY": "sk-1\nsk-2"}, "characters that no key has"),
         ({"SFT_TEACHER": "server"}, "Expected an address such as"),
         ({"SFT_TEACHER": "server", "OPENAI_BASE_URL": "localhost:8"}, "Expected an address such"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:x/v1"}, "Expected an address such"),
+        ({"OPENAI_BASE_URL": "http://[::1/v1"}, "Expected an address such"),
         ({"SFT_TEACHER": "gpt"}, "Expected one of openai, server, local, recording"),
     ],
 )
@@ -808,7 +810,8 @@ COUNTED = {
         chat("", "length", reasoning_content=json.dumps(PAIR)),
         "only reasoning",
     ),
-    "unfinished reasoning": (chat("<think>" + json.dumps(PAIR)), "only reasoning"),
+    "hidden reasoning": (chat("", "length"), "only reasoning"),
+    "unfinished reasoning": (chat("<think>" + json.dumps(PAIR), "length"), "only reasoning"),
     "too long a prompt": (error(400, "context_length_exceeded"), "refused by the server"),
     "a filtered prompt": (error(422, "content_filter"), "refused by the server"),
     "a flagged prompt": (error(403, message="Your input was flagged."), "refused by the server"),
@@ -983,13 +986,15 @@ def test_a_refused_topic_ends_nothing_and_is_not_asked_again(serve, tmp_path, st
     teacher = serve(by_topic({"too-long": error(status, message="Context length exceeded.")}))
     arguments = [["a", "too-long", "b"], 5, tmp_path / "pairs.jsonl", teacher]
     done = generate_pairs(*arguments, concurrency=concurrency)
-    assert len(done.rows) >= 5 and done.rejected == {"refused by the server": 1}
+    assert len(done.rows) >= 5 and done.rejected.keys() == {"refused by the server"}
+    refused = done.rejected.total()  # the next request about it may be under way already
+    assert refused == 1 if concurrency == 1 else refused <= 2
     assert "Context length exceeded." in done.rejects[0]["text"]
     assert done.cost == 12 * len(done.rows)
     asked = len(serve.log)
-    assert asked == len(done.rows) + 1
+    assert asked == len(done.rows) + refused
     again = generate_pairs(arguments[0], 8, *arguments[2:], concurrency=concurrency)
-    assert again.rejected == done.rejected and len(serve.log) == len(again.rows) + 1
+    assert again.rejected == done.rejected and len(serve.log) == len(again.rows) + refused
 
 
 def test_a_topic_that_was_answered_before_is_asked_again(serve, tmp_path):
@@ -1046,18 +1051,19 @@ USELESS = {
 @pytest.mark.parametrize("name", USELESS)
 def test_it_stops_early_with_advice_when_nothing_useful_comes(serve, tmp_path, name):
     answer, advice = USELESS[name]
-    arguments = [list("abcdefg"), 100, tmp_path / "pairs.jsonl", serve(answer)]
+    arguments = [list("abcdefg"), 30, tmp_path / "pairs.jsonl", serve(answer)]
     done = generate_pairs(*arguments, concurrency=4)
     assert re.search(advice.replace(" 20", r" \d\d"), done.stopped)
     assert done.attempts == len(serve.log) <= 25 and len(done.rows) <= 1
-    asked = len(serve.log)
-    assert generate_pairs(*arguments).stopped == done.stopped and len(serve.log) == asked
-    more = generate_pairs(*arguments, patience=None, max_attempts=40)
-    assert more.attempts == 40
+    asked = len(serve.log)  # a restart asks no more, but for the order in which answers came
+    assert re.search(advice.replace(" 20", r" \d\d"), generate_pairs(*arguments).stopped)
+    assert len(serve.log) <= asked + 4
+    more = generate_pairs(*arguments, patience=None, max_attempts=30)
+    assert more.attempts == 30
     # another prompt begins anew
     prompt = {"prompt": lambda topic: ASK}
     serve(lambda request: raw(json.dumps(numbered(request.get_json()["seed"] + 9))))
-    assert len(generate_pairs(*arguments, **prompt).rows) >= 100
+    assert len(generate_pairs(*arguments, **prompt).rows) >= 30
 
 
 def test_a_low_yield_is_no_reason_to_stop(serve, tmp_path):
@@ -1065,11 +1071,11 @@ def test_a_low_yield_is_no_reason_to_stop(serve, tmp_path):
 
     def answer(request):
         seed = request.get_json()["seed"]
-        good = seed % 6 == 5 and not 60 < seed < 95
+        good = seed % 6 == 5 and not 30 < seed < 65
         return raw(json.dumps(numbered(seed) if good else chat("no")))
 
-    done = generate_pairs(["x"], 30, tmp_path / "pairs.jsonl", serve(answer), max_attempts=240)
-    assert len(done.rows) == 30
+    done = generate_pairs(["x"], 8, tmp_path / "pairs.jsonl", serve(answer), max_attempts=90)
+    assert len(done.rows) == 8
 
 
 @pytest.mark.parametrize("usage", [(0, 0), (40, 0), (0, 60)])

@@ -8,6 +8,7 @@ a wait that only the text names, a parameter that this server refuses.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import logging
@@ -140,10 +141,11 @@ class Teacher:
 
         changes, said = dict(self.changes), {}
         while True:
-            renamed = {changes.get(name, name): value for name, value in request.items()}
-            renamed.pop(None, None)
+            sent = {
+                new: value for name, value in request.items() if (new := changes.get(name, name))
+            }
             try:
-                completion = _completion(self.client.chat.completions.create(**renamed))
+                completion = _completion(self.client.chat.completions.create(**sent))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refused = _refused_parameter(error, request.keys() - changes.keys())
                 if refused is None:
@@ -258,22 +260,26 @@ def _address(source: str) -> tuple[str | None, str]:
             )
         return None, key
     if source == "server":
-        parts = urlsplit((url or "").strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            found = "another text" if url else "none"  # not the text: it may be the key
-            raise TeacherError(
-                "Expected an address such as http://127.0.0.1:11434/v1 in OPENAI_BASE_URL, found "
-                f"{found}."
-            )
-        path, ends = re.subn(r"/(chat/)?completions/*$", "", parts.path)
-        path = path if ends else parts.path.rstrip("/") or "/v1"
-        return parts._replace(path=path).geturl(), key
+        return _mended((url or "").strip()), key
     if source == "local":
         try:
             return local.start()
         except RuntimeError as error:
             raise TeacherError(str(error)) from None
     return "http://recording.invalid/v1", ""
+
+
+def _mended(url: str) -> str:
+    """The address as the client wants it: people leave out `/v1`, or add the endpoint."""
+    with contextlib.suppress(ValueError):  # a port that is no number, an open bracket
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            path, ends = re.subn(r"/(chat/)?completions/*$", "", parts.path)
+            return parts._replace(path=path if ends else path.rstrip("/") or "/v1").geturl()
+    found = "another text" if url else "none"  # not the text: it may be the key
+    raise TeacherError(
+        f"Expected an address such as http://127.0.0.1:11434/v1 in OPENAI_BASE_URL, found {found}."
+    )
 
 
 def _client(source: str, url: str | None, key: str, timeout: float, max_retries: int):
@@ -359,19 +365,23 @@ _NOT_SUPPORTED = re.compile(
 
 def _is_about_this_request(error: Any) -> bool:
     """Whether another topic may fare better: not if the account is empty or the key wrong."""
-    said = f"{error.code} {_words(error.body)}".lower()
-    if error.status_code == 403:
-        return "flagged" in said or "moderation" in said
-    return error.status_code in (400, 413, 422) and not _lacks_credit(error)
+    flagged = re.search("flagged|moderation", _words(error.body), re.IGNORECASE)
+    topical = error.status_code in (400, 413, 422) or (error.status_code == 403 and flagged)
+    return bool(topical) and not _lacks_credit(error)
 
 
 def _lacks_credit(error: Any) -> bool:
-    code, status = str(getattr(error, "code", None)), getattr(error, "status_code", None)
-    words = _words(getattr(error, "body", None)).lower()
-    empty = re.search(
-        r"billing|credit balance|insufficient \w*\s?(balance|credit|funds)|balance is insuf", words
-    )
-    return code == "insufficient_quota" or status == 402 or (status in (400, 403) and bool(empty))
+    status = getattr(error, "status_code", None)
+    if status in (400, 403):  # some servers say it so
+        return bool(_NO_CREDIT.search(_words(error.body)))
+    return status == 402 or getattr(error, "code", None) == "insufficient_quota"
+
+
+_NO_CREDIT = re.compile(
+    r"billing|credit balance|insufficient[ _](?:\w+ )?(?:balance|credit|funds|quota)"
+    r"|balance is insufficient",
+    re.IGNORECASE,
+)
 
 
 def _advice(error: Exception) -> str:

@@ -102,8 +102,9 @@ def generate_pairs(
         schema: a JSON schema for the answer; None for a server that does not support schemas.
         max_attempts: the most completions; without it, four times `n`.
         concurrency: how many requests run at the same time.
-        patience: it stops after so many completions in a row without a new pair, or ten times as
-            many as a pair took before, if that is more; None to go on.
+        patience: it stops after so many completions in a row without a new pair. If a pair usually
+            takes several completions, it waits ten times as many, unless all are duplicates. None
+            to go on.
         prices: the cost is computed with them from the tokens that the server reports.
         budget: it stops if the next request, at its highest possible cost, would exceed the budget.
             In the currency of `prices`, or in tokens without prices.
@@ -284,9 +285,12 @@ class _Journal:
 
     def _gives_up(self, under_way: int) -> bool:
         """Whether to ask no more; before the first good pair, each request under way counts too."""
+        if self.patience is None:
+            return False
         usual = (self.tried - len(self.idle)) / max(1, self.useful)
+        bad_luck = 0 if set(self.idle) == {"duplicate"} else 10 * usual
         waste = len(self.idle) + (0 if self.useful else under_way)
-        return self.patience is not None and waste >= max(self.patience, 10 * usual)
+        return waste >= max(self.patience, bad_luck)
 
     def refuses_all(self) -> TeacherError | None:
         """The error if the generation stopped because the server refused one request after another.
@@ -409,7 +413,7 @@ def _pairs_of(row: dict[str, Any]) -> tuple[list[Pair], list[PairError]]:
     bad: list[PairError] = []
     if row.get("error"):
         return [], [PairError(REFUSED, row["error"])]
-    if not row["text"] and row.get("reasoning"):
+    if not row["text"] and (row.get("reasoning") or row["finish_reason"] == "length"):
         return [], [PairError("only reasoning")]
     if row["refusal"] is not None:
         return [], [PairError("refused", row["refusal"])]
@@ -417,6 +421,8 @@ def _pairs_of(row: dict[str, Any]) -> tuple[list[Pair], list[PairError]]:
         pairs = parse_pairs(row["text"], bad)
     except PairError as error:
         pairs, bad = [], bad or [error]
+        if error.reason == "only reasoning":
+            return pairs, bad
     if reason := {"length": "cut off", "content_filter": "filtered"}.get(row["finish_reason"]):
         bad = [PairError(reason)]  # the server's own reason says more
     return pairs, bad
