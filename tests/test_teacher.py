@@ -721,6 +721,7 @@ def test_a_pair_about_the_tags_is_a_pair():
         r"\begin{pmatrix} a & b \\ c & d \\\hline \end{pmatrix}",
         r"a regex: \bword\b, \d+\s*",
         r"\alpha\ne 0 and 2\nu",
+        r"\noindent $a \nmid b$ and \(a \nless b\)",
     ],
 )
 def test_latex_with_single_backslashes_is_kept(latex):
@@ -746,6 +747,16 @@ def test_proper_json_is_read_as_it_is(text):
     for ascii_ in (True, False):
         found = parse_pairs(json.dumps({"question": "q?", "answer": text}, ensure_ascii=ascii_))
         assert found[0].answer == text
+
+
+def test_a_model_may_double_some_backslashes_only():
+    found = parse_pairs(written(r"\\lim_{x \to 0} \frac{a}{b} 5\text{ m}\nu"))[0].answer
+    assert found == "\\lim_{x \\to 0} \\frac{a}{b} 5\\text{ m}\nu"
+
+
+def test_a_line_may_begin_with_a_variable():
+    found = parse_pairs(written(r"\alpha:\nu + v = 3.\nu - v = 1, $$\nu = 2$$"))[0].answer
+    assert found == "\\alpha:\nu + v = 3.\nu - v = 1, $$\nu = 2$$"
 
 
 def test_line_breaks_and_apostrophes_need_no_escape():
@@ -997,6 +1008,15 @@ def test_a_refused_topic_ends_nothing_and_is_not_asked_again(serve, tmp_path, st
     assert again.rejected == done.rejected and len(serve.log) == len(again.rows) + refused
 
 
+def test_a_refused_topic_is_remembered_after_a_failure(serve, tmp_path):
+    out, topics = tmp_path / "pairs.jsonl", ["too-long", "a", "b"]
+    with pytest.raises(TeacherError, match="the key"):
+        generate_pairs(topics, 2, out, serve(error(400), numbered(1), error(401)), concurrency=1)
+    serve.log.clear()
+    generate_pairs(topics, 3, out, serve(numbered(2), numbered(3)), concurrency=1)
+    assert [request["seed"] for request in serve.log] == [2, 4]
+
+
 def test_a_topic_that_was_answered_before_is_asked_again(serve, tmp_path):
     teacher = serve(numbered(1), error(400), numbered(2), numbered(3))
     done = generate_pairs(["x"], 3, tmp_path / "pairs.jsonl", teacher, concurrency=1)
@@ -1066,6 +1086,12 @@ def test_it_stops_early_with_advice_when_nothing_useful_comes(serve, tmp_path, n
     assert len(generate_pairs(*arguments, **prompt).rows) >= 30
 
 
+def test_duplicates_are_no_bad_luck(serve, tmp_path):
+    teacher = serve(*[chat("no")] * 8, numbered(1))
+    done = generate_pairs(["x"], 30, tmp_path / "pairs.jsonl", teacher, concurrency=1)
+    assert (done.attempts, done.rejected) == (29, {"no JSON": 8, "duplicate": 20})
+
+
 def test_a_low_yield_is_no_reason_to_stop(serve, tmp_path):
     """With every sixth completion useful, a gap of thirty may be chance."""
 
@@ -1087,6 +1113,7 @@ def test_a_server_that_counts_nothing_does_not_spend_without_end(serve, tmp_path
     limits = {"budget": 2000, "max_tokens": 100}
     done = generate_pairs(["x"], 500, tmp_path / "pairs.jsonl", serve(answer), **limits)
     assert "exceed the budget" in done.stopped and 1000 < done.cost <= 2000
+    assert done.cost > 300 * done.attempts  # 100 at most for the completion, and all of the prompt
 
 
 def test_no_more_requests_at_once_than_allowed(serve, tmp_path):

@@ -446,7 +446,7 @@ def _completion(response: Any) -> Completion:
     if choice is None:
         shown = response if isinstance(response, str) else _as_text(response)
         raise Unreadable(
-            f"Expected a chat completion with choices, found {' '.join(shown[:120].split())!r}. "
+            f"Expected a chat completion with choices, found {' '.join(shown[:500].split())!r}. "
             "Does the address lead to a chat API?"
         )
     if not isinstance(content, str | list | None):

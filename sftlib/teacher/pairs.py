@@ -128,8 +128,8 @@ def _escapes_for_json(text: str) -> str:
     - what JSON does not know, always (`\alpha`, `\(`, `\upsilon`); but `\'` is an apostrophe;
     - `\n`, `\r`, `\t` that begin a command whose other letters are no word (`\nabla`, `\theta`);
     - those whose other letters may be a word (`\nu`, `\tan`): after a space, an opening or an
-      operator, before `{`, or if other LaTeX in the completion has single backslashes. Never if a
-      command in the completion has two, nor where a line ends: after punctuation or `$$`;
+      operator, before `{`, or if other LaTeX in the completion has single backslashes. Never where
+      a line ends (after punctuation or `$$`), nor `\n` if a command in the completion has two;
     - `\\` as LaTeX's line break, if other LaTeX has single backslashes.
     """
     escapes = list(_ESCAPE.finditer(text))
@@ -144,7 +144,9 @@ def _escapes_for_json(text: str) -> str:
         if name == "\\":
             row_ends = raw and before[-1:] != "\\" and _ROW_ENDS.match(text, end)
             return whole * 2 if row_ends else whole
-        unsure = not proper and name in _UNSURE and not _LINE_ENDS.search(before)
+        unsure = (
+            name in _UNSURE and (name[0] == "t" or not proper) and not _LINE_ENDS.search(before)
+        )
         sign = text.startswith("{", end) or (name not in ("ne", "ni") and before[-1:] in _OPENING)
         return "\\" + whole if _is_latex(name) or (unsure and (raw or sign)) else whole
 
@@ -161,7 +163,7 @@ def _is_latex(name: str) -> bool:
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[A-Za-z]+|.)", re.DOTALL)
 _COMMAND_BEGINS = re.compile(r"[A-Za-z(\[]")
 _SURE = re.compile(
-    "n(?:abla|eq|ot|otin|onumber|ewline|ewcommand|ewpage|atural|[ew]arrow|leq|geq|subseteq|cong)"
+    "n(?:abla|eq|ot|otin|onumber|ewline|ewcommand|ewpage|oindent|olimits|ormalsize|atural|[ew]arrow|leq|geq|subseteq|cong)"
     "|r(?:ho|m|ef|ight[a-z]*|angle|ceil|floor|brac[ek]|[vV]ert|times|enewcommand)"
     "|t(?:heta|imes|au|frac|binom|ilde|anh|herefore|h(?:in|ick)space|riangle[a-z]*|itle|abular"
     "|ext(?:bf|it|rm|tt|sf|sc|up|normal|style|color|(?:super|sub)script))"
