@@ -548,6 +548,9 @@ def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
         for answer in (raw(f"<html>{KEY}", "text/html"), {"error": f"not {KEY}"}):
             with pytest.raises(Unreadable, match=r"\[key\]"):
                 serve(answer).ask(ASK)
+        with pytest.raises(TeacherError) as cut:
+            serve(error(401, message=(KEY + " ") * 200)).ask(ASK)
+        assert KEY[:9] not in str(cut.value)
         refusal = error(400, message=f"seed is not supported for {KEY}")
         serve(refusal, chat("ok")).ask(ASK, seed=1)
     shown = repr(teacher) + str(problem.value) + caplog.text + "".join(capfd.readouterr())

@@ -196,17 +196,16 @@ class Teacher:
             problem = Unreadable(self._without_key(f"The response is no valid JSON ({error})."))
         except openai.APIStatusError as error:
             kind = Refused if _is_about_this_request(error) else TeacherError
-            said = _words(error.body) or "nothing"
-            text = (
-                f"{_advice(error)} Status {error.status_code} from {self._url()}; it says: {said}"
-            )
+            where = f"Status {error.status_code} from {self._url()}"
+            text = f'{_advice(error)} {where}; it says "{_words(error.body)}".'
             problem = kind(self._without_key(text))
         except openai.OpenAIError as error:
             problem = TeacherError(self._without_key(f"{_advice(error)} ({error})"))
         raise problem from None  # the original error holds the request, whose headers hold the key
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        """For an error: first without the key, then cut, so that no half of a key is left."""
+        return (text.replace(self._key, "[key]") if self._key else text)[:LONGEST_QUOTE]
 
     def _url(self) -> str:
         """The address without a name and password."""
@@ -423,15 +422,12 @@ def _words(body: Any) -> str:
     if isinstance(body, list):
         return "; ".join(map(_words, body))
     if not isinstance(body, dict):
-        return " ".join(str(body or "").split())[:LONGEST_QUOTE]
-    for key in ("error", "message", "detail", "msg"):
-        if body.get(key):
-            where = ".".join(map(str, body["loc"])) + ": " if body.get("loc") else ""
-            more = body.get("metadata")  # OpenRouter: what the provider behind it says
-            return (
-                where + _words(body[key]) + (f" {json.dumps(more)[:LONGEST_QUOTE]}" if more else "")
-            )
-    return json.dumps(body)[:LONGEST_QUOTE]
+        return " ".join(str(body or "").split())[: 2 * LONGEST_QUOTE]
+    for key in ("error", "message", "detail", "msg", "raw"):
+        if body.get(key):  # `metadata`: OpenRouter quotes the provider behind it
+            said = _words(body.get("loc")), _words(body[key]), _words(body.get("metadata"))
+            return ": ".join(filter(None, said))
+    return json.dumps(body)[: 2 * LONGEST_QUOTE]
 
 
 def _completion(response: Any) -> Completion:
@@ -482,6 +478,6 @@ def _count(number: Any) -> int | None:
 
 def _as_text(response: Any) -> str:
     try:
-        return json.dumps(response.model_dump(warnings=False), default=str)
+        return json.dumps(response.model_dump(warnings=False, exclude_none=True), default=str)
     except Exception:
         return repr(response)
