@@ -132,8 +132,8 @@ def generate_pairs(
         return _Attempt(topic, request)
 
     limit = 4 * n if max_attempts is None else max_attempts
-    with _Journal(Path(out), teacher, accept, prices) as journal, _bar(n, journal.result) as bar:
-        journal.patience = patience
+    files = _Journal(Path(out), teacher, accept, prices, patience)
+    with files as journal, _bar(n, journal.result) as bar:
         todo = journal.without_answer(map(attempt, range(limit)))
         _work_through(todo, n, journal, concurrency, budget, bar)
         return journal.result
@@ -211,10 +211,16 @@ class _Journal:
     """
 
     def __init__(
-        self, out: Path, teacher: Teacher, accept: Accept | None, prices: Prices | None
+        self,
+        out: Path,
+        teacher: Teacher,
+        accept: Accept | None,
+        prices: Prices | None,
+        patience: int | None,
     ) -> None:
         self.out, self.raw = out, out.with_suffix(".raw.jsonl")
-        self.teacher, self.accept, self.prices = teacher, accept, prices
+        self.teacher, self.accept = teacher, accept
+        self.prices, self.patience = prices, patience
         self.known: dict[str, str] = {}  # answered request → why it brought no new pair, or ""
         self.answered: set[str] = set()  # questions that were answered at least once …
         self.refused: set[str] = set()  # … and that the server refused
@@ -222,7 +228,6 @@ class _Journal:
         self.refusal: Refused | None = None  # the last one
         self.idle: list[str] = []  # why the last completions in a row brought no new pair
         self.tried = self.useful = 0  # completions of this call, and those with a new pair
-        self.patience: int | None = None
         self.seen: set[str] = set()  # accepted pairs, to find duplicates
         self.unreadable = 0  # unreadable responses in a row
         self.next: _Attempt | None = None
