@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import socketserver
 import subprocess
@@ -24,6 +25,7 @@ from sftlib.teacher import (
     Completion,
     PairError,
     Prices,
+    Refused,
     Teacher,
     TeacherError,
     Unreadable,
@@ -31,6 +33,7 @@ from sftlib.teacher import (
     local,
     parse_pairs,
 )
+from sftlib.teacher.client import PARAMETERS, _do_not_retry_in_vain, _is_this_machine
 from sftlib.teacher.recording import Recorder, Replay
 
 import httpx2
@@ -226,7 +229,6 @@ NOT_COMPLETIONS = {
     "choices null": raw(json.dumps(chat("x") | {"choices": None})),
     "choices empty": raw(json.dumps(chat("x") | {"choices": []})),
     "choices of text": raw(json.dumps(chat("x") | {"choices": "x"})),
-    "content in parts": raw(json.dumps(chat([{"type": "text", "text": "x"}]))),
     "content a number": raw(json.dumps(chat(7))),
 }
 
@@ -258,7 +260,7 @@ def test_what_a_completion_lacks_is_none(serve, change, found):
     ("answer", "words"),
     [
         (error(401), "does not accept the key. Correct OPENAI_API_KEY"),
-        (error(403), "does not accept the key"),
+        (error(403), "knows the key, but does not allow this"),
         (error(404), "no such model or address. Check OPENAI_MODEL"),
         (error(400), "does not accept this request"),
         (error(422), "does not accept this request"),
@@ -268,6 +270,161 @@ def test_a_refused_request_says_what_to_correct(serve, answer, words):
     with pytest.raises(TeacherError, match=words):
         serve(answer).ask(ASK)
     assert len(serve.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("Rate limit reached: limit 3 / min. Please try again in 20s.", "20"),
+        ("Limit 100, used 99. Please try again in 1m26.4s. Visit us.", "86.4"),
+        ("Please try again in 120ms", "0.12"),
+        ("Please retry after 26 seconds. See https://x/y.", "26"),
+        ("Please wait 2 minutes and 5 seconds", "125"),
+        ('"retryDelay": "38s"', "38"),
+        ("Try again in 1h2m0s", "3720"),
+        ("Slow down. You may send 20 requests a minute.", None),
+    ],
+)
+def test_a_wait_that_only_the_text_names_is_heeded(text, seconds):
+    response = httpx2.Response(429, text=text)
+    _do_not_retry_in_vain(response)
+    assert response.headers.get("retry-after") == seconds
+    in_vain = seconds is not None and float(seconds) > 60
+    assert (response.headers.get("x-should-retry") == "false") == in_vain
+
+
+def test_the_wait_in_the_text_is_waited_for_or_said(serve):
+    teacher = serve(error(429, message="Please try again in 120ms."), chat("ok"))
+    assert teacher.ask(ASK).text == "ok"
+    with pytest.raises(TeacherError, match=r"Too many requests. Try again in 1200 s\."):
+        serve(error(429, message="Please try again in 20m0s.")).ask(ASK)
+
+
+LONG = "Sorry, " + "because of a long reason " * 20 + "the end."
+BODIES = {
+    "OpenAI": {"error": {"message": LONG, "code": "c"}},
+    "a text": {"error": LONG},
+    "FastAPI": {"detail": [{"loc": ["body", "messages"], "msg": LONG}]},
+    "vLLM": {"object": "error", "message": LONG},
+    "Google": [{"error": {"message": LONG, "status": "INVALID_ARGUMENT"}}],
+    "OpenRouter": {"error": {"message": "Provider returned error", "metadata": {"raw": LONG}}},
+    "no JSON": LONG,
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_servers_own_words_are_shown_whole(serve, name):
+    body = BODIES[name] if name == "no JSON" else json.dumps(BODIES[name])
+    with pytest.raises(Refused) as problem:
+        serve(Response(body, 400, content_type="application/json")).ask(ASK)
+    assert LONG in str(problem.value)
+
+
+@pytest.mark.parametrize("body", [{"error": {"message": LONG, "code": 502}}, {"error": LONG}])
+def test_an_error_with_status_200_is_said(serve, body):
+    with pytest.raises(Unreadable, match="answers with an error") as problem:
+        serve(body).ask(ASK)
+    assert LONG in str(problem.value)
+    broken = {"choices": [{"message": {"content": ""}} | body]}
+    with pytest.raises(Unreadable, match="answers with an error"):
+        serve(chat("") | broken).ask(ASK)
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "reasoning"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab", None),
+        (["a", {"type": "output_text", "text": "b"}, {"type": "image_url"}], "ab", None),
+        ([{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "b"}], "b", "hm"),
+        (
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"text": "b"}],
+            "b",
+            "hm",
+        ),
+        ([], "", None),
+    ],
+)
+def test_text_in_parts_is_joined(serve, content, text, reasoning):
+    found = serve(chat(content)).ask(ASK)
+    assert (found.text, found.reasoning) == (text, reasoning)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_apart_from_the_text_is_kept(serve, key):
+    found = serve(chat("b", **{key: "hm"})).ask(ASK)
+    assert (found.text, found.reasoning) == ("b", "hm")
+
+
+# What servers say when they do not know a parameter, as users have reported it.
+UNKNOWN = [
+    ("max_tokens", "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+     "'max_completion_tokens' instead."),
+    ("temperature", "Unsupported value: 'temperature' does not support 0.7 with this model. Only "
+     "the default (1) value is supported."),
+    ("temperature", "`temperature` is deprecated for this model."),
+    ("seed", "property 'seed' is unsupported"),
+    ("seed", 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'),
+    ("seed", [{"type": "extra_forbidden", "loc": ["body", "seed"],
+               "msg": "Extra inputs are not permitted", "input": 3}]),
+    ("response_format", "This response_format type is unavailable now"),
+    ("response_format", "This model does not support response format `json_schema`."),
+    ("response_format", "'response_format.type' must be 'text' or 'json_object'"),
+    ("response_format", "Invalid value: 'json_schema'. Supported values are: 'json_object'."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "words"), UNKNOWN)
+def test_a_refused_parameter_is_left_out_once_and_said(serve, caplog, name, words):
+    def answer(request):
+        if name in request.get_json():
+            body = {"detail": words} if isinstance(words, list) else {"error": {"message": words}}
+            return Response(json.dumps(body), 422 if isinstance(words, list) else 400)
+        return raw(json.dumps(chat("ok")))
+
+    teacher = serve(answer)
+    for seed in (1, 2, 3):
+        assert teacher.ask(ASK, {"type": "object"}, seed=seed, max_tokens=9).text == "ok"
+    assert [name in request for request in serve.log] == [True, False, False, False]
+    kept = serve.log[-1].keys() - {"max_completion_tokens"}
+    assert kept == {"model", "messages", *PARAMETERS} - {name}
+    assert (serve.log[-1].get("max_completion_tokens") == 9) == (name == "max_tokens")
+    assert len([r for r in caplog.records if f"refuses {name}" in r.getMessage()]) == 1
+
+
+def test_several_refused_parameters_are_left_out_one_after_the_other(serve):
+    names = {"max_tokens", "temperature", "seed"}
+
+    def answer(request):
+        found = sorted(names & request.get_json().keys())
+        words = f"Unsupported parameter: '{found[0]}'" if found else ""
+        return error(400, message=words) if found else raw(json.dumps(chat("ok")))
+
+    assert serve(answer).ask(ASK, seed=1).text == "ok"
+    assert len(serve.log) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "'max_tokens' or 'max_completion_tokens' is too large: 8000. This model's maximum context "
+        "length is 4096 tokens and your request has 30 input tokens.",
+        "temperature must be in [0, 2], got 3.0",
+        "Invalid schema for response_format 'answer': 'x' is not supported.",
+        "The seeds of pumpkins are not allowed here.",
+    ],
+)
+def test_a_wrong_value_is_no_unknown_parameter(serve, words):
+    with pytest.raises(Refused):
+        serve(error(400, message=words)).ask(ASK, {"type": "object"}, seed=1)
+    assert len(serve.log) == 1
+
+
+def test_a_parameter_that_was_not_the_cause_is_not_left_out_for_ever(serve):
+    filtered = error(400, message="Filtered. The seed is not allowed here.")
+    teacher = serve(filtered, filtered, chat("ok"))
+    with pytest.raises(Refused):
+        teacher.ask(ASK, seed=1)
+    assert teacher.ask(ASK, seed=2).text == "ok" and "seed" in serve.log[-1]
 
 
 # --- Which teacher, and its key ------------------------------------------------------------------
@@ -320,6 +477,8 @@ def test_the_only_model_of_a_server_is_taken(httpserver, settled):
         ({"SFT_TEACHER": "openai", "OPENAI_API_KEY": "sk-1\nsk-2"}, "characters that no key has"),
         ({"SFT_TEACHER": "server"}, "Expected an address such as"),
         ({"SFT_TEACHER": "server", "OPENAI_BASE_URL": "localhost:8"}, "Expected an address such"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:x/v1"}, "Expected an address such"),
+        ({"OPENAI_BASE_URL": "http://[::1/v1"}, "Expected an address such"),
         ({"SFT_TEACHER": "gpt"}, "Expected one of openai, server, local, recording"),
     ],
 )
@@ -329,6 +488,47 @@ def test_a_setting_that_cannot_be_is_said(settled, settings_, words):
     with pytest.raises(TeacherError, match=words) as problem:
         Teacher()
     assert settings_.get("OPENAI_API_KEY", "-") not in str(problem.value)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1/", "/v1/chat/completions", "/v1/chat/completions/"])
+def test_an_address_is_mended(serve, settled, httpserver, end):
+    serve(chat("ok"))
+    settled.setenv("OPENAI_BASE_URL", httpserver.url_for("/").rstrip("/") + end)
+    assert Teacher(max_retries=0).ask(ASK).text == "ok"
+
+
+def test_another_path_is_left_alone(settled):
+    settled.setenv("OPENAI_MODEL", "m")
+    for url, base in {
+        "http://127.0.0.1:9/api/v3": "http://127.0.0.1:9/api/v3/",
+        "http://127.0.0.1:9/chat/completions": "http://127.0.0.1:9",
+    }.items():
+        settled.setenv("OPENAI_BASE_URL", url)
+        assert str(Teacher().client.base_url) == base
+
+
+def test_no_proxy_stands_before_this_machine(serve, settled):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        settled.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        settled.delenv(name, raising=False)
+    assert serve(chat("ok"), max_retries=0).ask(ASK).text == "ok"
+    assert all(map(_is_this_machine, ["localhost", "127.1.2.3", "::1", "0.0.0.0"]))
+    assert not any(map(_is_this_machine, ["example.org", "10.0.0.1", "localhost.org", ""]))
+
+
+def test_a_secret_in_the_address_shows_nowhere(serve, settled, httpserver):
+    serve(error(404), max_retries=0)
+    url = httpserver.url_for("/v1").replace("//", "//me:hunter2@") + "?api-key=hunter2"
+    settled.setenv("OPENAI_BASE_URL", url)
+    settled.setenv("OPENAI_MODEL", "m")
+    with pytest.raises(TeacherError) as problem:
+        Teacher().ask(ASK)
+    assert "hunter2" not in repr(Teacher()) + str(problem.value)
+    settled.setenv("OPENAI_BASE_URL", KEY)
+    with pytest.raises(TeacherError, match="found another text") as problem:
+        Teacher()
+    assert KEY not in str(problem.value)
 
 
 def test_a_teacher_that_is_not_installed_says_how(settled):
@@ -345,6 +545,14 @@ def test_the_key_shows_nowhere(serve, settled, caplog, capfd, tmp_path):
         generate_pairs(["Kenya"], 1, tmp_path / "pairs.jsonl", teacher)
         with pytest.raises(TeacherError, match=r"\[key\]") as problem:
             serve(error(401, message=f"Incorrect API key provided: {KEY}")).ask(ASK)
+        for answer in (raw(f"<html>{KEY}", "text/html"), {"error": f"not {KEY}"}):
+            with pytest.raises(Unreadable, match=r"\[key\]"):
+                serve(answer).ask(ASK)
+        with pytest.raises(TeacherError) as cut:
+            serve(error(401, message=(KEY + " ") * 200)).ask(ASK)
+        assert KEY[:9] not in str(cut.value)
+        refusal = error(400, message=f"seed is not supported for {KEY}")
+        serve(refusal, chat("ok")).ask(ASK, seed=1)
     shown = repr(teacher) + str(problem.value) + caplog.text + "".join(capfd.readouterr())
     shown += repr(problem.value.__context__) + repr(problem.value.__cause__)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -464,6 +672,115 @@ def test_what_is_no_pair_has_a_reason(text, reason):
     assert problem.value.reason == reason
 
 
+def written(answer: str) -> str:
+    """A pair as a model writes it: `answer` stands in the JSON as it is."""
+    return '{"question": "q?", "answer": "' + answer + '"}'
+
+
+DRAFT = json.dumps({"question": "Draft?", "answer": "Not this one."})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>{DRAFT}</think>{json.dumps(ONE)}",
+        f"<think>\n<think>{DRAFT}</think>{DRAFT}</think>{json.dumps(ONE)}",
+        f"<THINKING>{DRAFT}</THINKING> Here it is: {json.dumps(ONE)}",
+        f"<seed:think>{DRAFT}</seed:think>{json.dumps(ONE)}",
+        f"[THINK]{DRAFT}[/THINK]{json.dumps(ONE)}",
+        f"◁think▷{DRAFT}◁/think▷{json.dumps(ONE)}",
+        f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final"
+        f"<|message|>{json.dumps(ONE)}",
+        f"Hm. {DRAFT}</think>{json.dumps(ONE)}",  # the template has opened it
+        f"{'{ [' * 300} {DRAFT}</think>{json.dumps(ONE)}",
+        f"{json.dumps(ONE)}<think>Another one: {DRAFT}",
+    ],
+)
+def test_a_draft_is_no_pair(text):
+    assert [pair.model_dump() for pair in parse_pairs(text)] == [ONE]
+
+
+@pytest.mark.parametrize("text", [f"<think>{DRAFT}", f"{DRAFT}</think>", f"Well.\n<think> {DRAFT}"])
+def test_reasoning_alone_is_no_pair(text):
+    with pytest.raises(PairError) as problem:
+        parse_pairs(text)
+    assert problem.value.reason == "only reasoning"
+
+
+def test_a_pair_about_the_tags_is_a_pair():
+    text = json.dumps(ONE | {"answer": "<think> opens and </think> closes it."})
+    assert parse_pairs(text)[0].answer == "<think> opens and </think> closes it."
+
+
+@pytest.mark.parametrize(
+    "latex",
+    [
+        r"\frac{1}{2} and \forall x, \beta and \binom{n}{k}",
+        r"\theta, \times, \tau, \tfrac12, \textbf{a}, \therefore",
+        r"\nabla f \neq 0, x\notin A, the frequency \nu, $\nu$ and (\nu)",
+        r"\rho and \right) and \rangle",
+        r"\alpha, \(x\), \[y\], \{z\}, 5\%, \underline{x}, \upsilon",
+        r"$x \to y$, \tan x, 5\text{ m}",
+        r"\begin{pmatrix} a & b \\ c & d \\\hline \end{pmatrix}",
+        r"a regex: \bword\b, \d+\s*",
+        r"\alpha\ne 0 and 2\nu",
+        r"\noindent $a \nmid b$ and \(a \nless b\)",
+    ],
+)
+def test_latex_with_single_backslashes_is_kept(latex):
+    assert parse_pairs(written(latex))[0].answer == latex
+    assert parse_pairs(json.dumps({"question": latex, "answer": "b"}))[0].question == latex
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First.\nnot now\n\nTo do:\n- it is\nno\r\nnext",
+        "Solve:\nu + v = 3\nu - v = 1",
+        "a\tan apple\textra\to\top",
+        "Poem,\nexists and\nless\nnu",
+        "$$\ne^{i\\pi} + 1 = 0\n$$ and \\frac{1}{2}",  # two backslashes in JSON: it is proper
+        "\\alpha: \nu is \\theta",
+        'A "quote", a café, a / and a \\ alone',
+        "C:\\new\\table\\frac",
+        "\\begin{pmatrix} a \\\\ b \\end{pmatrix}",
+    ],
+)
+def test_proper_json_is_read_as_it_is(text):
+    for ascii_ in (True, False):
+        found = parse_pairs(json.dumps({"question": "q?", "answer": text}, ensure_ascii=ascii_))
+        assert found[0].answer == text
+
+
+def test_a_model_may_double_some_backslashes_only():
+    found = parse_pairs(written(r"\\lim_{x \to 0} \frac{a}{b} 5\text{ m}\nu"))[0].answer
+    assert found == "\\lim_{x \\to 0} \\frac{a}{b} 5\\text{ m}\nu"
+
+
+def test_a_line_may_begin_with_a_variable():
+    found = parse_pairs(written(r"\alpha:\nu + v = 3.\nu - v = 1, $$\nu = 2$$"))[0].answer
+    assert found == "\\alpha:\nu + v = 3.\nu - v = 1, $$\nu = 2$$"
+
+
+def test_line_breaks_and_apostrophes_need_no_escape():
+    assert parse_pairs(written("one\ntwo, it\\'s"))[0].answer == "one\ntwo, it's"
+
+
+def test_a_broken_escape_of_unicode_is_no_pair():
+    with pytest.raises(PairError, match="broken JSON"):
+        parse_pairs(written(r"caf\u00zz"))
+
+
+def test_other_keys_of_any_kind_do_not_hide_a_pair():
+    extra = {"sources": ["x", {"page": 3}], "more": [TWO | {"tags": []}]}
+    rejected: list[PairError] = []
+    assert [pair.model_dump() for pair in parse_pairs(json.dumps(ONE | extra), rejected)] == [
+        ONE,
+        TWO,
+    ]
+    assert not rejected
+
+
 def test_a_bad_pair_does_not_hide_a_good_one():
     rejected: list[PairError] = []
     text = json.dumps([ONE, {"question": "c?", "answer": " "}, 7])
@@ -503,6 +820,15 @@ COUNTED = {
     "length": (chat('{"question": "a?", "ans', finish_reason="length"), "cut off"),
     "content_filter": (chat("", finish_reason="content_filter"), "filtered"),
     "no text": (chat(None), "no JSON"),
+    "reasoning apart": (
+        chat("", "length", reasoning_content=json.dumps(PAIR)),
+        "only reasoning",
+    ),
+    "hidden reasoning": (chat("", "length"), "only reasoning"),
+    "unfinished reasoning": (chat("<think>" + json.dumps(PAIR), "length"), "only reasoning"),
+    "too long a prompt": (error(400, "context_length_exceeded"), "refused by the server"),
+    "a filtered prompt": (error(422, "content_filter"), "refused by the server"),
+    "a flagged prompt": (error(403, message="Your input was flagged."), "refused by the server"),
     "prose": (chat("What is the capital of Kenya? Nairobi."), "no JSON"),
     "wrong keys": (chat('{"q": "a?", "a": "b"}'), "wrong keys"),
     "duplicate keys": (chat('{"question": "a", "question": "b", "answer": "c"}'), "duplicate keys"),
@@ -656,6 +982,143 @@ def test_the_budget_is_never_exceeded(serve, tmp_path, prices, usage):
     assert len(serve.log) == asked  # what an earlier run spent counts
 
 
+def by_topic(answers):
+    """Answers by the topic that a prompt names; without one, a new pair each time."""
+
+    def answer(request):
+        body = request.get_json()
+        words = body["messages"][-1]["content"]
+        found = next((value for topic, value in answers.items() if topic in words), None)
+        return found or raw(json.dumps(numbered(body["seed"])))
+
+    return answer
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_refused_topic_ends_nothing_and_is_not_asked_again(serve, tmp_path, status, concurrency):
+    teacher = serve(by_topic({"too-long": error(status, message="Context length exceeded.")}))
+    arguments = [["a", "too-long", "b"], 5, tmp_path / "pairs.jsonl", teacher]
+    done = generate_pairs(*arguments, concurrency=concurrency)
+    assert len(done.rows) >= 5 and done.rejected.keys() == {"refused by the server"}
+    refused = done.rejected.total()  # the next request about it may be under way already
+    assert refused == 1 if concurrency == 1 else refused <= 2
+    assert "Context length exceeded." in done.rejects[0]["text"]
+    assert done.cost == 12 * len(done.rows)
+    asked = len(serve.log)
+    assert asked == len(done.rows) + refused
+    again = generate_pairs(arguments[0], 8, *arguments[2:], concurrency=concurrency)
+    assert again.rejected == done.rejected and len(serve.log) == len(again.rows) + refused
+
+
+def test_a_refused_topic_is_remembered_after_a_failure(serve, tmp_path):
+    out, topics = tmp_path / "pairs.jsonl", ["too-long", "a", "b"]
+    with pytest.raises(TeacherError, match="the key"):
+        generate_pairs(topics, 2, out, serve(error(400), numbered(1), error(401)), concurrency=1)
+    serve.log.clear()
+    generate_pairs(topics, 3, out, serve(numbered(2), numbered(3)), concurrency=1)
+    assert [request["seed"] for request in serve.log] == [2, 4]
+
+
+def test_a_topic_that_was_answered_before_is_asked_again(serve, tmp_path):
+    teacher = serve(numbered(1), error(400), numbered(2), numbered(3))
+    done = generate_pairs(["x"], 3, tmp_path / "pairs.jsonl", teacher, concurrency=1)
+    assert len(done.rows) == 3 and done.attempts == 4
+
+
+@pytest.mark.parametrize("topics", [["x"], list(map(str, range(500)))])
+def test_a_server_that_refuses_everything_ends_it_with_its_words(serve, tmp_path, topics):
+    out = tmp_path / "pairs.jsonl"
+    teacher = serve(error(400, message="Model is closed."))
+    with pytest.raises(TeacherError, match="Model is closed.*0 accepted pairs"):
+        generate_pairs(topics, 300, out, teacher)
+    assert len(serve.log) == min(20, len(topics)) or topics == ["x"] and len(serve.log) <= 2
+    teacher = serve(lambda request: raw(json.dumps(numbered(request.get_json()["seed"]))))
+    assert len(generate_pairs(topics, 3, out, teacher).rows) >= 3  # mended, it asks them all
+
+
+def test_refusals_that_only_came_at_the_end_are_not_held_against_the_topics(serve, tmp_path):
+    teacher = serve(numbered(1), numbered(2), error(400, message="Maintenance."))
+    out, topics = tmp_path / "pairs.jsonl", list(map(str, range(99)))
+    with pytest.raises(TeacherError, match="Maintenance.*2 accepted pairs"):
+        generate_pairs(topics, 99, out, teacher, concurrency=1)
+    assert len(serve.log) == 22
+    serve.log.clear()
+    generate_pairs(topics, 3, out, serve(numbered(3)), concurrency=1)
+    assert [request["seed"] for request in serve.log] == [2]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        error(400, message="Your credit balance is too low to access the API."),
+        error(402, message="Insufficient Balance"),
+        error(403, message="Sorry, your account balance is insufficient"),
+    ],
+)
+def test_an_empty_account_is_no_topics_fault(serve, tmp_path, answer):
+    with pytest.raises(TeacherError, match="no credit left"):
+        generate_pairs(["a", "b"], 9, tmp_path / "pairs.jsonl", serve(answer), concurrency=1)
+    assert len(serve.log) == 1
+
+
+USELESS = {
+    "prose": (chat("I would rather not."), "no JSON: 20.*Look at `rejects`"),
+    "reasoning": (chat("", reasoning_content="hm " * 99), "only reasoning: 20.*thinking off"),
+    "cut off": (chat('{"question": "a', "length"), "cut off: 20.*higher `max_tokens`"),
+    "the same pair": (numbered(1), "duplicate: 20.*more topics"),
+    "a refusal": (chat(None, refusal="No."), "refused: 20.*other topics"),
+}
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_it_stops_early_with_advice_when_nothing_useful_comes(serve, tmp_path, name):
+    answer, advice = USELESS[name]
+    arguments = [list("abcdefg"), 30, tmp_path / "pairs.jsonl", serve(answer)]
+    done = generate_pairs(*arguments, concurrency=4)
+    assert re.search(advice.replace(" 20", r" \d\d"), done.stopped)
+    assert done.attempts == len(serve.log) <= 25 and len(done.rows) <= 1
+    asked = len(serve.log)  # a restart asks no more, but for the order in which answers came
+    assert re.search(advice.replace(" 20", r" \d\d"), generate_pairs(*arguments).stopped)
+    assert len(serve.log) <= asked + 4
+    more = generate_pairs(*arguments, patience=None, max_attempts=30)
+    assert more.attempts == 30
+    # another prompt begins anew
+    prompt = {"prompt": lambda topic: ASK}
+    serve(lambda request: raw(json.dumps(numbered(request.get_json()["seed"] + 9))))
+    assert len(generate_pairs(*arguments, **prompt).rows) >= 30
+
+
+def test_duplicates_are_no_bad_luck(serve, tmp_path):
+    teacher = serve(*[chat("no")] * 8, numbered(1))
+    done = generate_pairs(["x"], 30, tmp_path / "pairs.jsonl", teacher, concurrency=1)
+    assert (done.attempts, done.rejected) == (29, {"no JSON": 8, "duplicate": 20})
+
+
+def test_a_low_yield_is_no_reason_to_stop(serve, tmp_path):
+    """With every sixth completion useful, a gap of thirty may be chance."""
+
+    def answer(request):
+        seed = request.get_json()["seed"]
+        good = seed % 6 == 5 and not 30 < seed < 65
+        return raw(json.dumps(numbered(seed) if good else chat("no")))
+
+    done = generate_pairs(["x"], 8, tmp_path / "pairs.jsonl", serve(answer), max_attempts=90)
+    assert len(done.rows) == 8
+
+
+@pytest.mark.parametrize("usage", [(0, 0), (40, 0), (0, 60)])
+def test_a_server_that_counts_nothing_does_not_spend_without_end(serve, tmp_path, usage):
+    def answer(request):
+        return raw(json.dumps(numbered(request.get_json()["seed"]) | {"usage": counted}))
+
+    counted = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+    limits = {"budget": 2000, "max_tokens": 100}
+    done = generate_pairs(["x"], 500, tmp_path / "pairs.jsonl", serve(answer), **limits)
+    assert "exceed the budget" in done.stopped and 1000 < done.cost <= 2000
+    assert done.cost > 300 * done.attempts  # 100 at most for the completion, and all of the prompt
+
+
 def test_no_more_requests_at_once_than_allowed(serve, tmp_path):
     lock, under_way, most = threading.Lock(), [0], [0]
 
@@ -672,10 +1135,10 @@ def test_no_more_requests_at_once_than_allowed(serve, tmp_path):
     assert most[0] == 3
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"topics": []}, {"concurrency": 0}])
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"topics": []}, {"concurrency": 0}, {"patience": 0}])
 def test_arguments_out_of_range_are_refused(serve, tmp_path, wrong):
     arguments = {"topics": ["x"], "n": 1, "out": tmp_path / "pairs.jsonl"} | wrong
-    with pytest.raises(ValueError, match="Expected topics, n >= 1 and concurrency >= 1"):
+    with pytest.raises(ValueError, match="Expected topics, and n, concurrency and patience >= 1"):
         generate_pairs(**arguments, teacher=serve(numbered(1)))
 
 

@@ -4,7 +4,7 @@
 there are enough usable pairs, and loses none of them.
 """
 
-from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable
+from sftlib.teacher.client import Completion, Refused, Teacher, TeacherError, Unreadable
 from sftlib.teacher.generation import Generated, Prices, generate_pairs
 from sftlib.teacher.pairs import PAIR_SCHEMA, Pair, PairError, parse_pairs
 
@@ -15,6 +15,7 @@ __all__ = [
     "Pair",
     "PairError",
     "Prices",
+    "Refused",
     "Teacher",
     "TeacherError",
     "Unreadable",

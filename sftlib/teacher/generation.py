@@ -16,10 +16,11 @@ from typing import IO, Any
 
 from sftlib import progress_bar
 from sftlib.data import drop_torn_line, read_jsonl, write_jsonl
-from sftlib.teacher.client import Completion, Teacher, TeacherError, Unreadable
+from sftlib.teacher.client import Completion, Refused, Teacher, TeacherError, Unreadable
 from sftlib.teacher.pairs import PAIR_SCHEMA, Pair, PairError, parse_pairs
 
 UNREADABLE_IN_A_ROW = 5  # five unreadable responses in a row mean a wrong address, not bad luck
+REFUSED = "refused by the server"  # the reason of requests, not of completions
 Accept = Callable[[Any, Pair], str | None]
 
 
@@ -43,11 +44,11 @@ class Generated:
         rows: the accepted pairs.
         rejected: reason → how many pairs or completions were rejected for it.
         rejects: the rejected ones: `topic`, `reason`, `text` (its beginning).
-        attempts: completions that were asked for.
+        attempts: completions that were asked for, with those that the server refused.
         parsed: completions in which at least one pair was found, usable or not.
         cost: in the currency of the prices, or in tokens without prices. It is an upper bound if
             the server does not count tokens.
-        stopped: why there are fewer pairs than wanted; empty when there are enough.
+        stopped: why there are fewer pairs than wanted, with advice; empty when there are enough.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -78,6 +79,7 @@ def generate_pairs(
     max_tokens: int = 256,
     max_attempts: int | None = None,
     concurrency: int = 2,
+    patience: int | None = 20,
     prices: Prices | None = None,
     budget: float | None = None,
     seed: int = 0,
@@ -86,7 +88,9 @@ def generate_pairs(
 
     Every completion is on the disk (`out` with the ending `.raw.jsonl`) before the next step. Every
     accepted pair is at once in `out`. After an interruption, call it again with the same arguments:
-    it goes on where it stopped, and does not ask again for what it has.
+    it goes on where it stopped, and does not ask again for what it has. A topic that the server
+    refuses (too long, filtered …) is rejected, and not asked again: delete its line from
+    `.raw.jsonl` to ask again. If the server refuses everything, that is an error.
 
     Args:
         topics: what to ask about: strings, or anything that JSON can hold.
@@ -98,6 +102,9 @@ def generate_pairs(
         schema: a JSON schema for the answer; None for a server that does not support schemas.
         max_attempts: the most completions; without it, four times `n`.
         concurrency: how many requests run at the same time.
+        patience: it stops after so many completions in a row without a new pair. If a pair usually
+            takes several completions, it waits ten times as many, unless all are duplicates. None
+            to go on.
         prices: the cost is computed with them from the tokens that the server reports.
         budget: it stops if the next request, at its highest possible cost, would exceed the budget.
             In the currency of `prices`, or in tokens without prices.
@@ -107,10 +114,10 @@ def generate_pairs(
         TeacherError: the teacher cannot be asked any more; what was accepted is in `out`.
         ValueError: an argument is out of range, or `out` holds other pairs than these.
     """
-    if not topics or n < 1 or concurrency < 1:
+    if not topics or min(n, concurrency, 1 if patience is None else patience) < 1:
         raise ValueError(
-            f"Expected topics, n >= 1 and concurrency >= 1; found {len(topics)} topics, n={n}, "
-            f"concurrency={concurrency}."
+            f"Expected topics, and n, concurrency and patience >= 1; found {len(topics)} topics, "
+            f"n={n}, concurrency={concurrency}, patience={patience}."
         )
     try:
         json.dumps(list(topics))
@@ -125,8 +132,9 @@ def generate_pairs(
         return _Attempt(topic, request)
 
     limit = 4 * n if max_attempts is None else max_attempts
-    with _Journal(Path(out), teacher, accept, prices) as journal, _bar(n, journal.result) as bar:
-        todo = (a for a in map(attempt, range(limit)) if a.id not in journal.known)
+    files = _Journal(Path(out), teacher, accept, prices, patience)
+    with files as journal, _bar(n, journal.result) as bar:
+        todo = journal.without_answer(map(attempt, range(limit)))
         _work_through(todo, n, journal, concurrency, budget, bar)
         return journal.result
 
@@ -138,13 +146,21 @@ class _Attempt:
 
     @property
     def id(self) -> str:
-        text = json.dumps(self.request, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(self.request)
+
+    @property
+    def question(self) -> str:
+        """The request apart from its seed: with another seed, a server refuses it as well."""
+        return _hash({key: value for key, value in self.request.items() if key != "seed"})
 
     def worst_case(self) -> tuple[int, int]:
         """The most prompt and completion tokens that it can cost: a token has at least one byte."""
         text = json.dumps(self.request, ensure_ascii=False).encode()
         return len(text), self.request["max_tokens"]
+
+
+def _hash(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _work_through(
@@ -176,7 +192,11 @@ def _work_through(
                 with contextlib.suppress(Exception):  # an earlier exception is being raised already
                     journal.collect(attempt, future)
         pool.shutdown()
-    if failure is not None:
+    if failure is None:
+        failure = journal.refuses_all()
+    if failure is None:
+        journal.save_refusals()
+    else:
         raise TeacherError(
             f"{failure} {len(journal.result.rows)} accepted pairs are in {journal.out}; run the "
             "same call again to go on."
@@ -191,11 +211,23 @@ class _Journal:
     """
 
     def __init__(
-        self, out: Path, teacher: Teacher, accept: Accept | None, prices: Prices | None
+        self,
+        out: Path,
+        teacher: Teacher,
+        accept: Accept | None,
+        prices: Prices | None,
+        patience: int | None,
     ) -> None:
         self.out, self.raw = out, out.with_suffix(".raw.jsonl")
-        self.teacher, self.accept, self.prices = teacher, accept, prices
-        self.known: set[str] = set()  # requests that have been answered
+        self.teacher, self.accept = teacher, accept
+        self.prices, self.patience = prices, patience
+        self.known: dict[str, str] = {}  # answered request → why it brought no new pair, or ""
+        self.answered: set[str] = set()  # questions that were answered at least once …
+        self.refused: set[str] = set()  # … and that the server refused
+        self.refusals: list[dict[str, Any]] = []  # not saved yet
+        self.refusal: Refused | None = None  # the last one
+        self.idle: list[str] = []  # why the last completions in a row brought no new pair
+        self.tried = self.useful = 0  # completions of this call, and those with a new pair
         self.seen: set[str] = set()  # accepted pairs, to find duplicates
         self.unreadable = 0  # unreadable responses in a row
         self.next: _Attempt | None = None
@@ -241,6 +273,42 @@ class _Journal:
             write_jsonl(self.out, self.result.rows)
             self.files.append(_open_to_append(self.out))
 
+    def without_answer(self, attempts: Iterator[_Attempt]) -> Iterator[_Attempt]:
+        """The attempts to ask; those that an earlier run has asked are counted here."""
+        for attempt in attempts:
+            if attempt.id in self.known:
+                self._count(attempt)
+            elif attempt.question in self.answered or attempt.question not in self.refused:
+                yield attempt
+
+    def _count(self, attempt: _Attempt) -> None:
+        why_not = self.known[attempt.id]
+        (self.refused if why_not == REFUSED else self.answered).add(attempt.question)
+        self.tried += 1
+        self.useful += not why_not
+        self.idle = self.idle + [why_not] if why_not else []
+
+    def _gives_up(self, under_way: int) -> bool:
+        """Whether to ask no more; before the first good pair, each request under way counts too."""
+        if self.patience is None:
+            return False
+        usual = (self.tried - len(self.idle)) / max(1, self.useful)
+        bad_luck = 0 if set(self.idle) == {"duplicate"} else 10 * usual
+        waste = len(self.idle) + (0 if self.useful else under_way)
+        return waste >= max(self.patience, bad_luck)
+
+    def refuses_all(self) -> TeacherError | None:
+        """The error if the generation stopped because the server refused one request after another.
+
+        Then the topics are not to blame, and none of these refusals is saved.
+        """
+        all_refused = set(self.idle) == {REFUSED} and (not self.useful or self._gives_up(0))
+        return self.refusal if self.result.stopped and all_refused else None
+
+    def save_refusals(self) -> None:
+        while self.refusals:
+            _append(self.files[0], self.refusals.pop(0))
+
     def next_attempt(
         self, todo: Iterator[_Attempt], n: int, asked: Collection[_Attempt], budget: float | None
     ) -> _Attempt | None:
@@ -251,6 +319,11 @@ class _Journal:
         if len(self.result.rows) + len(asked) >= n or self.result.stopped:
             return None
         self.next = self.next or next(todo, None)
+        if self.next and self.next.question in self.refused - self.answered:
+            self.next = next(todo, None)
+        if self._gives_up(len(asked)):
+            self.result.stopped = "" if asked else _advice(self.idle)
+            return None
         if self.next is None:
             self.result.stopped = "" if asked else "all attempts are used"
             return None
@@ -275,22 +348,34 @@ class _Journal:
             self.result.cost += self._highest_cost(attempt)
             self._reject(attempt.topic, "unreadable response", str(error))
             return error if self.unreadable >= UNREADABLE_IN_A_ROW else None
+        except Refused as error:  # nothing was paid; if another topic is answered, it is saved
+            self.unreadable, self.refusal = 0, error
+            row = self._row(attempt, Completion("", prompt_tokens=0, completion_tokens=0))
+            self.refusals.append(row | {"error": str(error)})
+            self._judge(self.refusals[-1])
+            self._count(attempt)
         except TeacherError as error:
             return error
         return None
 
     def _keep(self, attempt: _Attempt, completion: Completion) -> None:
         """Save a completion, then the pairs in it."""
-        row = {"request": attempt.id, "topic": attempt.topic, "teacher": self.teacher.model}
-        row |= asdict(completion)
-        if completion.prompt_tokens is None or completion.completion_tokens is None:
-            row["prompt_tokens"], row["completion_tokens"] = attempt.worst_case()
-        for accepted in self._judge(_append(self.files[0], row)):
+        row = self._row(attempt, completion)
+        wrote = completion.text or completion.reasoning
+        if not completion.prompt_tokens or (wrote and not completion.completion_tokens):
+            row["prompt_tokens"], row["completion_tokens"] = attempt.worst_case()  # not counted
+        saved = _append(self.files[0], row)
+        self.save_refusals()  # this server answers: it refused because of the topics
+        for accepted in self._judge(saved):
             _append(self.files[1], accepted)
+        self._count(attempt)
+
+    def _row(self, attempt: _Attempt, completion: Completion) -> dict[str, Any]:
+        row = {"request": attempt.id, "topic": attempt.topic, "teacher": self.teacher.model}
+        return row | asdict(completion)
 
     def _judge(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Count a completion, and return the rows of the pairs that are accepted from it."""
-        self.known.add(row["request"])
         self.result.attempts += 1
         self.result.cost += self._price(row["prompt_tokens"], row["completion_tokens"])
         pairs, bad = _pairs_of(row)
@@ -303,7 +388,9 @@ class _Journal:
             origin = {key: row[key] for key in ("topic", "teacher", "request")}
             rows.append({"messages": pair.messages} | origin)
         for error in bad:
-            self._reject(row["topic"], error.reason, row["text"])
+            said = row.get("error") or row["text"] or row.get("reasoning") or ""
+            self._reject(row["topic"], error.reason, said)
+        self.known[row["request"]] = "" if rows else (bad[0].reason if bad else "no pair")
         self.result.rows += rows
         return rows
 
@@ -329,15 +416,38 @@ class _Journal:
 def _pairs_of(row: dict[str, Any]) -> tuple[list[Pair], list[PairError]]:
     """The good pairs of a completion, and an error for each bad one (or for all of it)."""
     bad: list[PairError] = []
+    if row.get("error"):
+        return [], [PairError(REFUSED, row["error"])]
+    if not row["text"] and (row.get("reasoning") or row["finish_reason"] == "length"):
+        return [], [PairError("only reasoning")]
     if row["refusal"] is not None:
         return [], [PairError("refused", row["refusal"])]
     try:
         pairs = parse_pairs(row["text"], bad)
     except PairError as error:
         pairs, bad = [], bad or [error]
+        if error.reason == "only reasoning":
+            return pairs, bad
     if reason := {"length": "cut off", "content_filter": "filtered"}.get(row["finish_reason"]):
         bad = [PairError(reason)]  # the server's own reason says more
     return pairs, bad
+
+
+def _advice(reasons: list[str]) -> str:
+    """Why a generation gives up after these reasons in a row, and what to do."""
+    most, times = Counter(reasons).most_common(1)[0]
+    advice = {
+        "only reasoning": "Give a higher `max_tokens`, or turn the model's thinking off",
+        "cut off": "Give a higher `max_tokens`, or ask for shorter answers",
+        "duplicate": "Give more topics, a higher `temperature`, or a prompt that varies",
+        "filtered": "Choose other topics, or another teacher",
+        "refused": "Choose other topics, or another teacher",
+        REFUSED: "`rejects` holds the server's words",
+    }.get(most, "Look at `rejects`. Show an example in the prompt, or take a larger model")
+    return (
+        f"the last {len(reasons)} completions brought no new pair ({most}: {times}). {advice}; or "
+        "give a higher `patience`."
+    )
 
 
 def _open_to_append(path: Path) -> IO[bytes]:

@@ -11,6 +11,7 @@ from sftlib.data.validation import validate
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+PAIR_KEYS = ({"question", "answer"}, {"instruction", "response"})
 LONGEST = 100_000  # characters; a longer completion is a model that does not stop
 
 
@@ -32,7 +33,7 @@ class Pair(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _other_names(cls, data: Any) -> Any:
-        if isinstance(data, dict) and {"instruction", "response"} <= data.keys():
+        if isinstance(data, dict) and PAIR_KEYS[1] <= data.keys():
             return {"question": data["instruction"], "answer": data["response"]}
         return data
 
@@ -53,7 +54,10 @@ PAIR_SCHEMA = Pair.model_json_schema() | {
 
 
 def parse_pairs(text: str, rejected: list[PairError] | None = None) -> list[Pair]:
-    """The pairs in a completion: plain JSON, in code fences, between sentences, listed or nested.
+    r"""The pairs in a completion: plain JSON, in code fences, between sentences, listed or nested.
+
+    What stands in `<think>` is a draft, no pair. LaTeX is read as it was meant: for JSON, the `\f`
+    of `"\frac"` is a form feed. `_escapes_for_json` has the rule.
 
     Args:
         text: what the model wrote.
@@ -78,31 +82,96 @@ def parse_pairs(text: str, rejected: list[PairError] | None = None) -> list[Pair
 
 
 def _json_values(text: str) -> list[Any]:
-    """Every JSON object or array in the text; only outermost ones."""
+    """Every JSON object or array in the text, outside its reasoning; only outermost ones."""
     if not isinstance(text, str):
         raise PairError("not text", f"expected a string, found {type(text).__name__}")
     if len(text) > LONGEST:
         raise PairError("too long", f"{len(text):,} characters; a pair has a few hundred")
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    values, problem, at = [], None, 0
+    text = _escapes_for_json(text)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, strict=False)  # takes line breaks
+    values, problem, at, tries, thought = [], None, 0, 0, False
     # At each bracket, try to read JSON from there. A limit: text may have thousands of brackets.
-    for _ in range(200):
-        start = _BRACKET.search(text, at)
-        if start is None:
-            break
-        try:
-            value, at = decoder.raw_decode(text, start.start())
-            values.append(value)
-        except PairError as error:
-            problem, at = error, start.end()
-        except (ValueError, RecursionError) as error:
-            problem, at = problem or PairError("broken JSON", str(error)), start.end()
+    while start := (_START if tries < 200 else _DRAFT_END).search(text, at):
+        at, tries = start.end(), tries + 1
+        if start["end"]:  # a chat template may have opened the draft: all before was part of it
+            values, problem, tries, thought = [], None, 0, True
+        elif start["draft"]:
+            thought = True
+        else:
+            try:
+                value, at = decoder.raw_decode(text, start.start())
+                values.append(value)
+            except PairError as error:
+                problem = error
+            except (ValueError, RecursionError) as error:
+                problem = problem or PairError("broken JSON", str(error))
     if not values:
-        raise problem or PairError("no JSON", f"expected a JSON object, found {text[:60]!r}")
+        reason = "only reasoning" if thought else "no JSON"
+        raise problem or PairError(reason, f"expected a JSON object, found {text[:60]!r}")
     return values
 
 
-_BRACKET = re.compile(r"[\[{]")
+# Where a model thinks aloud: DeepSeek and Qwen, Seed, Magistral, Kimi, gpt-oss.
+_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
+_OPENS = rf"<{_TAG}>|\[THINK\]|◁think▷|<\|channel\|>analysis"
+_ENDS = rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final"
+_DRAFT_END = re.compile(rf"(?is)(?P<end>{_ENDS})")
+_START = re.compile(rf"(?is)(?P<end>{_ENDS})|(?P<draft>(?:{_OPENS}).*?(?:{_ENDS}|\Z))|[\[{{]")
+
+
+def _escapes_for_json(text: str) -> str:
+    r"""Double the backslashes that the model wrote as such, so that JSON keeps them.
+
+    A model that writes LaTeX often forgets to. These are taken for LaTeX:
+
+    - `\b` and `\f`, always: no text holds a backspace or a form feed (`\beta`, `\frac`);
+    - what JSON does not know, always (`\alpha`, `\(`, `\upsilon`); but `\'` is an apostrophe;
+    - `\n`, `\r`, `\t` that begin a command whose other letters are no word (`\nabla`, `\theta`);
+    - those whose other letters may be a word (`\nu`, `\tan`): after a space, an opening or an
+      operator, before `{`, or if other LaTeX in the completion has single backslashes. Never where
+      a line ends (after punctuation or `$$`), nor `\n` if a command in the completion has two;
+    - `\\` as LaTeX's line break, if other LaTeX has single backslashes.
+    """
+    escapes = list(_ESCAPE.finditer(text))
+    proper = any(e[1] == "\\" and _COMMAND_BEGINS.match(text, e.end()) for e in escapes)
+    raw = not proper and any(_is_latex(e[1]) and _COMMAND_BEGINS.match(e[1]) for e in escapes)
+
+    def mended(escape: re.Match[str]) -> str:
+        whole, name, end = escape[0], escape[1], escape.end()
+        before = text[max(0, escape.start() - 2) : escape.start()]
+        if name == "'":
+            return name
+        if name == "\\":
+            row_ends = raw and before[-1:] != "\\" and _ROW_ENDS.match(text, end)
+            return whole * 2 if row_ends else whole
+        unsure = (
+            name in _UNSURE and (name[0] == "t" or not proper) and not _LINE_ENDS.search(before)
+        )
+        sign = text.startswith("{", end) or (name not in ("ne", "ni") and before[-1:] in _OPENING)
+        return "\\" + whole if _is_latex(name) or (unsure and (raw or sign)) else whole
+
+    return _ESCAPE.sub(mended, text)
+
+
+def _is_latex(name: str) -> bool:
+    """Whether a backslash before this is surely no escape of JSON."""
+    if name[0] in "nrt":
+        return bool(_SURE.fullmatch(name))
+    return name not in ('"', "\\", "/", "'") and not re.match("u(?![g-z])", name)
+
+
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[A-Za-z]+|.)", re.DOTALL)
+_COMMAND_BEGINS = re.compile(r"[A-Za-z(\[]")
+_SURE = re.compile(
+    "n(?:abla|eq|ot|otin|onumber|ewline|ewcommand|ewpage|oindent|olimits|ormalsize|atural|[ew]arrow|leq|geq|subseteq|cong)"
+    "|r(?:ho|m|ef|ight[a-z]*|angle|ceil|floor|brac[ek]|[vV]ert|times|enewcommand)"
+    "|t(?:heta|imes|au|frac|binom|ilde|anh|herefore|h(?:in|ick)space|riangle[a-z]*|itle|abular"
+    "|ext(?:bf|it|rm|tt|sf|sc|up|normal|style|color|(?:super|sub)script))"
+)
+_UNSURE = set("nu ne ni neg nmid nless nexists nparallel tan to top tag text".split())
+_OPENING = tuple(' "$([{=+-/|^')
+_LINE_ENDS = re.compile(r"[.:;,!?]$|\$\$$|\\[\[n]$")
+_ROW_ENDS = re.compile(r"\s|\\[a-z]")
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,13 +185,22 @@ def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def _candidates(value: Any, depth: int = 0) -> Iterator[Any]:
     """What may be a pair: objects, also those in lists or in objects around a list."""
     inner = list(value.values()) if isinstance(value, dict) else value
-    if isinstance(value, dict) and not any(isinstance(v, list | dict) for v in inner):
+    if _has_keys(value):
+        yield value
+        if depth < 5:  # its other values may hold more pairs, but need not
+            parts = [part for part in inner if isinstance(part, list | dict)]
+            yield from filter(_has_keys, _candidates(parts, depth + 1))
+    elif isinstance(value, dict) and not any(isinstance(v, list | dict) for v in inner):
         yield value
     elif isinstance(value, dict | list) and depth < 5:
         for part in inner:
             yield from _candidates(part, depth + 1)
     else:
         yield value
+
+
+def _has_keys(value: Any) -> bool:
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in PAIR_KEYS)
 
 
 def _pair(candidate: Any) -> Pair:
