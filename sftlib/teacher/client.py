@@ -422,12 +422,12 @@ def _words(body: Any) -> str:
     if isinstance(body, list):
         return "; ".join(map(_words, body))
     if not isinstance(body, dict):
-        return " ".join(str(body or "").split())[: 2 * LONGEST_QUOTE]
+        return " ".join(str(body or "").split())
     for key in ("error", "message", "detail", "msg", "raw"):
         if body.get(key):  # `metadata`: OpenRouter quotes the provider behind it
             said = _words(body.get("loc")), _words(body[key]), _words(body.get("metadata"))
             return ": ".join(filter(None, said))
-    return json.dumps(body)[: 2 * LONGEST_QUOTE]
+    return json.dumps(body)
 
 
 def _completion(response: Any) -> Completion:
@@ -442,8 +442,8 @@ def _completion(response: Any) -> Completion:
     if choice is None:
         shown = response if isinstance(response, str) else _as_text(response)
         raise Unreadable(
-            f"Expected a chat completion with choices, found {' '.join(shown[:500].split())!r}. "
-            "Does the address lead to a chat API?"
+            "Expected a chat completion with choices (does the address lead to a chat API?), "
+            f"found {' '.join(shown.split())!r}"  # the key is taken out before this is cut
         )
     if not isinstance(content, str | list | None):
         raise Unreadable(f"Expected text as the message's content, found {type(content).__name__}.")
