@@ -158,6 +158,15 @@ def test_the_command_fails_where_the_models_differ(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "m.gguf"]
 
 
+def test_a_modelfile_of_another_export_stays(tmp_path):
+    for _ in range(2):
+        first = export.write_modelfile(TINY_BASE, tmp_path / "a.gguf")
+        assert first == tmp_path / "Modelfile" and "FROM ./a.gguf" in first.read_text()
+        second = export.write_modelfile(TINY_BASE, tmp_path / "b.gguf")
+        assert second == tmp_path / "b.gguf.Modelfile" and "FROM ./b.gguf" in second.read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_without_a_server_the_command_says_that_nothing_was_compared(tmp_path, monkeypatch, capsys):
     (tmp_path / "m.gguf").write_text("a model")
     monkeypatch.setattr(export, "to_gguf", lambda *_: tmp_path / "m.gguf")

@@ -103,11 +103,17 @@ def _portable_copy(folder: Path) -> Generator[Path]:
 
 
 def write_modelfile(folder: str | os.PathLike, path: str | os.PathLike) -> Path:
-    """Write the `Modelfile` with which `ollama create` reads the GGUF file beside it."""
-    path = Path(path)
-    part = path.with_name(".Modelfile.part")
-    part.write_text(modelfile(folder, path.name), encoding="utf-8")
-    return part.replace(path.with_name("Modelfile"))
+    """Write the `Modelfile` with which `ollama create` reads the GGUF file beside it.
+
+    Another `Modelfile` that is there stays: this one is then called `m.gguf.Modelfile`.
+    """
+    path, text = Path(path), modelfile(folder, Path(path).name)
+    file = path.with_name("Modelfile")
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        file = path.with_name(path.name + ".Modelfile")
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    return part.replace(file)
 
 
 def _beside(folder: Path) -> Path:
@@ -286,7 +292,7 @@ def main() -> None:
     args = parser.parse_args()
     path = to_gguf(args.folder, args.path, args.dtype)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {args.dtype}")
-    print(f"{write_modelfile(args.folder, path)}: for `ollama create NAME -f`")
+    print(f"For Ollama: ollama create NAME -f {write_modelfile(args.folder, path)}")
     if not serving.installed():
         print("Not compared with the model: llama.cpp is not installed. Run `make serving`.")
         return
