@@ -60,15 +60,7 @@ def to_gguf(
     path = Path(path) if path else _beside(folder)
     if dtype not in TYPES:
         raise ValueError(f"Expected one of {', '.join(TYPES)} for dtype, found {dtype!r}.")
-    if (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(
-            f"Expected a whole model in {folder}, found an adapter. Merge it first: "
-            f"python -m sftlib.deploy.merge {folder} MERGED"
-        )
-    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"Expected config.json and *.safetensors in {folder}, found neither or one."
-        )
+    _require_model(folder)
     if not CONVERTER.exists():
         raise RuntimeError("The converter is not installed. Run `make serving`.")
     part = path.with_name(path.name + ".part")
@@ -88,6 +80,18 @@ def to_gguf(
         raise RuntimeError(f"{folder.name} was not converted. The converter said: {last_line}")
     part.replace(path)
     return path
+
+
+def _require_model(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"Expected a whole model in {folder}, found an adapter. Merge it first: "
+            f"python -m sftlib.deploy.merge {folder} MERGED"
+        )
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"Expected config.json and *.safetensors in {folder}, found neither or one."
+        )
 
 
 @contextmanager
