@@ -40,6 +40,7 @@ from sftlib.finetune.checkpoints import RunFolder, run_identity
 from sftlib.finetune.data import Data, load_data
 from sftlib.finetune.model import (
     allowed_max_length,
+    check_thoughts,
     count_parameters,
     default_learning_rate,
     load_model,
@@ -104,6 +105,7 @@ def make_trainer(
     """TRL's trainer, ready to train, and the two callbacks whose results are read afterwards."""
     set_seed(training.seed)
     model, tokenizer = load_model(args, training)
+    check_thoughts(tokenizer, data.train)
     if training.learning_rate is None:
         training.learning_rate = default_learning_rate(args.method, count_parameters(model))
     training.max_length = allowed_max_length(model, training)
@@ -199,7 +201,9 @@ def report(
     if saved is None:
         print(f"Stopped and saved at step {last_step}. The same command again goes on from there.")
         return
-    (saved / "README.md").write_text(model_card(args, training, trainer, data), encoding="utf-8")
+    for name in args.saved_folders:
+        card = model_card(args, training, trainer, data, folder=name)
+        (saved.with_name(name) / "README.md").write_text(card, encoding="utf-8")
     print_samples(held_out_answers.rows, held_out_answers.by_step.get(best_step, []))
     if best_step < last_step:
         print(f"Kept: the weights after step {best_step}, where the held-out loss was lowest.")

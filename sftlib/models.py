@@ -99,10 +99,39 @@ def own_template(name: str | os.PathLike | None = None) -> str:
         ValueError: it has none.
     """
     name = chosen(name)
-    template = _tokenizer(*_locate(name)).chat_template
+    template = read_tokenizer(name).chat_template
     if not isinstance(template, str):
         raise ValueError(f"Expected a model with one chat template, found none in {name!r}.")
     return template
+
+
+def read_tokenizer(name: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
+    """A model's or adapter's tokenizer as it was saved, with its own chat template."""
+    return _tokenizer(*_locate(chosen(name)))
+
+
+def stored_dtype(name: str | os.PathLike | None = None) -> torch.dtype:
+    """The dtype that a model's weights are stored in: bfloat16, float16, or float32.
+
+    That of the weights where the model is a folder, else what its config.json says.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    name = chosen(name)
+    source, place = _locate(name)
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for file in sorted(Path(source).glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                if (found := tensors.get_slice(key).get_dtype()) in known:
+                    return known[found]
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **place)
+    except (OSError, ValueError) as error:
+        raise OSError(_not_loaded(name, source, error)) from error
+    return config.dtype if config.dtype in known.values() else torch.float32
 
 
 def chosen(name: str | os.PathLike | None = None) -> str:

@@ -17,12 +17,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-from sftlib.chat import LLAMA3, encode, end_of_turn_id
+from sftlib.chat import CHATML, LLAMA3, encode, end_of_turn_id
 from sftlib.data import read_facts
 from sftlib.deploy import export, serving
 from sftlib.deploy.talk import _typed, talk
 from sftlib.evaluate import answers
-from sftlib.models import TINY_BASE, load
+from sftlib.models import TINY_BASE, load, prepare_for_chat
 
 import openai
 import psutil
@@ -261,6 +261,8 @@ def test_our_llama_3_template_gives_the_tokens_of_metas(tmp_path):
 
 
 def test_the_command_compares_on_held_out_questions(tmp_path, monkeypatch, capsys):
+    """What it does where they differ: tests/test_saved.py."""
+
     def parity(folder, path, conversations):
         assert all(c and c[-1]["role"] == "user" for c in conversations)
         return export.Parity(len(conversations), 15, 14)
@@ -270,7 +272,8 @@ def test_the_command_compares_on_held_out_questions(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(export, "parity", parity)
     monkeypatch.setattr(serving, "installed", lambda: True)
     monkeypatch.setattr(sys, "argv", ["export", str(TINY_BASE)])
-    export.main()
+    with pytest.raises(SystemExit, match="found 15 of 16"):
+        export.main()
     said = capsys.readouterr().out
     assert "same tokens: 15 of 16" in said and "token for token: 14 of 16" in said
 
@@ -389,6 +392,19 @@ def test_a_model_built_as_llama_3_is_converts_with_its_scaled_positions(dtype, t
 
 
 @outside
+def test_chatml_on_a_tokenizer_that_adds_bos_gives_the_same_tokens(tmp_path):
+    """It is trained without BOS, which llama.cpp would add for such a tokenizer."""
+    folder = llama3_like.save(tmp_path / "like")
+    model, tokenizer = load(folder)
+    tokenizer.chat_template = CHATML
+    prepare_for_chat(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = export.to_gguf(folder)
+    assert export.parity(folder, path, [*ASKED, *LONGER]).prompts == 13
+
+
+@outside
 @pytest.mark.parametrize("lost", ["template", "end of turn"])
 def test_what_got_lost_on_the_way_shows(lost, merged, tmp_path):
     broken = tmp_path / "broken"
@@ -456,6 +472,7 @@ def test_the_commands_do_it_too(merged, tmp_path):
     path = tmp_path / "m.gguf"
     said = command("sftlib.deploy.export", merged, path)
     assert "same, token for token: 16 of 16" in said.stdout, said.stderr
+    assert said.returncode == 0 and "FROM ./m.gguf" in (tmp_path / "Modelfile").read_text()
     said = command("sftlib.deploy.talk", merged, typed="What is the capital of Egypt?\n\n")
     assert "The capital of Egypt is Cairo." in said.stdout, said.stderr
     said = command("sftlib.deploy.export", tmp_path)

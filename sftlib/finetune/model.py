@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
+from sftlib.chat.control_tokens import ControlTokens, template_of
+from sftlib.chat.templates import render_marked
 from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments
-from sftlib.models import load, own_template, prepare_for_chat
+from sftlib.models import load, own_template, prepare_for_chat, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +35,8 @@ def load_model(
     dtype = torch.float32 if needs_float32 else None  # None: bfloat16 on a GPU
     model, tokenizer = load(args.model, dtype=dtype, **options)
     set_template(model, tokenizer, args)
+    if training.process_index == 0:
+        print(f"Chat template: {template_choice(tokenizer, args)}")
     model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
     return model, tokenizer
 
@@ -80,6 +85,89 @@ def set_template(
     if choice == "chatml":
         tokenizer.chat_template = CHATML
         prepare_for_chat(model, tokenizer)  # adds ChatML's tokens where they are missing
+
+
+def template_choice(tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments) -> str:
+    """The chat template in use, why it is, and what became of the model's own: for log and card."""
+    template, original = template_of(tokenizer), template_of(read_tokenizer(args.model))
+    name = {CHATML: "chatml", LLAMA3: "llama3"}.get(template, "own")
+    reason = {
+        "llama3": "the tokenizer has <|eot_id|>",
+        "chatml": "the model's own does not mark the answers" if original else "the model has none",
+        "own": "the model's own marks the answers, or TRL has a version that does",
+    }[name]
+    if args.template != "auto":
+        name, reason = args.template, "as --template says"
+    elif name != "own":
+        reason = f"auto: {reason}"
+    if not original or original == template:
+        return f"{name} ({reason})."
+    return f"{name} ({reason}). {_replaced(original, template, tokenizer)}"
+
+
+def _replaced(original: str, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    special = tokenizer.special_tokens_map
+    try:
+        (theirs,), (ours,) = (
+            render_marked([[*turns, turns[0]]], one, True, **special)[0]
+            for one in (original, template)
+        )
+    except TemplateError:
+        theirs, ours = original, template
+    if theirs == ours:
+        return "It writes what the model's own does."
+    return "It replaces the model's own, which writes other prompts; --template own keeps that one."
+
+
+TWICE = re.compile(r"<think>\s*(</think>\s*)?<think>")
+LOOKED_AT = 100  # conversations, of each kind
+
+
+def check_thoughts(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> None:
+    """Raise where a template writes `<think>` itself, and the answers do not go with that.
+
+    Templates of reasoning models open the thoughts in the prompt, or put empty ones before an
+    answer. An answer with thoughts of its own then has two; one without was never asked for so.
+
+    Args:
+        rows: dicts with `messages`; those whose answers have thoughts, and others.
+
+    Raises:
+        ValueError: the model would read `<think>` twice, or is asked otherwise than it is trained.
+    """
+    template = template_of(tokenizer)
+    if "<think>" not in template:
+        return
+    thoughtful = [row for row in rows if any("<think>" in m["content"] for m in row["messages"])]
+    for row in thoughtful[:LOOKED_AT] + rows[:LOOKED_AT]:
+        _check_thoughts(tokenizer, row["messages"])
+
+
+def _check_thoughts(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
+    controls, special = ControlTokens.of(tokenizer), tokenizer.special_tokens_map
+    # As `encode` renders it: control tokens in a message are text.
+    safe = [m | {"content": controls.escape(m["content"])} for m in messages]
+    text = render_marked([safe], training_template(tokenizer), False, **special)[0][0]
+    prompt = render_marked([safe[:-1]], template_of(tokenizer), True, **special)[0][0]
+    advice = (
+        "Use --template chatml, which leaves the thoughts to the answers, or change the answers."
+    )
+    plain = "".join(piece for _, piece in controls.cut(text))
+    if TWICE.search(plain) and not any(TWICE.search(m["content"]) for m in messages):
+        raise ValueError(
+            "Expected thoughts from the answers or from the chat template, found both: the "
+            "template writes <think> before an answer that begins with it, "
+            f"{messages[-1]['content'][:60]!r}. {advice}"
+        )
+    if not text.startswith(prompt):
+        raise ValueError(
+            "Expected answers that go on where the chat template's prompt ends, found a prompt "
+            f"that ends in {prompt[-20:]!r} and the answer {messages[-1]['content'][:60]!r}, "
+            f"trained without that: the model would be asked as it never was. {advice}"
+        )
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

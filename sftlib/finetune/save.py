@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sftlib.adapters import load_adapter
 from sftlib.data.files import replace_folder
+from sftlib.deploy.portable import make_portable
 from sftlib.finetune.arguments import FinetuneArguments
-from sftlib.finetune.model import set_template, stop_token_ids
-from sftlib.models import load
+from sftlib.finetune.model import stop_token_ids
+from sftlib.models import load, read_tokenizer, stored_dtype
 from sftlib.patches import wait_for_gloo
 
 if TYPE_CHECKING:
+    import torch
     from trl import SFTTrainer
 
 
@@ -23,33 +27,75 @@ def save(trainer: SFTTrainer, args: FinetuneArguments, folder: Path) -> Path:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     name, last = args.saved_folders[0], args.saved_folders[-1]
-    trainer.save_model(str(folder / f"{name}.part"))
+    part = folder / f"{name}.part"
+    trainer.save_model(str(part))
+    # Only the first rank goes on. With ZeRO-3 still on, loading would wait for the others.
+    unset_hf_deepspeed_config()
     if trainer.is_world_process_zero():
-        replace_folder(folder / f"{name}.part", folder / name)
-    if last != name:
-        # Only the first rank merges. With ZeRO-3 still on, loading would wait for the others.
-        unset_hf_deepspeed_config()
-        if trainer.is_world_process_zero():
+        if not args.trains_adapters:  # full finetuning needs float32; what it gives does not
+            narrow(part, stored_dtype(args.model))
+        make_portable(part)
+        replace_folder(part, folder / name)
+        if last != name:
             print(f"The adapter is in {folder / name}; --no_merge would skip the merged model.")
-            save_merged(args, folder)
+            merge(folder / name, folder / last, args.model)
     return folder / last
 
 
-def save_merged(args: FinetuneArguments, folder: Path) -> None:
-    """Merge `folder/adapter` into the base, and save it as `folder/merged`.
+def merge(
+    adapter: Path, out: Path, base_model: str | None, dtype: torch.dtype | None = None
+) -> None:
+    """Merge an adapter into its base, and save the model whole or not at all.
 
-    The base is loaded again as it was published, not as QLoRA quantised it, and on the CPU, since
-    the GPU has no room for both.
+    The base is loaded again as it was published, not as QLoRA quantised it, in the dtype that it
+    is stored in, and on the CPU, since the GPU has no room for both.
+
+    Args:
+        adapter: as the script or PEFT saved it; its tokenizer is used where it has one.
+        out: a folder that is there is replaced.
+        base_model: a name or a folder, as `sftlib.models.load` reads it.
+        dtype: of the merged weights, instead of the base's.
+
+    Raises:
+        OSError: there is no such adapter or base model.
+        ValueError: the adapter belongs to another base model (see `sftlib.adapters`).
     """
-    from peft import PeftModel
-
-    base, tokenizer = load(args.model, device="cpu")
-    set_template(base, tokenizer, args)
-    merged = PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
+    base, tokenizer = load(base_model, dtype=dtype or stored_dtype(base_model), device="cpu")
+    if (adapter / "tokenizer_config.json").exists():  # as it was trained: template, new tokens
+        before, tokenizer = len(tokenizer), read_tokenizer(adapter)
+        if len(tokenizer) != before:
+            base.resize_token_embeddings(len(tokenizer))
+    merged = load_adapter(base, adapter).merge_and_unload()
     merged.generation_config.eos_token_id = stop_token_ids(base, tokenizer)
-    merged.save_pretrained(folder / "merged.part")
-    tokenizer.save_pretrained(folder / "merged.part")
-    replace_folder(folder / "merged.part", folder / "merged")
+    part = out.with_name(out.name + ".part")
+    merged.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    make_portable(part)
+    replace_folder(part, out)
+
+
+def narrow(folder: Path, dtype: torch.dtype) -> None:
+    """Store the float32 weights of a model folder in 16 bits, one file after another."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if dtype == torch.float32 or stored_dtype(folder) != torch.float32:
+        return
+    size = 0
+    for file in folder.glob("*.safetensors"):
+        weights = {
+            name: weight.to(dtype) if weight.dtype == torch.float32 else weight.clone()
+            for name, weight in load_file(file).items()
+        }
+        size += sum(weight.nbytes for weight in weights.values())
+        save_file(weights, file, {"format": "pt"})  # as Transformers marks its own
+    for name, change in (
+        ("config.json", {"dtype": str(dtype).removeprefix("torch.")}),
+        ("model.safetensors.index.json", {"metadata": {"total_size": size}}),
+    ):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(json.dumps(found | change, indent=2) + "\n")
 
 
 def end_all_ranks(trainer: SFTTrainer) -> None:
