@@ -6,10 +6,12 @@ Both ignore case, punctuation and spacing. rapidfuzz finds texts that are nearly
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sftlib.data.same_facts import Facts, same_facts
 from sftlib.data.validation import normalise
 
 if TYPE_CHECKING:
@@ -34,21 +36,37 @@ class Duplicate:
 
 
 ROWS_AT_ONCE = 128  # bounds the memory: 10,000 rows, all alike, take some 300 MB
+MANY = 0.3  # the share of rows from which on their removal is worth a warning
 
 
 def deduplicate(
-    rows: Sequence[dict], threshold: float | None = None
+    rows: Sequence[dict], threshold: float | None = None, *, letters_only: bool = False
 ) -> tuple[list[dict], list[Duplicate]]:
     """The rows without repetitions, and those left out, each with the kept row that it repeats.
 
-    It compares the text of all messages and ignores case, punctuation and spacing. Rows are taken
-    in order; a row that repeats a kept one is left out.
+    It compares the text of the user's and the assistant's messages, and ignores system messages,
+    case, punctuation (but not the signs of arithmetic) and spacing. Rows are taken in order; a row
+    that repeats a kept one is left out. So another order keeps another row of each pair, and
+    where a is like b, b like c, but a not like c, perhaps another number of rows. Doing it again
+    leaves nothing more out.
 
     Args:
         rows: rows with `messages`.
         threshold: how alike two rows must be (0 to 1) for the later one to be left out. The measure
             is rapidfuzz's `fuzz.ratio` / 100: twice the length of the longest common subsequence,
             divided by the length of both. None: only the same text is a repetition.
+        letters_only: judge by this measure alone. By default a row is left out only if it also
+            says the same: a number, name, negation, unit or opposite that differs counts, and any
+            other word of a question (`sftlib.data.same_facts.same_facts` says what it sees and
+            what it does not). Questions may differ by one letter more or less in all.
+
+    Both searches are exact: they find what comparing all pairs would find. By default only rows
+    with nearly the same questions and the same numbers are compared: 52,000 different questions
+    take TIME. With `letters_only`, or for rows that all ask the same, time grows with the square of
+    the number of rows.
+
+    Warns:
+        UserWarning: more than 30 % of the rows are left out.
 
     Raises:
         ValueError: the threshold is not above 0 and at most 1.
@@ -56,9 +74,20 @@ def deduplicate(
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"Expected a threshold above 0 and up to 1, found {threshold!r}.")
     # Rows are named by their numbers. Of rows with the same text, only the first is compared.
-    first_with: dict[str, int] = {}
-    firsts = [first_with.setdefault(_all_text(row), number) for number, row in enumerate(rows)]
-    similar = {} if threshold is None else _nearly_the_same(first_with, threshold)
+    facts = [Facts(row) for row in rows]
+    texts = [_all_text(row) for row in rows]
+    first_with: dict[tuple, int] = {}
+    firsts = [
+        first_with.setdefault((t, f.symbols), n)
+        for n, (t, f) in enumerate(zip(texts, facts, strict=True))
+    ]
+    similar = {}
+    if threshold is not None:
+        numbers = list(first_with.values())
+        search = [facts[n] for n in numbers], [texts[n] for n in numbers], threshold, letters_only
+        similar = {
+            numbers[a]: (numbers[b], score) for a, (b, score) in _nearly_the_same(*search).items()
+        }
     kept, duplicates = [], []
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         of, score = similar.get(first, (first, 1.0))
@@ -66,25 +95,67 @@ def deduplicate(
             kept.append(row)
         else:
             duplicates.append(Duplicate(row, rows[of], score))
+    _warn_if_many(len(duplicates), len(rows), "repeat others", "Duplicate")
     return kept, duplicates
 
 
-def _nearly_the_same(first_with: dict[str, int], threshold: float) -> dict[int, tuple[int, float]]:
+def _nearly_the_same(
+    facts: list[Facts], texts: list[str], threshold: float, letters_only: bool
+) -> dict[int, tuple[int, float]]:
     """Left-out row → (the first kept row that is similar enough, their similarity)."""
-    texts, numbers = list(first_with), list(first_with.values())
+    candidates = _all_earlier if letters_only else _same_questions(facts)
     left_out: dict[int, tuple[int, float]] = {}
-    for later, earlier, score in _similar_pairs(texts, threshold):
-        later, earlier = numbers[later], numbers[earlier]
-        if later not in left_out and earlier not in left_out:
+    for later, earlier, score in _similar_pairs(texts, threshold, candidates):
+        if later in left_out or earlier in left_out:
+            continue
+        if letters_only or same_facts(facts[later], facts[earlier]):
             left_out[later] = earlier, score
     return left_out
 
 
-def _similar_pairs(texts: list[str], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """(later, earlier, similarity) of all texts that are alike, in order.
+def _all_earlier(number: int) -> np.ndarray:
+    import numpy as np
 
-    Comparing all pairs would be slow, so counts of letters rule out most of them first: 20 times
-    less work for English texts at 0.9.
+    return np.arange(number)
+
+
+def _same_questions(facts: list[Facts]) -> Callable[[int], np.ndarray]:
+    """A function: row → the earlier rows with nearly the same questions and the same `fixed`.
+
+    `same_facts` allows letters in another order, and here one letter more or less. So of two
+    halves of the alphabet, one has the same count of letters in both rows: a lookup finds all.
+    """
+    import numpy as np
+
+    asked = ["".join(t.text for t in f.asked if not t.always_counts) for f in facts]
+    counts = _letters(asked).T.copy()
+    keys = [
+        [(half, row[half::2].tobytes(), f.fixed) for row, f in zip(counts, facts, strict=True)]
+        for half in (0, 1)
+    ]
+    members: dict[tuple, list[int]] = {}
+    for half in keys:
+        for number, key in enumerate(half):
+            members.setdefault(key, []).append(number)
+    blocks = {key: np.array(numbers) for key, numbers in members.items()}
+
+    def earlier(number: int) -> np.ndarray:
+        one, other = (blocks[half[number]] for half in keys)
+        one, other = (block[: block.searchsorted(number)] for block in (one, other))
+        found = one if np.array_equal(one, other) else np.union1d(one, other)
+        edits = np.abs(counts[found] - counts[number]).sum(1, dtype=np.int32)
+        return found[edits <= 1]
+
+    return earlier
+
+
+def _similar_pairs(
+    texts: list[str], threshold: float, candidates: Callable[[int], np.ndarray]
+) -> Iterator[tuple[int, int, float]]:
+    """(later, earlier, similarity) of all candidates that are alike, in order.
+
+    Comparing all would be slow, so counts of letters rule out most of them first: 20 times less
+    work for English texts at 0.9.
     """
     import numpy as np
     from rapidfuzz import fuzz
@@ -94,15 +165,16 @@ def _similar_pairs(texts: list[str], threshold: float) -> Iterator[tuple[int, in
     lengths = np.array([len(text) for text in texts])
     for start in range(0, len(texts), ROWS_AT_ONCE):
         chunk = range(start, min(start + ROWS_AT_ONCE, len(texts)))
-        candidates = []
+        found = []
         for i in chunk:
             # A ratio of `threshold` allows (1 − threshold) · (both lengths) insertions and
             # deletions. A letter that one text has n times more often needs at least n of them.
-            edits = np.abs(counts[:, :i] - counts[:, i, None]).sum(0, dtype=np.int32)
-            allowed = (1 - threshold) * (lengths[:i] + lengths[i])
-            candidates.append(np.flatnonzero(edits <= allowed + 1e-6))
-        earlier = np.concatenate(candidates)
-        later = np.repeat(chunk, [len(numbers) for numbers in candidates])
+            near = candidates(i)
+            edits = np.abs(counts[:, near] - counts[:, i, None]).sum(0, dtype=np.int32)
+            allowed = (1 - threshold) * (lengths[near] + lengths[i])
+            found.append(near[edits <= allowed + 1e-6])
+        earlier = np.concatenate(found)
+        later = np.repeat(chunk, [len(numbers) for numbers in found])
         scores = cpdist(
             [texts[i] for i in later],
             [texts[i] for i in earlier],
@@ -112,7 +184,8 @@ def _similar_pairs(texts: list[str], threshold: float) -> Iterator[tuple[int, in
             workers=-1,
         )
         alike = scores > 0  # cpdist gives 0 below the cutoff
-        yield from zip(later[alike], earlier[alike], (scores[alike] / 100).tolist(), strict=True)
+        pairs = later[alike].tolist(), earlier[alike].tolist(), (scores[alike] / 100).tolist()
+        yield from zip(*pairs, strict=True)
 
 
 def _letters(texts: list[str]) -> np.ndarray:
@@ -131,11 +204,20 @@ def _letters(texts: list[str]) -> np.ndarray:
 
 
 def _all_text(row: dict) -> str:
-    return "\n".join(normalise(message["content"]) for message in row["messages"])
+    return "\n".join(normalise(m["content"]) for m in row["messages"] if m["role"] != "system")
 
 
 def _texts(row: dict, role: str) -> list[str]:
     return [normalise(m["content"]) for m in row["messages"] if m["role"] == role]
+
+
+def _warn_if_many(removed: int, rows: int, what: str, report: str) -> None:
+    if removed > MANY * rows:
+        warnings.warn(
+            f"{removed} of {rows} rows {what} ({removed / rows:.0%}): look at the {report}s before "
+            "you go on without these rows.",
+            stacklevel=3,
+        )
 
 
 # --- Leaks ---------------------------------------------------------------------------------------
