@@ -5,13 +5,15 @@ Both ignore case, punctuation and spacing. rapidfuzz finds texts that are nearly
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sftlib.data.same_facts import Facts, same_facts
+from sftlib.data.same_facts import Facts, same_facts, same_numbers, symbols, text_of, tokens
 from sftlib.data.validation import normalise
 
 if TYPE_CHECKING:
@@ -220,6 +222,22 @@ def _warn_if_many(removed: int, rows: int, what: str, report: str) -> None:
         )
 
 
+# --- Conflicts -----------------------------------------------------------------------------------
+
+
+def conflicts(rows: Sequence[dict]) -> list[list[dict]]:
+    """Groups of rows that have the same conversation before the last answer, and other answers.
+
+    It ignores case, punctuation and spacing. Of rows with the same answer, a group has the first.
+    Nothing is wrong with several answers to "Tell me a joke". For facts, one of them is false.
+    """
+    groups: dict[tuple, dict[tuple, dict]] = {}
+    for row in rows:
+        *before, (_, answer) = ((m["role"], _exact(m["content"])) for m in row["messages"])
+        groups.setdefault(tuple(before), {}).setdefault(answer, row)
+    return [list(answers.values()) for answers in groups.values() if len(answers) > 1]
+
+
 # --- Leaks ---------------------------------------------------------------------------------------
 
 
@@ -231,22 +249,32 @@ class Leak:
         row: the training row.
         held_out: the first held-out row that it gives away.
         reason: "same question", "question inside", "nearly the same question" or "same answer".
+        score: how alike the questions of both are, from 0 to 1 (`fuzz.ratio` / 100).
     """
 
     row: dict
     held_out: dict
     reason: str
+    score: float
 
 
+# Signs of arithmetic are words, too: -5 and 5, "C" and "C#" are two things.
+_WORD = re.compile(
+    r"[^\W_]+(?:[-'’.][^\W_]+)*(?:\+\+|\#)?|(?<!\w)[-−](?=\d)|[*/×÷^%](?=\s*\d)|[+<>=≤≥≠±√$€£¥°]"
+)
 LONG_RUN = 13  # words; Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C
 SHORT_RUN = 4  # words; shorter questions and answers ("Yes.") are the same by chance
+MANY_QUESTIONS = 10  # what more questions share gives none of them away; the same appendix
 NEARLY_THE_SAME = 95  # `fuzz.ratio`, which goes up to 100
+# Two answers are not the same because they share one of these.
+COMMON = frozenset("a an and are as at be by for from he in is it its of on she the to was".split())
 
 
 def decontaminate(rows: Sequence[dict], held_out: Sequence[dict]) -> tuple[list[dict], list[Leak]]:
     """The training rows that give no held-out row away, and the others with the reason.
 
-    It looks for these reasons in this order, and ignores case, punctuation and spacing:
+    It looks for these reasons in this order, and ignores system messages, case, punctuation and
+    spacing:
 
     - *same question*: one of the row's questions, or all of them joined, is the held-out question
       (all user messages of the held-out row).
@@ -255,16 +283,30 @@ def decontaminate(rows: Sequence[dict], held_out: Sequence[dict]) -> tuple[list[
       2020, arXiv 2005.14165, appendix C).
     - *nearly the same question*: `fuzz.ratio` of at least 95, as after a typing error. Questions
       from one template are just as similar ("the capital of Niger", "of Nigeria"). So it does not
-      count if the row asks about something else: its answer repeats a word of its question that
-      the held-out question lacks, or the two answers share none of the words that they add.
+      count if the row asks about something else: the numbers, negations or units of the questions
+      differ, its answer repeats a word of its question that the held-out question lacks, or the
+      two answers share none of the words that they add.
     - *same answer*: the last answer of the held-out row is one of the row's answers and has at
       least 4 words. This finds reworded questions. On data other than facts it also finds set
       phrases: look at the leaks.
 
-    It cannot find a reworded question with a reworded answer, or a typing error in a name that the
-    answer repeats.
+    What many questions share gives none of them away, such as Alpaca's "Below is an instruction
+    that describes a task". So 13 consecutive words that more than ten different questions contain
+    (of both sets; a row repeated twentyfold is one) are left out of the held-out question, and the
+    rest of it is looked for, if it has at least 4 words. If nothing is left, all of the question
+    must be inside. An answer to more than ten different questions counts only if it has a name or
+    a number that both questions have, too.
+
+    It cannot find a reworded question with a reworded answer, a typing error in a name that the
+    answer repeats, or, of a question that shares a long text with more than ten others, a part that
+    is in this text.
+
+    Warns:
+        UserWarning: more than 30 % of the rows are leaks.
     """
-    index = _HeldOut(held_out)
+    from rapidfuzz import fuzz
+
+    index = _HeldOut(held_out, rows)
     clean, leaks = [], []
     near = index.nearly([question for row in rows for question in _texts(row, "user")])
     for row in rows:
@@ -272,7 +314,10 @@ def decontaminate(rows: Sequence[dict], held_out: Sequence[dict]) -> tuple[list[
         if number is None:
             clean.append(row)
         else:
-            leaks.append(Leak(row, held_out[number], reason))
+            asked = " ".join(_texts(row, "user"))
+            score = fuzz.ratio(asked, index.questions[number]) / 100
+            leaks.append(Leak(row, held_out[number], reason, score))
+    _warn_if_many(len(leaks), len(rows), "give held-out rows away", "Leak")
     return clean, leaks
 
 
@@ -283,17 +328,19 @@ class _HeldOut:
     number of held-out rows. Only nearly equal questions have to be compared one by one.
     """
 
-    def __init__(self, rows: Sequence[dict]) -> None:
-        self.answers = [(_texts(row, "assistant") or [""])[-1] for row in rows]
-        self.questions = [" ".join(_texts(row, "user")) for row in rows]
-        self.by_question = _number_by_text(self.questions)
-        self.by_answer = _number_by_text(self.answers)
+    def __init__(self, held_out: Sequence[dict], rows: Sequence[dict]) -> None:
+        self.rows = held_out
+        self.answers = [(_texts(row, "assistant") or [""])[-1] for row in held_out]
+        self.questions = [" ".join(_texts(row, "user")) for row in held_out]
+        self.by_question = _number_by([_exact(text_of(row, "user")) for row in held_out])
+        self.by_answer = _number_by(self.answers)
+        self.shared = _Shared([_words(text_of(row, "user")) for row in held_out], rows)
+        self.own = [self.shared.own_text(question) for question in self.questions]
+        self.common_answers = _common_answers(self.answers, [*rows, *held_out])
         self.by_run: dict[tuple[str, ...], int] = {}  # a run: consecutive words
-        for number, row in enumerate(rows):
-            words = _words(row)
-            if len(words) >= SHORT_RUN:
-                for run in _runs(words, min(len(words), LONG_RUN)):
-                    self.by_run.setdefault(run, number)
+        for number, row in enumerate(held_out):
+            for run in self.shared.runs_of(_words(text_of(row, "user"))):
+                self.by_run.setdefault(run, number)
         self.lengths = sorted({len(run) for run in self.by_run})
 
     def nearly(self, questions: Iterable[str]) -> dict[str, list[int]]:
@@ -303,56 +350,151 @@ class _HeldOut:
         from rapidfuzz.process import cdist
 
         texts, near = list(dict.fromkeys(questions)), {}
-        for start in range(0, len(texts) if self.questions else 0, ROWS_AT_ONCE):
+        for start in range(0, len(texts) if self.own else 0, ROWS_AT_ONCE):
             chunk = texts[start : start + ROWS_AT_ONCE]
-            scores = cdist(chunk, self.questions, scorer=fuzz.ratio, score_cutoff=NEARLY_THE_SAME)
+            own = [self.shared.own_text(text) for text in chunk]
+            scores = cdist(own, self.own, scorer=fuzz.ratio, score_cutoff=NEARLY_THE_SAME)
             near |= {t: np.flatnonzero(s).tolist() for t, s in zip(chunk, scores, strict=True)}
         return near
 
     def leak(self, row: dict, near: dict[str, list[int]]) -> tuple[str, int | None]:
         """The reason and the number of the held-out row; no number when there is no leak."""
-        questions, answers = _texts(row, "user"), _texts(row, "assistant")
-        words = _words(row)
+        questions = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        answers = _texts(row, "assistant")
+        words = _words(text_of(row, "user"))
         runs = (run for length in self.lengths for run in _runs(words, length))
         alike = (
             number
             for question in questions
-            for number in near.get(question, ())
+            for number in near.get(normalise(question), ())
             if self._same_thing(number, question, " ".join(answers))
         )
-        long = (answer for answer in answers if answer.count(" ") >= SHORT_RUN - 1)
         # Each search is lazy: it stops at its first hit, and the later ones then do not start.
         searches = {
-            "same question": map(self.by_question.get, [*questions, " ".join(questions)]),
+            "same question": map(
+                self.by_question.get, map(_exact, [*questions, text_of(row, "user")])
+            ),
             "question inside": map(self.by_run.get, runs),
             "nearly the same question": alike,
-            "same answer": map(self.by_answer.get, long),
+            "same answer": (self._same_answer(answer, words) for answer in answers),
         }
         for reason, numbers in searches.items():
             if (number := next((n for n in numbers if n is not None), None)) is not None:
                 return reason, number
         return "", None
 
+    def _same_answer(self, answer: str, asked: list[str]) -> int | None:
+        """The held-out row with this answer, if it tells more than a set phrase."""
+        number = self.by_answer.get(answer)
+        if number is None or answer.count(" ") < SHORT_RUN - 1:
+            return None
+        if answer in self.common_answers:
+            row = self.rows[number]
+            told = tokens(text_of(row, "assistant"))
+            names = {t.text for t in told if t.is_number or (t.capital and not t.starts)}
+            if not names & set(asked) & set(_words(text_of(row, "user"))):
+                return None
+        return number
+
     def _same_thing(self, number: int, question: str, answer: str) -> bool:
         """Whether a nearly equal question asks for the same thing, judging from the answers."""
-        texts = question, self.questions[number], answer, self.answers[number]
-        asked, held_out_asked, told, held_out_told = (set(re.findall(r"\w+", t)) for t in texts)
+        if not same_numbers(question, text_of(self.rows[number], "user")):
+            return False
+        texts = self.shared.own_text(normalise(question)), self.own[number]
+        asked, held_out_asked, told, held_out_told = (
+            set(re.findall(r"\w+", text)) for text in (*texts, answer, self.answers[number])
+        )
         if (asked - held_out_asked) & told:  # the answer names what only this question asks about
             return False
-        new, held_out_new = told - asked, held_out_told - held_out_asked
+        new, held_out_new = told - asked - COMMON, held_out_told - held_out_asked - COMMON
         return not new or not held_out_new or bool(new & held_out_new)
 
 
-def _number_by_text(texts: Sequence[str]) -> dict[str, int]:
-    """Text → the number of the first row that has it; empty texts are left out."""
-    return {text: number for number, text in reversed(list(enumerate(texts))) if text}
+class _Shared:
+    """Runs of words of the held-out questions that many different questions share."""
+
+    def __init__(self, held_out: list[list[str]], rows: Sequence[dict]) -> None:
+        asked = {tuple(_words(text_of(row, "user"))) for row in rows} | set(map(tuple, held_out))
+        self.counts = _count_runs(
+            {run for words in held_out for run in _runs(words, LONG_RUN)}, asked
+        )
+        parts = {
+            part
+            for words in held_out
+            for part in self.own_parts(words)
+            if SHORT_RUN <= len(part) < min(LONG_RUN, len(words))
+        }
+        self.counts |= _count_runs(parts, asked)
+
+    def runs_of(self, words: list[str]) -> Iterator[tuple[str, ...]]:
+        """The runs that give this question away: few other questions have them."""
+        found = [
+            run
+            for part in self.own_parts(words)
+            if len(part) >= SHORT_RUN
+            for run in _runs(part, min(len(part), LONG_RUN))
+            if self.counts.get(run, 0) <= MANY_QUESTIONS
+        ]
+        if not found and len(words) >= SHORT_RUN:
+            found = [tuple(words)]
+        yield from found
+
+    def own_parts(self, words: Sequence[str]) -> list[tuple[str, ...]]:
+        """A question without the runs that many share, as the stretches between them."""
+        counts = [self.counts.get(run, 0) for run in _runs(words, LONG_RUN)]
+        own = [True] * len(words)
+        for i, count in enumerate(counts):
+            # After a shared text, the next words are often alike, too ("What is the"). They belong
+            # to the question: fewer questions have the runs with them than the runs before.
+            near = counts[max(0, i - LONG_RUN + 1) : i + LONG_RUN]
+            if count > MANY_QUESTIONS and count >= 0.9 * max(near):
+                own[i : i + LONG_RUN] = [False] * LONG_RUN
+        pairs = itertools.groupby(zip(own, words, strict=True), key=lambda pair: pair[0])
+        return [tuple(word for _, word in part) for is_own, part in pairs if is_own]
+
+    def own_text(self, text: str) -> str:
+        """A normalised question without the runs that many share; all of it if nothing is left."""
+        words = _words(text)
+        own = [word for part in self.own_parts(words) for word in part]
+        return " ".join(own) if 0 < len(own) < len(words) else text
 
 
-def _words(row: dict) -> list[str]:
-    """The words of the user's messages. "Guinea-Bissau" is one word: it does not hold "Guinea"."""
-    text = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
-    return re.findall(r"[^\W_]+(?:[-'’.][^\W_]+)*", text.casefold())
+def _count_runs(
+    runs: set[tuple[str, ...]], questions: Iterable[tuple[str, ...]]
+) -> Counter[tuple[str, ...]]:
+    """How many of the questions contain each run."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    lengths = {len(run) for run in runs}
+    for words in questions:
+        counts.update({r for length in lengths for r in _runs(words, length) if r in runs})
+    return counts
 
 
-def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+def _common_answers(answers: Iterable[str], rows: Sequence[dict]) -> set[str]:
+    """The answers that more than ten different questions have."""
+    questions: dict[str, set[str]] = {answer: set() for answer in answers}
+    for row in rows:
+        for answer in _texts(row, "assistant"):
+            if answer in questions:
+                questions[answer].add(" ".join(_texts(row, "user")))
+    return {answer for answer, asked in questions.items() if len(asked) > MANY_QUESTIONS}
+
+
+def _exact(text: str) -> tuple[str, tuple[str, ...]]:
+    """What two texts have in common that are the same but for case, punctuation and spacing."""
+    return normalise(text), symbols(tokens(text))
+
+
+def _number_by(keys: Sequence[Hashable]) -> dict[Hashable, int]:
+    """Key → the number of the first row that has it; empty texts are left out."""
+    numbered = reversed(list(enumerate(keys)))
+    return {key: number for number, key in numbered if key not in ("", _exact(""))}
+
+
+def _words(text: str) -> list[str]:
+    """The words of a question. "Guinea-Bissau" is one word: it does not hold "Guinea"."""
+    return _WORD.findall(text.casefold())
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,29 +111,35 @@ class Token:
 
 
 class Facts:
-    """The words of a row that may differ from those of another row, by role."""
+    """What a row asks and says: its words without "please" and the like, by role."""
 
     def __init__(self, row: dict) -> None:
         self.asked, self.said = (
-            tuple(t for t in _tokens("\n".join(texts)) if t.text not in _FILLERS)
-            for texts in (
-                [m["content"] for m in row["messages"] if m["role"] == role]
-                for role in ("user", "assistant")
-            )
+            tuple(token for token in tokens(text) if token.text not in _FILLERS)
+            for text in (text_of(row, "user"), text_of(row, "assistant"))
         )
 
     @cached_property
     def fixed(self) -> tuple[tuple[str, ...], ...]:
         """What two rows with the same facts have in common: numbers, symbols, negations, …"""
         return tuple(
-            tuple(t.text for t in tokens if t.always_counts) for tokens in (self.asked, self.said)
+            tuple(t.text for t in words if t.always_counts) for words in (self.asked, self.said)
         )
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         """Numbers and symbols, which texts without punctuation may have lost."""
-        tokens = (*self.asked, *self.said)
-        return tuple(t.text for t in tokens if not t.text.isalpha() and "'" not in t.text)
+        return symbols((*self.asked, *self.said))
+
+
+def text_of(row: dict, role: str) -> str:
+    """All messages of a role."""
+    return "\n".join(m["content"] for m in row["messages"] if m["role"] == role)
+
+
+def symbols(words: Iterable[Token]) -> tuple[str, ...]:
+    """Numbers and symbols, of which a text without punctuation may have lost some."""
+    return tuple(t.text for t in words if not t.text.isalpha() and "'" not in t.text)
 
 
 def same_facts(one: Facts, other: Facts) -> bool:
@@ -159,14 +165,29 @@ def same_facts(one: Facts, other: Facts) -> bool:
     return _alike(one.asked, other.asked, long=False) and _alike(one.said, other.said, long)
 
 
+def same_numbers(one: str, other: str) -> bool:
+    """Whether no number, symbol, negation or unit of one text is missing in the other one.
+
+    A word with a slip of the pen is not missing, a number is.
+    """
+    words = [list(tokens(text)) for text in (one, other)]
+    for here, there in (words, reversed(words)):
+        texts = {t.text for t in there}
+        for t in here:
+            slip = not t.is_number and any(_swapped(t.text, text) for text in texts)
+            if t.always_counts and t.text not in texts and not slip:
+                return False
+    return True
+
+
 def _alike(one: Sequence[Token], other: Sequence[Token], long: bool) -> bool:
     """Whether the words in which two texts differ change nothing."""
     words = [t.text for t in one], [t.text for t in other]
     if words[0] == words[1]:
         return True
     lowercase = {t.text for t in (*one, *other) if not t.capital}
-    for old, new in _blocks(Indel.opcodes(*words)):
-        a, b = one[slice(*old)], other[slice(*new)]
+    for old, new in _blocks(*words):
+        a, b = one[old], other[new]
         if _slips(a, b):
             continue
         if not long or any(t.always_counts for t in (*a, *b)) or _opposites(a, b):
@@ -179,26 +200,23 @@ def _alike(one: Sequence[Token], other: Sequence[Token], long: bool) -> bool:
     return True
 
 
-def _blocks(opcodes: Indel.opcodes) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The stretches that differ. A deletion and an insertion side by side are one replacement."""
-    old = new = None
-    for op in opcodes:
+def _blocks(one: list[str], other: list[str]) -> Iterator[tuple[slice, slice]]:
+    """The stretches in which two lists of words differ: one of both may be empty."""
+    a = b = 0
+    for op in Indel.opcodes(one, other):
         if op.tag == "equal":
-            if old:
-                yield old, new
-            old = new = None
-        else:
-            old = (old[0] if old else op.src_start), op.src_end
-            new = (new[0] if new else op.dest_start), op.dest_end
-    if old:
-        yield old, new
+            if (a, b) != (op.src_start, op.dest_start):
+                yield slice(a, op.src_start), slice(b, op.dest_start)
+            a, b = op.src_end, op.dest_end
+    if (a, b) != (len(one), len(other)):
+        yield slice(a, None), slice(b, None)
 
 
 def _slips(one: Sequence[Token], other: Sequence[Token]) -> bool:
     """Whether two stretches of words are the same but for slips of the pen."""
     if any(t.always_counts for t in (*one, *other)):
         return False
-    a, b = ("".join(t.text for t in tokens) for tokens in (one, other))
+    a, b = ("".join(t.text for t in words) for words in (one, other))
     if a == b:
         return True
     if any(t.capital and not t.starts for t in (*one, *other)):
@@ -233,7 +251,7 @@ def _one_more(short: str, long: str) -> bool:
 
 def _opposites(one: Sequence[Token], other: Sequence[Token]) -> bool:
     """Whether one stretch has a word whose opposite is in the other one, also by its affix."""
-    old, new = ({t.text for t in tokens} for tokens in (one, other))
+    old, new = ({t.text for t in words} for words in (one, other))
     old, new = old - new, new - old
     if any(old & group and new & group for group in _OPPOSITES):
         return True
@@ -247,7 +265,7 @@ def _stems(word: str) -> set[str]:
     return {stem for stem in stems if len(stem) >= 4}
 
 
-def _tokens(text: str) -> Iterator[Token]:
+def tokens(text: str) -> Iterator[Token]:
     """The words, numbers and meaningful symbols of a text."""
     text = _SUPERSCRIPT.sub(lambda m: "^" + m[0], text)
     text = unicodedata.normalize("NFKC", text)
