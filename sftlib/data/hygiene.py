@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sftlib.data.same_facts import Facts, same_facts, same_numbers, symbols, text_of, tokens
+from sftlib.data.same_facts import Facts, fixed, same_facts, same_numbers, symbols, text_of, tokens
 from sftlib.data.validation import normalise
 
 if TYPE_CHECKING:
@@ -76,20 +76,10 @@ def deduplicate(
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"Expected a threshold above 0 and up to 1, found {threshold!r}.")
     # Rows are named by their numbers. Of rows with the same text, only the first is compared.
-    facts = [Facts(row) for row in rows]
-    texts = [_all_text(row) for row in rows]
-    first_with: dict[tuple, int] = {}
-    firsts = [
-        first_with.setdefault((t, f.symbols), n)
-        for n, (t, f) in enumerate(zip(texts, facts, strict=True))
-    ]
+    firsts = _first_with_the_same_text(rows)
     similar = {}
     if threshold is not None:
-        numbers = list(first_with.values())
-        search = [facts[n] for n in numbers], [texts[n] for n in numbers], threshold, letters_only
-        similar = {
-            numbers[a]: (numbers[b], score) for a, (b, score) in _nearly_the_same(*search).items()
-        }
+        similar = _nearly_the_same(rows, sorted(set(firsts)), threshold, letters_only)
     kept, duplicates = [], []
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         of, score = similar.get(first, (first, 1.0))
@@ -101,40 +91,62 @@ def deduplicate(
     return kept, duplicates
 
 
+def _first_with_the_same_text(rows: Sequence[dict]) -> list[int]:
+    """Row → the first row with the same text and the same signs of arithmetic."""
+    texts = [_all_text(row) for row in rows]
+    times = Counter(texts)
+    first_with: dict[tuple, int] = {}
+    found = []
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        signs = ()
+        if times[text] > 1:  # looking for signs is slow, and most texts are there once
+            signs = symbols(t for role in ("user", "assistant") for t in tokens(text_of(row, role)))
+        found.append(first_with.setdefault((text, signs), number))
+    return found
+
+
 def _nearly_the_same(
-    facts: list[Facts], texts: list[str], threshold: float, letters_only: bool
+    rows: Sequence[dict], numbers: list[int], threshold: float, letters_only: bool
 ) -> dict[int, tuple[int, float]]:
     """Left-out row → (the first kept row that is similar enough, their similarity)."""
-    candidates = _all_earlier if letters_only else _same_questions(facts)
+    texts = [_all_text(rows[number]) for number in numbers]
+    candidates = _all_earlier if letters_only else _same_questions([rows[n] for n in numbers])
     left_out: dict[int, tuple[int, float]] = {}
     for later, earlier, score in _similar_pairs(texts, threshold, candidates):
+        later, earlier = numbers[later], numbers[earlier]
         if later in left_out or earlier in left_out:
             continue
-        if letters_only or same_facts(facts[later], facts[earlier]):
+        if letters_only or same_facts(Facts(rows[later]), Facts(rows[earlier])):
             left_out[later] = earlier, score
     return left_out
 
 
-def _all_earlier(number: int) -> np.ndarray:
-    import numpy as np
-
-    return np.arange(number)
+def _all_earlier(number: int) -> slice:
+    return slice(0, number)
 
 
-def _same_questions(facts: list[Facts]) -> Callable[[int], np.ndarray]:
-    """A function: row → the earlier rows with nearly the same questions and the same `fixed`.
+def _same_questions(rows: Sequence[dict]) -> Callable[[int], np.ndarray]:
+    """A function: row → the earlier rows with nearly the same questions and the same numbers.
 
     `same_facts` allows letters in another order, and here one letter more or less. So of two
     halves of the alphabet, one has the same count of letters in both rows: a lookup finds all.
     """
     import numpy as np
 
-    asked = ["".join(t.text for t in f.asked if not t.always_counts) for f in facts]
-    counts = _letters(asked).T.copy()
+    asked = [[(t.text, t.always_counts) for t in Facts(row).asked] for row in rows]
+    counts = _letters(["".join(t for t, always in words if not always) for words in asked]).T.copy()
+    fixed_asked = [tuple(t for t, always in words if always) for words in asked]
     keys = [
-        [(half, row[half::2].tobytes(), f.fixed) for row, f in zip(counts, facts, strict=True)]
+        [(half, row[half::2].tobytes(), f) for row, f in zip(counts, fixed_asked, strict=True)]
         for half in (0, 1)
     ]
+    # What was said is looked at where another row asks the same.
+    times = Counter(itertools.chain(*keys))
+    said = [
+        fixed(Facts(row).said) if times[one] > 1 or times[other] > 1 else ()
+        for row, one, other in zip(rows, *keys, strict=True)
+    ]
+    keys = [list(zip(half, said, strict=True)) for half in keys]
     members: dict[tuple, list[int]] = {}
     for half in keys:
         for number, key in enumerate(half):
@@ -152,7 +164,7 @@ def _same_questions(facts: list[Facts]) -> Callable[[int], np.ndarray]:
 
 
 def _similar_pairs(
-    texts: list[str], threshold: float, candidates: Callable[[int], np.ndarray]
+    texts: list[str], threshold: float, candidates: Callable[[int], np.ndarray | slice]
 ) -> Iterator[tuple[int, int, float]]:
     """(later, earlier, similarity) of all candidates that are alike, in order.
 
@@ -164,7 +176,7 @@ def _similar_pairs(
     from rapidfuzz.process import cpdist
 
     counts = _letters(texts)
-    lengths = np.array([len(text) for text in texts])
+    lengths, everything = np.array([len(text) for text in texts]), np.arange(len(texts))
     for start in range(0, len(texts), ROWS_AT_ONCE):
         chunk = range(start, min(start + ROWS_AT_ONCE, len(texts)))
         found = []
@@ -174,7 +186,7 @@ def _similar_pairs(
             near = candidates(i)
             edits = np.abs(counts[:, near] - counts[:, i, None]).sum(0, dtype=np.int32)
             allowed = (1 - threshold) * (lengths[near] + lengths[i])
-            found.append(near[edits <= allowed + 1e-6])
+            found.append(everything[near][edits <= allowed + 1e-6])
         earlier = np.concatenate(found)
         later = np.repeat(chunk, [len(numbers) for numbers in found])
         scores = cpdist(
@@ -267,7 +279,9 @@ SHORT_RUN = 4  # words; shorter questions and answers ("Yes.") are the same by c
 MANY_QUESTIONS = 10  # what more questions share gives none of them away; the same appendix
 NEARLY_THE_SAME = 95  # `fuzz.ratio`, which goes up to 100
 # Two answers are not the same because they share one of these.
-COMMON = frozenset("a an and are as at be by for from he in is it its of on she the to was".split())
+COMMON = frozenset(
+    "a an and are as at be by for from he i in is it its of on she the to was".split()
+)
 
 
 def decontaminate(rows: Sequence[dict], held_out: Sequence[dict]) -> tuple[list[dict], list[Leak]]:
@@ -392,7 +406,7 @@ class _HeldOut:
             row = self.rows[number]
             told = tokens(text_of(row, "assistant"))
             names = {t.text for t in told if t.is_number or (t.capital and not t.starts)}
-            if not names & set(asked) & set(_words(text_of(row, "user"))):
+            if not (names - COMMON) & set(asked) & set(_words(text_of(row, "user"))):
                 return None
         return number
 

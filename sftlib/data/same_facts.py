@@ -114,22 +114,24 @@ class Facts:
     """What a row asks and says: its words without "please" and the like, by role."""
 
     def __init__(self, row: dict) -> None:
-        self.asked, self.said = (
-            tuple(token for token in tokens(text) if token.text not in _FILLERS)
-            for text in (text_of(row, "user"), text_of(row, "assistant"))
-        )
+        self.row = row
 
     @cached_property
-    def fixed(self) -> tuple[tuple[str, ...], ...]:
-        """What two rows with the same facts have in common: numbers, symbols, negations, …"""
-        return tuple(
-            tuple(t.text for t in words if t.always_counts) for words in (self.asked, self.said)
-        )
+    def asked(self) -> tuple[Token, ...]:
+        return _without_fillers(text_of(self.row, "user"))
 
     @cached_property
-    def symbols(self) -> tuple[str, ...]:
-        """Numbers and symbols, which texts without punctuation may have lost."""
-        return symbols((*self.asked, *self.said))
+    def said(self) -> tuple[Token, ...]:
+        return _without_fillers(text_of(self.row, "assistant"))
+
+
+def fixed(words: Iterable[Token]) -> tuple[str, ...]:
+    """What two rows that say the same have in common: numbers, symbols, negations, units."""
+    return tuple(word.text for word in words if word.always_counts)
+
+
+def _without_fillers(text: str) -> tuple[Token, ...]:
+    return tuple(token for token in tokens(text) if token.text not in _FILLERS)
 
 
 def text_of(row: dict, role: str) -> str:
@@ -159,7 +161,7 @@ def same_facts(one: Facts, other: Facts) -> bool:
     that differ only in case (Polish, polish), real words that look like slips (angel, angle), and
     that punctuation has a meaning, as in code.
     """
-    if one.fixed != other.fixed:
+    if fixed(one.asked) != fixed(other.asked) or fixed(one.said) != fixed(other.said):
         return False
     long = min(len(one.said), len(other.said)) > LONG_ANSWER
     return _alike(one.asked, other.asked, long=False) and _alike(one.said, other.said, long)
