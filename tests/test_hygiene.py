@@ -59,6 +59,7 @@ OTHER_QUESTIONS = {
     "opposite": ("Name the largest lake on Earth.", "Name the smallest lake on Earth."),
     "prefix": ("Is that a legal thing to do?", "Is that an illegal thing to do?"),
     "one letter": ("Is that a moral question?", "Is that an amoral question?"),
+    "similar word": ("Is there a county like that?", "Is there a country like that?"),
     "order": ("Is Paris larger than London?", "Is London larger than Paris?"),
     "direction": ("Convert it from euros to yen.", "Convert it from yen to euros."),
     "question word": ("Where did they build it?", "When did they build it?"),
@@ -102,6 +103,15 @@ def test_an_answer_that_says_something_else_stays(pair, before):
     rows = [chat("How is it?", before + answer) for answer in pair]
     assert deduplicate(rows, 0.4) == (rows, [])
     assert len(deduplicate(rows, 0.4, letters_only=True)[1]) == 1
+
+
+def test_every_word_of_a_short_answer_counts_but_not_of_a_long_one():
+    rows = [
+        chat("What is it made of?", f"It is made of {thing}.") for thing in ("iron", "ironwood")
+    ]
+    assert deduplicate(rows, 0.5) == (rows, [])
+    long = [chat("What is it made of?", LONG + m["messages"][1]["content"]) for m in rows]
+    assert len(deduplicate(long, 0.5)[1]) == 1
 
 
 THE_SAME = {
@@ -160,11 +170,11 @@ def wrapped(rows: list[dict], preamble: str, before: str = "", answer: str = "")
 def test_a_common_system_prompt_changes_nothing():
     rows = read_facts("sft")[:400]
     same = [chat(*(m["content"] for m in r["messages"]), system="Be kind. " * 200) for r in rows]
-    for threshold in (None, 0.95):
-        kept, _ = deduplicate(rows, threshold)
-        assert questions(kept) == [
-            row["messages"][1]["content"] for row in deduplicate(same, threshold)[0]
-        ]
+    for how in ({}, {"threshold": 0.95}, {"threshold": 0.95, "letters_only": True}):
+        kept, _ = deduplicate(rows, **how)
+        asked = [row["messages"][1]["content"] for row in deduplicate(same, **how)[0]]
+        assert asked == questions(kept)
+    assert len(deduplicate([rows[0], same[0]])[1]) == 1
     held_out = [chat("What is the time?", "It is five past two.", system="Be kind. " * 200)]
     assert decontaminate(same, held_out) == (same, [])
 
@@ -188,8 +198,11 @@ def test_a_leak_behind_the_preamble_is_found_however_often_it_is_there(preamble,
     assert [leak.row for leak in leaks] == planted
 
 
-def test_a_leak_in_many_contexts_is_found():
-    held_out = read_facts("heldout")[:3]
+@pytest.mark.parametrize(
+    "before", ["", "Of all the things that people ask about the whole world: "]
+)
+def test_a_leak_in_many_contexts_is_found(before):
+    held_out = wrapped(read_facts("heldout")[:3], before + "{}")
     contexts = [f"I ask for the {n}th time." for n in range(20)]
     planted = [chat(f"{c} {q}", "x") for c in contexts for q in questions(held_out)]
     assert len(decontaminate(planted, held_out)[1]) == 60

@@ -1,7 +1,7 @@
 """Whether two rows that look alike say the same, judging by the words in which they differ.
 
 Two questions from one template have nearly all of their letters in common, and ask about two
-things. So a few letters decide: which, is a matter of kind. `same_facts` says which differ.
+things. `same_facts` says which differences count, and which it does not see.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-from rapidfuzz.distance import Indel
 
 LONG_ANSWER = 40  # words; in longer answers a reworded phrase does not change what is said
 
@@ -151,8 +149,8 @@ def same_facts(one: Facts, other: Facts) -> bool:
 
     - a word of the questions, or of the answers if one has up to 40 words. Only "please" and its
       like may come and go. Slips of the pen do not count: a space more or less, two neighbouring
-      letters in the wrong order, one letter more or less in a word of at least 8, unless the word
-      has a capital within its sentence.
+      letters in the wrong order, one letter more or less in a word of at least 8. But they count in
+      a name (a word with a capital within its sentence) and beside "please" and its like.
     - in longer answers: numbers (3 and three are the same), symbols of arithmetic and money, names
       (capitalised words), words of scripts without capitals, negations, units, and common
       opposites, also those made by a prefix (legal, illegal).
@@ -204,6 +202,8 @@ def _alike(one: Sequence[Token], other: Sequence[Token], long: bool) -> bool:
 
 def _blocks(one: list[str], other: list[str]) -> Iterator[tuple[slice, slice]]:
     """The stretches in which two lists of words differ: one of both may be empty."""
+    from rapidfuzz.distance import Indel
+
     a = b = 0
     for op in Indel.opcodes(one, other):
         if op.tag == "equal":
