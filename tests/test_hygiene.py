@@ -86,6 +86,7 @@ OTHER_ANSWERS = {
     "name at the start": ("Paris has the most.", "Madrid has the most."),
     "negation": ("They do not like it.", "They do like it."),
     "n't": ("They can't do it.", "They can do it."),
+    "curly n’t": ("They didn’t do it.", "They did do it."),
     "unit": ("It is a few meters long.", "It is a few miles long."),
     "opposite": ("The value is high.", "The value is low."),
     "color": ("The light is red.", "The light is green."),
@@ -299,7 +300,7 @@ def test_the_same_question_with_other_answers_is_a_conflict():
 # --- For any rows --------------------------------------------------------------------------------
 
 WORD = st.sampled_from(
-    "what is the capital of Mali Niger Nigeria 3 4 three not please thing thnig big small "
+    "what is the capital of Mali Niger Nigeria 3 4 three not please spoon sopon big small "
     "photosynthesis photosyntesis miles red green ? .".split()
 )
 TEXT = st.lists(WORD, min_size=1, max_size=7).map(" ".join)

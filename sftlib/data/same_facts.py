@@ -35,14 +35,18 @@ _ALWAYS_COUNT = frozenset(
     "dozen half third quarter double triple once twice first second fourth fifth sixth seventh "
     "eighth ninth tenth "
     # negations, and words that turn a sentence around
-    "no not never none nobody nothing nowhere neither nor without cannot cant dont doesnt isnt "
-    "arent wasnt wont hardly except unless yes true false "
+    "no not never none nobody nothing nowhere neither nor without cannot hardly except unless yes "
+    "true false "
     # units
     "millimeter millimetre centimeter centimetre meter metre kilometer kilometre inch foot feet "
     "yard mile mm cm km gram kilogram kg mg pound lb ounce oz ton tonne milliliter millilitre "
     "liter litre gallon pint ml millisecond minute hour day week month year decade century celsius "
     "fahrenheit kelvin percent degree volt watt joule newton pascal calorie bit byte kilobyte "
     "megabyte gigabyte kb mb gb tb dollar euro cent yen rupee franc".split()
+)
+_NOT = frozenset(
+    "can't couldn't don't doesn't didn't isn't aren't wasn't weren't won't wouldn't shouldn't "
+    "mustn't needn't hasn't haven't hadn't ain't".replace("'", "").split()
 )
 # One word of a group in the place of another one turns the meaning around.
 _OPPOSITES = [
@@ -72,7 +76,7 @@ _FILLERS = frozenset(
     "certainly absolutely".split()
 )
 _PREFIXES = (
-    "under over inter intra hyper hypo super micro macro anti down post dis non mis sub out pre "
+    "under over inter intra hyper hypo super micro macro anti down post dis non sub out pre "
     "un in im il ir de ex en em up a"
 ).split()
 
@@ -98,7 +102,7 @@ class Token:
             or word in _ALWAYS_COUNT
             or (word[-1] == "s" and word[:-1] in _ALWAYS_COUNT)
             or word[-1] in "#+"
-            or word.endswith("n't")
+            or word.replace("'", "") in _NOT
             or self.is_number
         )
 
