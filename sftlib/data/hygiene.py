@@ -65,8 +65,8 @@ def deduplicate(
     Both searches are exact: they find what comparing all pairs would find. By default only rows
     with nearly the same questions and the same numbers are compared. So 52,000 rows of 180
     characters with different questions take some 12 seconds on one core, and four times the rows
-    take four to five times as long. With `letters_only`, or if all rows ask the same, it is more
-    like ten times as long, and more than some 20,000 rows take minutes.
+    take three to five times as long. If all rows ask the same, it is seven times. `letters_only`
+    compares all with all: 15 times at 0.8, where 8,000 rows of 300 characters take 48 seconds.
 
     Warns:
         UserWarning: more than 30 % of the rows are left out.
