@@ -5,14 +5,15 @@
 | `read` | `convert`: a whole file → rows, and rejects with a reason each |
 | `formats` | `to_messages`: one record of a published layout → a conversation |
 | `validation` | what is wrong with a conversation, in words |
-| `hygiene` | duplicates, and training rows that give a test away |
+| `hygiene` | duplicates, contradictions, and training rows that give a test away |
+| `same_facts` | whether two rows that look alike say the same |
 | `splits` | rows to train on, and rows held out |
 | `files` | JSON lines, read and written whole; the course's own sets |
 """
 
 from sftlib.data.files import FACTS, MIXTURE, drop_torn_line, read_facts, read_jsonl, write_jsonl
 from sftlib.data.formats import oasst_trees, to_messages
-from sftlib.data.hygiene import decontaminate, deduplicate
+from sftlib.data.hygiene import conflicts, decontaminate, deduplicate
 from sftlib.data.read import Converted, convert, convert_records
 from sftlib.data.splits import split
 from sftlib.data.validation import validate
@@ -21,6 +22,7 @@ __all__ = [
     "FACTS",
     "MIXTURE",
     "Converted",
+    "conflicts",
     "convert",
     "convert_records",
     "decontaminate",
