@@ -1,9 +1,10 @@
-"""Damage `sftlib` and the script in small ways, one at a time; count what the quick tests notice.
+"""Damage `sftlib` and the script in small ways, one at a time; count what the tests notice.
 
 `make mutation` does it (half an hour). A damage is one change of one expression: a limit, a sign,
 an operator, a constant, a key, a check that is dropped. They are drawn by a fixed seed from all
 that are possible, as many from a small file as from a large one. Each runs in a copy of the
-repository, in a process forked from one that has imported the large libraries already. First all
+repository, in a process forked from one that has imported the large libraries already: the unit
+tests that name the damaged module, and if none of them fails, the integration tests. First all
 those tests run once without a damage: one that fails then would notice everything.
 
 `HARMLESS` names damages that change nothing that can be seen, with the reason.
@@ -39,7 +40,8 @@ STORED = ROOT / "data" / "runs" / "mutation.json"
 SCRIPT = "class_5_llama3.py"
 COPIED = ("sftlib", SCRIPT, "tests", "tools", "notebooks")  # `tools` finds the notebooks beside it
 LEFT_OUT = {"__main__.py", "__init__.py"}
-LONGEST = 400  # seconds; a test that hangs has noticed
+# What pytest's `-m` takes, and the seconds after which a test hangs (which is noticed).
+TIERS = {"not integration and not nightly": 400, "integration and not nightly": 1600}
 
 OPERATORS = {
     **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.Div: ("/", "*")},
@@ -235,23 +237,24 @@ def noticed(damage: Damage, copy: Path) -> str:
     original = target.read_text(encoding="utf-8")
     target.write_text(damage.apply(original), encoding="utf-8")
     try:
-        return failure(copy, tests_of(damage.file))
+        files = tests_of(damage.file)
+        return next(filter(None, (failure(copy, files, tier) for tier in TIERS)), "")
     finally:
         target.write_text(original, encoding="utf-8")
 
 
-def failure(copy: Path, files: list[str], longest: float = LONGEST) -> str:
-    """The first of the quick tests of these files that fails in a copy; empty where none does."""
+def failure(copy: Path, files: list[str], tier: str, patience: float = 1.0) -> str:
+    """The first test of a tier, in these files, that fails in a copy; empty where none does."""
     log = copy / "log.txt"
     child = os.fork()
     if child == 0:
-        _run_tests(copy, files, log)
+        _run_tests(copy, files, tier, log)
     began = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - began > longest:
+        if time.monotonic() - began > patience * TIERS[tier]:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "a test hangs"
@@ -263,8 +266,8 @@ def failure(copy: Path, files: list[str], longest: float = LONGEST) -> str:
     return failed[0] if failed else f"exit {code}"
 
 
-def _run_tests(copy: Path, files: list[str], log: Path) -> None:
-    """In the forked process: the quick tests, with the copy's modules. Does not return."""
+def _run_tests(copy: Path, files: list[str], tier: str, log: Path) -> None:
+    """In the forked process: tests of a tier, with the copy's modules. Does not return."""
     os.setsid()
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
@@ -273,8 +276,7 @@ def _run_tests(copy: Path, files: list[str], log: Path) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] in ("sftlib", "tests", "tools")]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    unit = ["-m", "not integration and not nightly"]
-    os._exit(int(pytest.main([*files, *unit, "-x", "-q", "-p", "no:cacheprovider"])))
+    os._exit(int(pytest.main([*files, "-m", tier, "-x", "-q", "-p", "no:cacheprovider"])))
 
 
 def main() -> int:
@@ -293,7 +295,8 @@ def main() -> int:
         copy = copies.course(Path(folder), *COPIED)
         drawn = [d for d in draw(copy, args.count, args.seed) if args.only in d.file]
         files = sorted({file for damage in drawn for file in tests_of(damage.file)})
-        if failed := failure(copy, files, 5 * LONGEST):
+        failed = next(filter(None, (failure(copy, files, tier, 5) for tier in TIERS)), "")
+        if failed:
             print(f"Expected tests that pass while nothing is damaged, found {failed}. Repair it.")
             return 1
         for damage in drawn:
