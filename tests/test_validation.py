@@ -93,7 +93,7 @@ def test_comparisons_see_neither_case_nor_punctuation_nor_spacing(text, plain):
 
 
 def test_roles_are_those_of_chat_templates():
-    assert list(ROLES) == ["system", "user", "assistant"]
+    assert list(ROLES) == ["system", "user", "assistant", "tool"]
 
 
 # --- encode, given anything ----------------------------------------------------------------------
