@@ -181,7 +181,7 @@ def _is_number(value: object) -> bool:
 
 def _is_said(name: object, value: object, messages: Sequence[Mapping]) -> bool:
     """Whether the messages say the same: their first question again, or all of them as one text."""
-    contents = {message["content"] for message in messages}
+    contents = {message["content"] for message in messages} - {""}
     texts = list(_texts(value))
     if texts and all(text.strip() in contents for text in texts):
         return True

@@ -78,7 +78,7 @@ def read_message(number: int, item: object, *known: str) -> dict:
         message["tool_calls"] = read_calls(content)
     elif message["role"] == "assistant":
         message |= _answer(fields, key, content)
-    else:
+    elif role != "system" or content is not None:
         message["content"] = _joined(key, content, fields)
     if role == "tool":
         names = {name: fields.take(name) for name in ("name", "tool_call_id")}
