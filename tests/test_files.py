@@ -151,13 +151,13 @@ def test_parquet_is_read_without_the_nulls_of_other_rows(tmp_path):
     "text, expected",
     [
         (lines(RECORDS).replace("Qé1", 'Q"'), [2]),
-        (json.dumps({"data": RECORDS}, indent=1).replace("Qé1", 'Q"'), [8]),
-        (json.dumps({"data": RECORDS}).replace("Qé1", 'Q"'), [1]),
+        (json.dumps({"data": RECORDS}, indent=1).replace("Q\\u00e91", 'Q"'), [8]),
+        (json.dumps({"data": RECORDS}).replace("Q\\u00e91", 'Q"'), [1]),
         (lines(RECORDS, indent=1).replace("Qé1", 'Q"'), [6]),
         (table(",").replace("Qé1,", "Qé1,x,"), [4]),
         (table(",").replace("Qé1", ""), [4]),
         (json.dumps({"data": RECORDS}, indent=1)[:-5], [17]),
-        (json.dumps({"data": RECORDS, "system": "Answer in rhyme and with care, as bards once did."}), [1]),
+        (json.dumps({"data": RECORDS, "system": "Answer in rhyme."}), [1]),
         (json.dumps({"train": RECORDS, "test": RECORDS}), [1]),
     ],
 )  # fmt: skip

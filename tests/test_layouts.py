@@ -242,6 +242,15 @@ def test_an_answer_about_tool_calls_stays_text():
     [
         {"messages": [said("user", "Q"), said("assistant", "A", reasoning_content="T")]},
         {"messages": [said("user", "Q"), said("assistant", "A", thinking=" T\n")]},
+        {
+            "messages": [
+                said("user", "Q"),
+                said(
+                    "assistant",
+                    [{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "A"}],
+                ),
+            ]
+        },
         {"messages": [said("user", "Q"), said("assistant", "<think>\nT\n</think>\n\nA")]},
         {"messages": [said("user", "Q"), said("assistant", "<think>T</think>A", reasoning="T")]},
         {"Question": "Q", "Response": "A", "Reasoning": "T"},
@@ -341,7 +350,6 @@ def test_harmless_keys_change_nothing(record):
         ("audio", {"path": "a.wav"}),
         ("constraints", "In French."),
         ("target_length", "short"),
-        ("metadata", {"system": "Answer in rhyme."}),
         ("source", "This article says that the town has grown since the bridge was built."),
         ("hint", {"text": "Think of gold."}),
         ("extra", [{"a": ["B"]}]),
@@ -356,6 +364,26 @@ def test_a_key_with_content_is_refused_by_name_with_the_same_reason(record, key,
     reasons = {reject["reason"] for reject in found.rejects}
     assert len(reasons) == 1 and repr(key) in reasons.pop()
     assert convert_records([record | {key: value}], ignore_keys=[key]).rows
+
+
+def test_ignored_keys_are_ignored_in_messages_too():
+    row = {"messages": [m | {"mood": "glad"} for m in chat("Q", "A")]}
+    assert not convert_records([row]).rows
+    assert convert_records([row], ignore_keys=["mood"]).rows == [{"messages": chat("Q", "A")}]
+
+
+def test_of_metadata_the_inner_key_is_named():
+    with pytest.raises(RecordError, match="'system' in 'metadata' of the record"):
+        to_messages(QA | {"metadata": {"id": "1", "system": "Answer in rhyme."}})
+
+
+def test_a_whole_conversation_as_one_text_is_no_new_content():
+    text = "<|im_start|>user\nWhy?\n\nSo.<|im_end|>\n<|im_start|>assistant\nThus.<|im_end|>"
+    record = {"instruction": "Why?", "input": "So.", "output": "Thus."}
+    for key in ("text", "prompt"):
+        assert to_messages(record | {key: text})["messages"] == chat("Why?\n\nSo.", "Thus.")
+        with pytest.raises(RecordError, match=f"'{key}' in the record"):
+            to_messages(record | {key: text.replace("Thus", "So")})
 
 
 def test_the_same_key_in_messages_has_one_reason():
@@ -392,15 +420,8 @@ def test_whatever_is_added_under_any_key_is_read_or_refused_by_name(record, key,
 
 
 def _is_known_loss(record: dict, key: str) -> bool:
-    """Said in the docstring: answers not chosen; a title of a chat; MetaMath's first question."""
-    return (
-        key == "rejected"
-        or (
-            key == "title"
-            and not record.keys().isdisjoint(("messages", "conversations", "conversation"))
-        )
-        or (key == "original_question" and "query" in record)
-    )
+    """Answers that were not chosen, and the question that MetaMath's was made from."""
+    return key == "rejected" or (key == "original_question" and "query" in record)
 
 
 @given(st.sampled_from(LAYOUTS), st.text("fghjkqvwxz", min_size=3, max_size=8), CONTENT)

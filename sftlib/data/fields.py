@@ -28,7 +28,7 @@ LABEL_ENDINGS = frozenset(
 
 # Keys that hold numbers or true and false, and whose names have one of these words.
 MEASURES = frozenset(
-    "score scores rating ratings rank ranking count counts length len num tokens turns prob "
+    "score scores rating ratings rank ranking count counts length len num tokens turn turns prob "
     "probability logprob logprobs perplexity ppl similarity quality toxicity toxic confidence "
     "reward margin views likes upvotes votes helpfulness correctness coherence complexity "
     "verbosity temperature seed synthetic redacted truncated deleted".split()
@@ -109,15 +109,17 @@ class Fields:
         """The same; empty when there is none."""
         return self.text(*names) if self.has(*names) else ""
 
-    def refuse_the_rest(self, messages: Sequence[Mapping] = (), ignored: Sequence = ()) -> None:
+    def refuse_the_rest(self, messages: Sequence[Mapping] = ()) -> None:
         """Refuse the record if a key with content is left that stands in no message either.
 
         Raises:
             RecordError: it names the key. The reason is the same for all records with this key.
         """
         for name, (key, value) in self.left.items():
-            if key in ignored or is_harmless(name, value) or _is_said(name, value, messages):
+            if is_harmless(name, value) or _is_said(name, value, messages):
                 continue
+            if name in NESTED and isinstance(value, MAPPINGS):
+                Fields(f"{key!r} of {self.where}", value).refuse_the_rest()
             if name in MEDIA:
                 raise RecordError(
                     f"Expected text alone, found {briefly(key)} in {self.where}: leave it out."
@@ -146,7 +148,7 @@ def is_harmless(name: object, value: object) -> bool:
         )
     words = name.split("_")
     if name in LABELS or words[-1] in LABEL_ENDINGS:
-        return all(map(_is_label, _leaves(value)))
+        return all(map(is_label, _leaves(value)))
     if name in FLAGS or not MEASURES.isdisjoint(words):
         return all(map(_is_number, _leaves(value)))
     return False
@@ -163,11 +165,13 @@ def _leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _is_label(value: object) -> bool:
+def is_label(value: object) -> bool:
     """A number, or a name of a few words on one line; a sentence may say more."""
     if not isinstance(value, str):
         return True
-    return len(value) <= 200 and "\n" not in value and len(value.split()) <= 8
+    if "\n" in value or len(value) > 200 or value.rstrip().endswith((".", "?", "!", ":")):
+        return False
+    return len(value.split()) <= 6
 
 
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
@@ -180,12 +184,12 @@ def _is_number(value: object) -> bool:
 
 
 def _is_said(name: object, value: object, messages: Sequence[Mapping]) -> bool:
-    """Whether the messages say the same: their first question again, or all of them as one text."""
+    """Whether the messages say it too: one of them says the same, or it is all of them as one."""
     contents = {message["content"] for message in messages} - {""}
     texts = list(_texts(value))
     if texts and all(text.strip() in contents for text in texts):
         return True
-    if name != "text" or not isinstance(value, str):
+    if name not in ("text", "prompt") or not isinstance(value, str):
         return False
     return all(part in value for content in contents for part in content.split("\n\n"))
 

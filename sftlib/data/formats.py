@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from sftlib.data.fields import Fields, RecordError, as_text, is_absent, plain
+from sftlib.data.fields import Fields, RecordError, as_text, is_absent, is_label, plain
 from sftlib.data.messages import (
     is_learned,
     is_message,
@@ -105,10 +105,25 @@ def to_messages(record: object, columns: Columns | None = None) -> dict:
         record = {"messages": record}
     if not isinstance(record, MAPPINGS):
         raise RecordError(f"Expected an object with named fields, found {briefly(record)}.")
+    columns = columns or Columns()
+    record = _without(columns.ignored, record)
     try:
-        return _row(Fields("the record", record), record, columns or Columns())
+        return _row(Fields("the record", record), record, columns)
     except RecursionError:
         raise RecordError("Expected a flat record, found one that is nested too deeply.") from None
+
+
+def _without(keys: Sequence[str], record: Mapping) -> Mapping:
+    """The record without some of its keys, and of those of its messages."""
+    if not keys:
+        return record
+    return {
+        key: [_without(keys, item) if isinstance(item, MAPPINGS) else item for item in value]
+        if isinstance(value, list)
+        else value
+        for key, value in record.items()
+        if key not in keys
+    }
 
 
 def _row(fields: Fields, record: Mapping, columns: Columns) -> dict:
@@ -120,7 +135,7 @@ def _row(fields: Fields, record: Mapping, columns: Columns) -> dict:
     tools = fields.take("tools", "functions")
     tools = [] if is_absent(tools := parsed(tools)) else read_tools(tools)
     spoken_calls(messages, bool(tools))
-    fields.refuse_the_rest(messages, columns.ignored)
+    fields.refuse_the_rest(messages)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
@@ -209,7 +224,9 @@ def _assistant(content: str = "", **more: object) -> dict:
 def _chat(fields: Fields) -> list[dict]:
     key, items = fields.pick(*CHATS)
     items = parsed(items)
-    fields.pick("title")  # of the conversation: nobody in it sees it
+    for name in ("title", "task"):  # of the conversation: nobody in it sees them
+        if fields.has(name) and is_label(fields.left[name][1]):
+            fields.pick(name)
     if not isinstance(items, list):
         raise RecordError(f"Expected a list of messages, found {briefly(items)}.")
     if plain(key) == "conversations" and items and all(isinstance(i, str) for i in items):

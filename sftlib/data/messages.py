@@ -102,7 +102,7 @@ def _role(number: int, key: str, name: object) -> str:
 def is_learned(fields: Fields) -> bool:
     """What the marks of a message or record say; true without a mark."""
     learned = True
-    for name in fields.left.keys() & MARKS:
+    for name in MARKS.intersection(fields.left):
         key, value = fields.pick(name)
         mark = TRUTH.get(str(value).strip().lower())
         if mark is None:
@@ -112,7 +112,7 @@ def is_learned(fields: Fields) -> bool:
 
 
 def _joined(key: str, content: object, fields: Fields) -> str:
-    """Text, or the texts of parts one after the other; `fields` gets the parts' mark."""
+    """Text, or the texts of parts one after the other; `fields` gets their thoughts and mark."""
     if not isinstance(content, list):
         return as_text(key, content)
     texts, marks = [], set()
@@ -124,6 +124,10 @@ def _joined(key: str, content: object, fields: Fields) -> str:
             raise RecordError(f"Expected parts of text under {key!r}, found {briefly(part)}.")
         inner = Fields("a part of a message", part)
         kind = inner.take("type")
+        if kind in REASONING:
+            fields.left["reasoning"] = ("reasoning", inner.text(*REASONING, "text"))
+            inner.refuse_the_rest()
+            continue
         if kind not in (None, "text", "input_text", "output_text"):
             raise RecordError(
                 f"Expected parts of text alone, found one of type {briefly(kind)}: leave it out."
@@ -191,7 +195,7 @@ def _call(call: object) -> dict:
     found: dict = {"type": "function"}
     if fields.has("id"):
         found["id"] = as_text("id", fields.take("id"))
-    key, arguments = inner.pick("arguments", "parameters")
+    key, arguments = inner.pick("arguments", "parameters", "args")
     arguments = {} if is_absent(arguments) else _json(key, arguments)
     if not isinstance(arguments, MAPPINGS):
         raise RecordError(
