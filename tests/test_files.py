@@ -56,6 +56,10 @@ TEXTS = {
     "wrapped chats": json.dumps({"conversations": ROWS}),
     "lists of messages": lines([row["messages"] for row in ROWS]),
     "array of lists of messages": json.dumps([row["messages"] for row in ROWS]),
+    "pretty objects by hand": "".join(
+        f'{{"messages": [\n{lines(row["messages"]).rstrip().replace(chr(10), "," + chr(10))}\n]}}\n'
+        for row in ROWS
+    ),
     "csv": table(","),
     "tsv": table("\t"),
     "semicolons": table(";"),
@@ -151,6 +155,11 @@ def test_parquet_is_read_without_the_nulls_of_other_rows(tmp_path):
     "text, expected",
     [
         (lines(RECORDS).replace("Qé1", 'Q"'), [2]),
+        (lines(RECORDS).replace("Qé0", 'Q"'), [1]),
+        ("nonsense, more nonsense\n" + lines(RECORDS), [1]),
+        (lines([row["messages"] for row in ROWS]).replace("Qé0", 'Q"'), [1]),
+        (json.dumps(RECORDS, indent=1).replace("Q\\u00e90", 'Q"'), [2]),
+        (lines(RECORDS, indent=1).replace("Qé0", 'Q"'), [1]),
         (json.dumps({"data": RECORDS}, indent=1).replace("Q\\u00e91", 'Q"'), [8]),
         (json.dumps({"data": RECORDS}).replace("Q\\u00e91", 'Q"'), [1]),
         (lines(RECORDS, indent=1).replace("Qé1", 'Q"'), [6]),
@@ -226,6 +235,21 @@ def test_a_mixture_takes_a_share_of_each(tmp_path):
     assert half != convert([(a, 1.0), (b, 0.5)], seed=1).rows
     twice = convert([(b, 2.3)]).rows
     assert len(twice) == 23 and twice[:20] == whole[10:] * 2
+
+
+def test_a_mixture_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a path, or \(path, weight\), in a mixture, found 0.5"):
+        convert(("a.jsonl", 0.5))
+
+
+def test_a_table_keeps_texts_of_many_lines(tmp_path):
+    text = 'One,\n\n"two"\n{\n' + "x" * 200_000
+    cells = f'"{text.replace(chr(34), chr(34) * 2)}"'
+    file = tmp_path / "a.csv"
+    file.write_text(f"question,answer,input\r\n{cells},A,\r\n\r\nQ,,\r\nQ,{cells},\r\n", newline="")
+    found = convert(file)
+    assert found.rows == [chat(text, "A"), chat("Q", text)]
+    assert [reject["line"] for reject in found.rejects] == [8]
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), "1", True, None])

@@ -67,9 +67,10 @@ def convert(
             above 0; or a message of OASST's table is missing.
     """
     columns = Columns(question_key, answer_key, system_key, ignore_keys)
-    sources = [path] if isinstance(path, str | os.PathLike) else list(path)
+    sources = [path] if isinstance(path, str | os.PathLike) else path
+    weights = [_weighted(source) for source in sources]
+    files = [(data_files(Path(name)), weight) for name, weight in weights]
     found = Converted()
-    files = [(data_files(Path(name)), weight) for name, weight in map(_weighted, sources)]
     named = sum(len(group) for group, _ in files) > 1
     for number, (group, weight) in enumerate(files):
         part = Converted()
@@ -104,6 +105,8 @@ def convert_records(
 def _weighted(source: Source | tuple[Source, float]) -> tuple[Source, float]:
     if isinstance(source, str | os.PathLike):
         return source, 1.0
+    if not isinstance(source, tuple) or len(source) != 2:
+        raise ValueError(f"Expected a path, or (path, weight), in a mixture, found {source!r}.")
     name, weight = source
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not 0 < weight < math.inf:

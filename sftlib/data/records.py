@@ -150,8 +150,10 @@ def _kind(path: Path, head: str, columns: Collection[str]) -> tuple[str, int]:
             return ("values", 0) if is_message(first) else ("array", start)
         if (array := _wrapped(head, start)) is not None:
             return "array", array
+        record, end, _ = _parse(head, start)
+        spans = not isinstance(record, RecordError) and "\n" in head[start:end]
         opens = line.rstrip().endswith(("{", "[", ",")) and not rest.startswith("{")
-        return ("values", 0) if opens else ("lines", 0)
+        return ("values", 0) if spans or opens else ("lines", 0)
     is_table = "\0" not in head and _has_header(path, line, columns)
     named_so = re.search(r"\.(nd)?jsonl?\b", path.name.lower())
     if not (is_table or named_so or not line or re.search(r"^\s*[{\[]", head, re.MULTILINE)):
