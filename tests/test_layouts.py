@@ -2,7 +2,7 @@
 
 import json
 
-from sftlib.data import convert_records, to_messages
+from sftlib.data import convert_records, read_facts, to_messages
 from sftlib.data.formats import RecordError
 from sftlib.data.validation import validate
 
@@ -364,6 +364,13 @@ def test_a_key_with_content_is_refused_by_name_with_the_same_reason(record, key,
     reasons = {reject["reason"] for reject in found.rejects}
     assert len(reasons) == 1 and repr(key) in reasons.pop()
     assert convert_records([record | {key: value}], ignore_keys=[key]).rows
+
+
+@pytest.mark.parametrize("name", ["sft", "dev", "heldout", "heldout_wordings", "unknown"])
+def test_the_courses_own_rows_are_read_whole(name):
+    rows = read_facts(name)
+    found = convert_records(rows)
+    assert [row["messages"] for row in rows] == [row["messages"] for row in found.rows]
 
 
 def test_ignored_keys_are_ignored_in_messages_too():

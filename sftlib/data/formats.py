@@ -39,6 +39,8 @@ CHATS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "question", "prompt", "query", "problem", "user", "input")
 ANSWERS = ("output", "response", "answer", "completion", "solution", "assistant")
 CONTEXTS = ("context", "input", "options", "choices")
+# Labels of a whole chat, which nobody in it sees. The last three are of the course's own data.
+NOTES = ("title", "task", "relation", "entity", "value")
 SYSTEMS = ("system", "system_prompt", "system_message")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -127,8 +129,8 @@ def _without(keys: Sequence[str], record: Mapping) -> Mapping:
 
 
 def _row(fields: Fields, record: Mapping, columns: Columns) -> dict:
-    _refuse_unlearned(fields)
     messages = _conversation(fields, record, columns)
+    _refuse_unlearned(fields)
     systems = (plain(columns.system),) if columns.system else SYSTEMS
     if fields.has(*systems) and messages[:1] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": fields.text(*systems)})
@@ -224,7 +226,7 @@ def _assistant(content: str = "", **more: object) -> dict:
 def _chat(fields: Fields) -> list[dict]:
     key, items = fields.pick(*CHATS)
     items = parsed(items)
-    for name in ("title", "task"):  # of the conversation: nobody in it sees them
+    for name in NOTES:
         if fields.has(name) and is_label(fields.left[name][1]):
             fields.pick(name)
     if not isinstance(items, list):

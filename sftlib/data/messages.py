@@ -106,7 +106,9 @@ def is_learned(fields: Fields) -> bool:
         key, value = fields.pick(name)
         mark = TRUTH.get(str(value).strip().lower())
         if mark is None:
-            raise RecordError(f"Expected 0 or 1 (true or false) under {key!r}, found {value!r}.")
+            raise RecordError(
+                f"Expected 0 or 1 (true or false) under {key!r}, found {briefly(value)}."
+            )
         learned = learned and (mark != (name == "masked"))
     return learned
 
@@ -269,7 +271,7 @@ def parsed(value: object) -> object:
 def _json(key: str, value: object) -> object:
     found = parsed(value)
     if isinstance(found, str):
-        raise RecordError(f"Expected JSON under {key!r}, found {briefly(value)}.")
+        raise RecordError(f"Expected JSON under {key!r}, found text that is none: mend it.")
     return found
 
 
