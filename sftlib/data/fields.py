@@ -191,7 +191,8 @@ def _is_said(name: object, value: object, messages: Sequence[Mapping]) -> bool:
         return True
     if name not in ("text", "prompt") or not isinstance(value, str):
         return False
-    return all(part in value for content in contents for part in content.split("\n\n"))
+    parts = [part for content in contents for part in content.split("\n\n")]
+    return bool(parts) and all(part in value for part in parts)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -23,7 +23,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 ROLES = ("system", "user", "assistant", "tool")
 READ = {  # beside role and content: the role that may have the key
@@ -153,8 +153,10 @@ def key_problems(number: int, message: Mapping) -> Iterator[str]:
         elif key == "tool_calls":
             yield from _calls_problems(name, value)
         elif key == "weight":
-            if not isinstance(value, int | float) or value not in (0, 1):
-                yield f"{name} has {briefly(value)} as weight: write 0 (not learned) or 1."
+            is_number = isinstance(value, int | float)
+            if not is_number or value not in (0, 1):
+                found = value if is_number else briefly(value)
+                yield f"{name} has {found} as weight: write 0 (not learned) or 1."
         elif not isinstance(value, str):
             yield f"{name} has {briefly(value)} as {key}: write text."
         elif half := _half_character(value):
@@ -177,9 +179,11 @@ def _calls_problems(name: str, calls: object) -> Iterator[str]:
 
 def _wrong_with_call(call: object) -> str:
     """What is wrong with a call, and what to do; empty when it is fine."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or call.get("type") != "function":
+    if not isinstance(call, Mapping) or call.get("type") != "function":
         return f"is {briefly(call)}: write {A_CALL}"
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return f"has {briefly(function)} as function: write {A_CALL}"
     others = [k for k in call if k not in ("id", "type", "function") and not says_nothing(call[k])]
     others += [k for k in function if k not in ("name", "arguments")]
     if others:
@@ -286,23 +290,34 @@ _MEND = {
 def call_problems(messages: Sequence[Mapping]) -> Iterator[str]:
     """Where calls of tools and their results do not belong together, in sentences.
 
-    The last message may call: then the call is what is learned.
+    The last message may call: then the call is what is learned. One result may answer several
+    calls, unless ids say which it answers.
     """
-    calls: Sequence[Mapping] = ()  # those that the next tool messages answer
-    for number, (before, message) in enumerate(pairwise(messages), 2):
-        called = before.get("tool_calls") if before["role"] == "assistant" else None
-        if message["role"] != "tool":
-            if called:
-                yield f"Message {number - 1} calls a tool without a result: add the tool's message."
+    for number, message in enumerate(messages, 1):
+        called = message.get("tool_calls") if message["role"] == "assistant" else None
+        rest = messages[number:]
+        results = list(takewhile(lambda other: other["role"] == "tool", rest))
+        if message["role"] == "tool" or not (called or results):
             continue
-        if before["role"] == "assistant":
-            calls = called if isinstance(called, list | tuple) else ()
-            if not called:
-                yield f"Message {number} is a tool's result without a call: add the tool_calls."
-        asked = [call.get("id") if isinstance(call, Mapping) else None for call in calls]
-        answered = message.get("tool_call_id")
-        if answered and asked and all(asked) and answered not in asked:
-            yield f"Message {number} answers the call {briefly(answered)}: no call has this id."
+        if results and not called:
+            yield f"Message {number + 1} is a tool's result without a call: add the tool_calls."
+        elif rest and not results:
+            yield f"Message {number} calls a tool without a result: add the tool's message."
+        elif results and isinstance(called, list | tuple):
+            asked = [call.get("id") if isinstance(call, Mapping) else None for call in called]
+            yield from _id_problems(number, asked, [r.get("tool_call_id") for r in results])
+
+
+def _id_problems(number: int, asked: list, answered: list) -> Iterator[str]:
+    """Ids of the calls of a message, and of the results after it, that do not match."""
+    if not all(asked) or not all(answered):
+        return  # then their order says what belongs together
+    for nth, one in enumerate(answered, number + 1):
+        if one not in asked:
+            yield f"Message {nth} answers the call {briefly(one)}: no call before it has this id."
+    for one in asked:
+        if one not in answered:
+            yield f"Message {number} calls with the id {briefly(one)}: add the result of this call."
 
 
 def _repeats(messages: list[dict]) -> Iterator[str]:
