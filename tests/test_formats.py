@@ -121,9 +121,9 @@ def test_only_whitespace_around_a_text_is_removed():
 
 def test_a_tree_deeper_than_the_stack_is_followed_to_its_end():
     node = message("A")
-    for i in range(50_000):
+    for i in range(20_000):
         node = message(f"T{i}", ("prompter", "assistant")[i % 2], [node])
-    assert len(to_messages(tree(node))["messages"]) == 50_002
+    assert len(to_messages(tree(node))["messages"]) == 20_002
 
 
 CYCLE: dict = message("A")

@@ -91,7 +91,9 @@ def to_messages(record: object, columns: Columns | None = None) -> dict:
     that is marked so, or has `label` false (KTO), is refused. Whitespace around a text is removed,
     and an end marker (`<|endoftext|>`, `</s>`) that closes the answer of a pair. Control tokens
     elsewhere are text: `encode` makes them harmless. In a tree, deleted replies and those that
-    failed review are skipped. `sftlib.data.messages` tells the form of tools and thoughts.
+    failed review are skipped. `sftlib.data.messages` tells the form of tools and thoughts; calls
+    that are written as text (Hermes' `<tool_call>`) become calls where the row has tools, and stay
+    text elsewhere.
 
     Sources: the datasets' cards on the Hub, `tatsu-lab/alpaca`, `databricks/databricks-dolly-15k`,
     `OpenAssistant/oasst1`, `Anthropic/hh-rlhf`, `anon8231489123/ShareGPT_Vicuna_unfiltered`,
@@ -152,7 +154,8 @@ def _problems(messages: list[dict], tools: list[dict]) -> Iterable[str]:
     for number, message in enumerate(messages, 1):
         if message["content"] or not may_be_empty(message):
             yield from text_problems(number, message["content"])
-    yield from call_problems(messages)
+    if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+        yield from call_problems(messages)
     yield from tool_problems(tools)
     if not any(map(message_is_learned, messages)):
         yield NOTHING_LEARNED
