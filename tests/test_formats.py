@@ -362,6 +362,7 @@ def test_lines_arrays_gzip_and_byte_order_marks_are_read(tmp_path, suffix, mark)
             b"Once upon a time.\nThere was",
             "Expected JSON lines.* found 'Once upon a time.'",
         ),
+        pytest.param("a.txt", b"x" + b"\n" * 300_000, "Expected JSON lines", id="empty lines"),
         ("a.csv", b"PK\x03\x04\x00", "Expected JSON lines"),
         ("a.parquet", b"PAR1", "found damaged data"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x24", "found damaged data"),

@@ -326,7 +326,7 @@ def _answered(fields: Fields, names: Sequence[str]) -> list[dict]:
 
 
 def _without_end_marker(text: str) -> str:
-    while match := END_MARKER.search(text):
+    while text.endswith(">") and (match := END_MARKER.search(text)):
         if match[1] == "</s>" and re.search(r"<s[ >]", text):  # HTML: struck through
             break
         text = text[: match.start()].rstrip()

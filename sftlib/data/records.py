@@ -156,7 +156,7 @@ def _kind(path: Path, head: str, columns: Collection[str]) -> tuple[str, int]:
         return ("values", 0) if spans or opens else ("lines", 0)
     is_table = "\0" not in head and _has_header(path, line, columns)
     named_so = re.search(r"\.(nd)?jsonl?\b", path.name.lower())
-    if not (is_table or named_so or not line or re.search(r"^\s*[{\[]", head, re.MULTILINE)):
+    if not (is_table or named_so or not line or re.search(r"^[ \t]*[{\[]", head, re.MULTILINE)):
         raise ValueError(
             "Expected JSON lines, a JSON array, CSV or TSV with a header of known columns, or "
             f"Parquet, found {briefly(line)} in {path}: export it as one of them."
