@@ -148,7 +148,7 @@ def is_harmless(name: object, value: object) -> bool:
         )
     words = name.split("_")
     if name in LABELS or words[-1] in LABEL_ENDINGS:
-        return all(map(is_label, _leaves(value)))
+        return is_label(value)
     if name in FLAGS or not MEASURES.isdisjoint(words):
         return all(map(_is_number, _leaves(value)))
     return False
@@ -166,7 +166,11 @@ def _leaves(value: object) -> Iterator[object]:
 
 
 def is_label(value: object) -> bool:
-    """A number, or a name of a few words on one line; a sentence may say more."""
+    """Numbers, or names of a few words on one line; a sentence may say more."""
+    return all(map(_is_name, _leaves(value)))
+
+
+def _is_name(value: object) -> bool:
     if not isinstance(value, str):
         return True
     if "\n" in value or len(value) > 200 or value.rstrip().endswith((".", "?", "!", ":")):
