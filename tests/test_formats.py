@@ -65,7 +65,11 @@ TWO_TURNS = "\n\nHuman: Q\n\nAssistant: A\n\nB\n\nHuman: R\n\nAssistant: S"
         ({"instruction": "Add.", "input": "1, 2", "output": "3"}, ["Add.\n\n1, 2", "3"]),
         ({"instruction": "Q", "input": "", "output": "A"}, ["Q", "A"]),
         ({"instruction": "Q", "input": None, "output": "A"}, ["Q", "A"]),
-        ({"instruction": "Q", "output": "A", "text": "Below is\n\nQ\n\n### A"}, ["Q", "A"]),
+        (
+            {"instruction": "Q", "output": "A"}
+            | {"text": "### Instruction:\nQ\n\n### Response:\nA"},
+            ["Q", "A"],
+        ),
         ({"instruction": "", "input": "Q", "output": "A"}, ["Q", "A"]),
         ({"prompt": chat("Q")["messages"], "completion": "A"}, ["Q", "A"]),
         (chat("Q", "A")["messages"], ["Q", "A"]),

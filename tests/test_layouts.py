@@ -1,5 +1,6 @@
 """Every key of a record is read or harmless, or the record is refused and the key named."""
 
+import itertools
 import json
 
 from sftlib.data import convert_records, read_facts, to_messages
@@ -389,10 +390,16 @@ def test_of_metadata_the_inner_key_is_named():
 def test_a_whole_conversation_as_one_text_is_no_new_content():
     text = "<|im_start|>user\nWhy?\n\nSo.<|im_end|>\n<|im_start|>assistant\nThus.<|im_end|>"
     record = {"instruction": "Why?", "input": "So.", "output": "Thus."}
-    for key in ("text", "prompt"):
-        assert to_messages(record | {key: text})["messages"] == chat("Why?\n\nSo.", "Thus.")
-        with pytest.raises(RecordError, match=f"'{key}' in the record"):
-            to_messages(record | {key: text.replace("Thus", "So")})
+    alpaca = (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nWhy?\n\n### Input:\nSo.\n\n### Response:\nThus."
+    )
+    for key, rendered in itertools.product(("text", "prompt"), (text, alpaca)):
+        assert to_messages(record | {key: rendered})["messages"] == chat("Why?\n\nSo.", "Thus.")
+        for other in (rendered.replace("Thus", "So"), f"Rhyme! {rendered}", f"{rendered} Ever?"):
+            with pytest.raises(RecordError, match=f"'{key}' in the record"):
+                to_messages(record | {key: other})
 
 
 def test_the_same_key_in_messages_has_one_reason():

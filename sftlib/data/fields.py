@@ -193,10 +193,31 @@ def _is_said(name: object, value: object, messages: Sequence[Mapping]) -> bool:
     texts = list(_texts(value))
     if texts and all(text.strip() in contents for text in texts):
         return True
-    if name not in ("text", "prompt") or not isinstance(value, str):
-        return False
-    parts = [part for content in contents for part in content.split("\n\n")]
-    return bool(parts) and all(part in value for part in parts)
+    return name in ("text", "prompt") and isinstance(value, str) and _is_rendered(value, messages)
+
+
+# What templates write around messages: Alpaca's sentences, headings, names of roles, markers.
+_FRAME = re.compile(
+    r"Below is an instruction that describes a task(, paired with an input that provides further "
+    r"context)?\. Write a response that appropriately completes the request\.|\[/?INST\]"
+    r"|<[^<>\s]{1,30}>|\b(instruction|input|response|question|answer|context)\s*:"
+    r"|\b(system|user|human|assistant|model|gpt|bot)\b",
+    re.IGNORECASE,
+)
+
+
+def _is_rendered(text: str, messages: Sequence[Mapping]) -> bool:
+    """Whether a text is all the messages in a template, and nothing else."""
+    between, end = [], 0
+    for message in messages:
+        for part in message["content"].split("\n\n"):
+            start = text.find(part, end)
+            if start < 0:
+                return False
+            between.append(text[end:start])
+            end = start + len(part)
+    rest = _FRAME.sub("", "\n".join([*between, text[end:]]))
+    return bool(messages) and re.search(r"\w", rest) is None
 
 
 def _texts(value: object) -> Iterator[str]:
