@@ -364,6 +364,16 @@ def test_a_value_is_on_one_side_whatever_the_order_of_the_rows(values, share, se
     assert sorted(row["i"] for row in again) == [row["i"] for row in held_out]
 
 
+@pytest.mark.parametrize(
+    "counts, held", [((180, 20), 20), ((20, 180), 20), ((300, 1, 1), 2), ((60, 70, 70), 60)]
+)
+def test_a_value_that_most_rows_have_is_not_held_out(counts, held):
+    """Many chats begin with the same greeting: nine tenths would be held out instead of one."""
+    rows = [{"first": number} for number, count in enumerate(counts) for _ in range(count)]
+    for seed in range(5):
+        assert len(split(rows, "first", 0.1, seed)[1]) == held
+
+
 def test_the_share_is_met_on_the_courses_data():
     rows = read_facts("sft")
     _, held_out = split(rows, "entity", 0.2)

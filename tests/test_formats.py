@@ -65,7 +65,14 @@ TWO_TURNS = "\n\nHuman: Q\n\nAssistant: A\n\nB\n\nHuman: R\n\nAssistant: S"
         ({"instruction": "Add.", "input": "1, 2", "output": "3"}, ["Add.\n\n1, 2", "3"]),
         ({"instruction": "Q", "input": "", "output": "A"}, ["Q", "A"]),
         ({"instruction": "Q", "input": None, "output": "A"}, ["Q", "A"]),
-        ({"instruction": "Q", "output": "A", "text": "Below is"}, ["Q", "A"]),
+        (
+            {"instruction": "Q", "output": "A"}
+            | {"text": "### Instruction:\nQ\n\n### Response:\nA"},
+            ["Q", "A"],
+        ),
+        ({"instruction": "", "input": "Q", "output": "A"}, ["Q", "A"]),
+        ({"prompt": chat("Q")["messages"], "completion": "A"}, ["Q", "A"]),
+        (chat("Q", "A")["messages"], ["Q", "A"]),
         ({"instruction": "Q", "input": "<noinput>", "output": "A"}, ["Q", "A"]),
         ({"instruction": "Q", "input": "Noinput", "output": "A"}, ["Q", "A"]),
         ({"instruction": "Q", "input": "No input required.", "output": "A"}, ["Q", "A"]),
@@ -118,9 +125,9 @@ def test_only_whitespace_around_a_text_is_removed():
 
 def test_a_tree_deeper_than_the_stack_is_followed_to_its_end():
     node = message("A")
-    for i in range(50_000):
+    for i in range(20_000):
         node = message(f"T{i}", ("prompter", "assistant")[i % 2], [node])
-    assert len(to_messages(tree(node))["messages"]) == 50_002
+    assert len(to_messages(tree(node))["messages"]) == 20_002
 
 
 CYCLE: dict = message("A")
@@ -144,21 +151,19 @@ MUTED = [turn("user", "Q"), turn("assistant", "Well, no.") | {"weight": 0}]
         ({"instruction": "Q", HUGE: 1}, "'instruction', a value of type int: rename"),
         ({"messages": None}, "Expected a list of messages, found a value of type NoneType"),
         ({"messages": []}, "found no answer"),
-        ({"messages": SELF}, "Expected text under 'content', found a value of type list"),
+        ({"messages": SELF}, "Expected text under 'content' of a part, found .* list"),
         ({"messages": ["Q", "A"]}, "Expected an object as message 1, found 'Q'"),
         ({"messages": [{"role": ["user"], "content": "Q"}]}, "'role' of message 1, found .* list"),
-        ({"messages": [{"role": "tool", "content": "Q"}]}, "one of system, user, .* found 'tool'"),
-        ({"messages": CALL}, "found 'tool_calls' in message 2.* lost"),
-        ({"messages": MUTED}, "found weight 0 in message 2: end the example before it"),
-        (chat("Q", "A") | {"tools": [{"name": "look"}]}, "found 'tools' in the record"),
+        ({"messages": [{"role": "tool", "content": "Q"}]}, "found no answer"),
+        ({"messages": CALL}, "Expected text under 'name', found"),
+        ({"messages": MUTED}, "Expected an answer to learn from, found weight 0"),
+        (chat("Q", "A") | {"tools": [{"type": "look"}]}, "tools as objects with a name"),
         ({"messages": [{"role": "user"}]}, "Expected text under 'content', found .* NoneType"),
         ({"messages": [{"role": "user", "content": "Q"}]}, "found no answer"),
         ({"instruction": "Q", "input": 3, "output": "A"}, "text under 'input', found .* type int"),
-        ({"instruction": "", "input": "I", "output": "A"}, "Message 1 is empty"),
+        ({"instruction": "", "input": "", "output": "A"}, "Message 1 is empty"),
         ({"instruction": "Q", "input": "", "output": " \n"}, "Message 2 is empty"),
         ({"question": "Q", "answer": "\u200b\u3164\u2800"}, "Message 2 is empty"),
-        ({"question": "Q", "answer": "A <|im_end|>"}, r"Message 2 .* token '<\|im_end\|>'"),
-        ({"question": "[inst] Q", "answer": "A"}, r"Message 1 .* token '\[inst\]'"),
         ({"question": "Q", "answer": "a\ud83d"}, r"Message 2 has half a character .*\\ud83d"),
         ({"prompt": [{"role": "user"}], "completion": "A"}, "Expected text under 'content'"),
         (hh("Once upon a time"), "Expected 'Human:' at the beginning of 'chosen', found 'Once"),
@@ -166,17 +171,16 @@ MUTED = [turn("user", "Q"), turn("assistant", "Well, no.") | {"weight": 0}]
         (hh("\n\nHuman: Q\n\nHuman: R\n\nAssistant: A"), "Messages 1 and 2 come from the user"),
         (hh(3), "Expected text under 'chosen'"),
         (hh(["Q"]), "Expected an object as message 1, found 'Q'"),
-        ({"prompt": chat("Q")["messages"], "completion": "A"}, "list of messages, found 'A'"),
         (sharegpt(("gpt", "A")), "Message 1 comes from the assistant: begin with the user"),
         (sharegpt(("human", "Q"), ("system", "S"), ("gpt", "A")), "only the first message may"),
-        (sharegpt(("human", "Q"), ("claude", "A")), "one of human, user, .* found 'claude'"),
+        (sharegpt(("human", "Q"), ("claude", "A")), "one of user, human, .* found 'claude'"),
         (sharegpt(("human", "Q"), ("gpt", 3)), "Expected text under 'value'"),
         (tree(), "neither deleted nor refused in review, found none"),
         (tree(message("A", deleted=True)), "found none: leave this tree out"),
         (tree(message("A"), deleted=True), "found none"),
         (tree(CYCLE), "found a message among its own replies"),
         (tree(message("A", rank="0"), message("B")), "integer or null as 'rank', found '0'"),
-        (tree(message("A", "bot")), "one of prompter, assistant as 'role' of message 2"),
+        (tree(message("A", "oracle")), "one of user, human, .* as 'role' of message 2"),
         ({"message_tree_id": "a", "prompt": 3}, "list of messages as 'replies'"),
         (tree("A"), "list of messages as 'replies'"),
     ],
@@ -357,11 +361,15 @@ def test_lines_arrays_gzip_and_byte_order_marks_are_read(tmp_path, suffix, mark)
 @pytest.mark.parametrize(
     "name, data, reason",
     [
-        ("a.csv", b"", "Expected a file of JSON lines .* found 'a.csv'"),
-        ("a.gz", b"", "Expected a file of JSON lines"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
-        ("a.json", b"", "found ''"),
-        ("a.jsonl.gz", b"plain", "found damaged data"),
+        (
+            "a.txt",
+            b"Once upon a time.\nThere was",
+            "Expected JSON lines.* found 'Once upon a time.'",
+        ),
+        pytest.param("a.txt", b"x" + b"\n" * 300_000, "Expected JSON lines", id="empty lines"),
+        ("a.csv", b"PK\x03\x04\x00", "Expected JSON lines"),
+        ("a.parquet", b"PAR1", "found damaged data"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x24", "found damaged data"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "found damaged data"),
     ],
 )
@@ -537,7 +545,7 @@ def test_no_bytes_make_an_array_raise_or_hang(tmp_path_factory, data):
     file.write_bytes(b'[{"question": "Q", "answer": "A"},' + data)
     found = convert(file)
     assert chat("Q", "A") in found.rows or found.rejects
-    file.with_suffix(".jsonl").write_bytes(data)
+    file.with_suffix(".jsonl").write_bytes(b" " + data)  # no magic number of a packed file
     convert(file.with_suffix(".jsonl"))
 
 
@@ -545,7 +553,7 @@ def test_no_bytes_make_an_array_raise_or_hang(tmp_path_factory, data):
 
 FLAWS = {
     "alpaca.json": (12, 32, "Message 2 is empty"),
-    "dolly.jsonl": (12, 8, "Message 2 holds the control token '<|im_end|>'"),
+    "dolly.jsonl": (12, 8, "Message 2 has half a character"),
     "hh_rlhf.jsonl": (8, 5, "Message 4 is empty"),
     "oasst1.trees.jsonl": (6, 4, "neither deleted nor refused in review"),
     "sharegpt.json": (8, 57, "Message 1 comes from the assistant"),

@@ -2,8 +2,11 @@
 
 | file | what it does |
 |---|---|
-| `read` | `convert`: a whole file → rows, and rejects with a reason each |
+| `read` | `convert`: files → rows, and rejects with a reason each |
+| `records` | what a file is, and its records one by one |
 | `formats` | `to_messages`: one record of a published layout → a conversation |
+| `messages` | one message of it: roles, parts, tools, thoughts, weights |
+| `fields` | which keys were read, and which may be left out |
 | `validation` | what is wrong with a conversation, in words |
 | `hygiene` | duplicates, contradictions, and training rows that give a test away |
 | `same_facts` | whether two rows that look alike say the same |

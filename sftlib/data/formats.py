@@ -1,201 +1,370 @@
 """Turn records of published SFT datasets into conversations, and say why one cannot be turned.
 
-`to_messages` knows Alpaca, Dolly, OASST1, HH-RLHF, ShareGPT and plain pairs; `convert` does a whole
-file and lists what it had to leave out.
+`to_messages` knows the layouts of chats, of questions with answers, of preferences and of OASST1's
+trees; `convert` does whole files and lists what it had to leave out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from sftlib.data.validation import MAPPINGS, ROLES, briefly, order_problems, text_problems
-
-OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-SHAREGPT_ROLES = (
-    dict.fromkeys(("human", "user"), "user")
-    | dict.fromkeys(("gpt", "chatgpt", "assistant", "bard", "bing"), "assistant")
-    | {"system": "system"}
+from sftlib.data.fields import Fields, RecordError, as_text, is_absent, is_label, plain
+from sftlib.data.messages import (
+    is_learned,
+    is_message,
+    parsed,
+    read_calls,
+    read_message,
+    read_messages,
+    read_tools,
+    spoken_calls,
+    thoughts_and_text,
 )
+from sftlib.data.validation import (
+    MAPPINGS,
+    NOTHING_LEARNED,
+    briefly,
+    call_problems,
+    may_be_empty,
+    order_problems,
+    text_problems,
+    tool_problems,
+)
+from sftlib.data.validation import is_learned as message_is_learned
+
+CHATS = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "question", "prompt", "query", "problem", "user", "input")
+ANSWERS = ("output", "response", "answer", "completion", "solution", "assistant")
+CONTEXTS = ("context", "input", "options", "choices")
+# Labels of a whole chat, which nobody in it sees. The last three are of the course's own data.
+NOTES = ("title", "task", "relation", "entity", "value")
+SYSTEMS = ("system", "system_prompt", "system_message")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 # Some Alpaca-like sets write that there is no input: "<noinput>", "Noinput", "No input required."
 NO_INPUT = re.compile(r"\W*no\s*input(\s+(required|needed|necessary|provided|given))?\W*", re.I)
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+# The end marker of a completion, unless a sentence speaks of it ("It ends with </s>").
+END_MARKER = re.compile(
+    r"(?<=\S)(?:(?<=[^\w\s])\s+|\n\s*)?(<\|(?:endoftext|im_end|eot_id|end_of_text|end|eos)\|>"
+    r"|</s>|<end_of_turn>|<eos>|<｜end▁of▁sentence｜>)$"
+)
 
 
-# Messages of text alone would lose these, and the example would mean something else.
-LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
+class Columns(NamedTuple):
+    """The names of columns that no known layout has, and of those to leave out."""
+
+    question: str | None = None
+    answer: str | None = None
+    system: str | None = None
+    ignored: Sequence[str] = ()
 
 
-class RecordError(ValueError):
-    """A record cannot become a conversation: what was expected, what was found, what to do."""
-
-
-# --- One record ----------------------------------------------------------------------------------
-
-Turns = list[tuple[str, str]]  # (role, text) of each message
-
-
-def to_messages(record: object) -> dict:
+def to_messages(record: object, columns: Columns | None = None) -> dict:
     """One record of a published dataset as `{"messages": [{"role": ..., "content": ...}, ...]}`.
 
-    | format | keys | becomes |
+    | layout | keys | becomes |
     |---|---|---|
-    | chat | `messages` | the same roles and texts |
+    | chat | `messages`, or a bare list, of `role`, `content` | the same messages |
     | ShareGPT | `conversations` of `from`, `value` | human → user, gpt → assistant |
+    | LIMA | `conversations` of texts | user and assistant in turns |
+    | Capybara | `conversation` of `input`, `output` | user and assistant in turns |
     | OASST1 | `message_tree_id`, `prompt` | the path of best-ranked replies (rank 0 is best) |
-    | HH-RLHF | `chosen`, `rejected` | the turns of `chosen` |
-    | preferences | `chosen`, `rejected`: messages; perhaps `prompt` | the prompt and `chosen` |
-    | prompt and completion | `prompt`, `completion`: texts, or messages | one after the other |
-    | Alpaca | `instruction`, `output`, perhaps `input` | instruction, a blank line, input → user |
-    | Dolly | `instruction`, `response`, perhaps `context` | the same with the context |
-    | pairs | `question`, `answer` | two messages |
+    | HH-RLHF | `chosen`: text with `Human:`, `Assistant:` | its turns |
+    | preferences | `chosen`, a chat or question | `chosen` answers the last question |
+    | pairs | a question, an answer | two messages |
+    | xLAM | `query`, `tools`, `answers` | the answers are calls |
 
-    Other keys are ignored, unless they change what the example says or teaches (tools, reasoning,
-    weight 0). Whitespace around a text is removed; nothing else is changed. Messages after the last
-    answer are left out, because nothing can be learned from them. In a tree, deleted replies and
-    those that failed review are skipped.
+    A question is `instruction`, `question`, `prompt`, `query`, `problem`, `user` or `input`; an
+    answer is `output`, `response`, `answer`, `completion`, `solution` or `assistant`. `input`,
+    `context`, `options` and `choices` follow the question after a blank line. Pairs may have
+    `history`, earlier turns: they become earlier turns, which are learned too. Any layout may have
+    `system` (or `system_prompt`), and `tools` or `functions`, which the row then has as well.
+
+    Every key with a value is read, or known to change no answer (ids, sources, scores, ...), or
+    says what the messages say too; else the record is refused. Answers that were not chosen are
+    left out (`rejected`; other branches of a tree), and so are messages after the last answer.
+    Turns marked as not to be learned (`weight` 0, `train` false, ...) get `"weight": 0`; a record
+    that is marked so, or has `label` false (KTO), is refused. Whitespace around a text is removed,
+    and an end marker (`<|endoftext|>`, `</s>`) that closes the answer of a pair. Control tokens
+    elsewhere are text: `encode` makes them harmless. In a tree, deleted replies and those that
+    failed review are skipped. `sftlib.data.messages` tells the form of tools and thoughts; calls
+    that are written as text (Hermes' `<tool_call>`) become calls where the row has tools, and stay
+    text elsewhere.
 
     Sources: the datasets' cards on the Hub, `tatsu-lab/alpaca`, `databricks/databricks-dolly-15k`,
-    `OpenAssistant/oasst1`, `Anthropic/hh-rlhf`, `anon8231489123/ShareGPT_Vicuna_unfiltered`.
+    `OpenAssistant/oasst1`, `Anthropic/hh-rlhf`, `anon8231489123/ShareGPT_Vicuna_unfiltered`,
+    `LDJnr/Capybara`, `GAIR/lima`, `Salesforce/xlam-function-calling-60k`; LLaMA-Factory's
+    `data/README.md`.
 
     Raises:
-        RecordError: the format is not known, or the conversation is not sound: roles that do not
-            alternate from user to assistant, an empty text, a control token inside a text, text
-            that is not valid Unicode, tools or reasoning beside the text, an answer of weight 0.
+        RecordError: the format is not known, a key would be lost, or the conversation is not sound:
+            roles that do not alternate from user to assistant, an empty text, text that is not
+            valid Unicode, a result without its call, no answer to learn.
     """
+    if isinstance(record, list) and record and all(map(is_message, record)):
+        record = {"messages": record}
     if not isinstance(record, MAPPINGS):
         raise RecordError(f"Expected an object with named fields, found {briefly(record)}.")
-    read = _format(record)
-    _refuse_losses("the record", record)
-    turns = read(record)
-    while turns and turns[-1][0] != "assistant":
-        turns.pop()
-    if not turns:
+    columns = columns or Columns()
+    record = _without(columns.ignored, record)
+    try:
+        return _row(Fields("the record", record), record, columns)
+    except RecursionError:
+        raise RecordError("Expected a flat record, found one that is nested too deeply.") from None
+
+
+def _without(keys: Sequence[str], record: Mapping) -> Mapping:
+    """The record without some of its keys, and of those of its messages."""
+    if not keys:
+        return record
+    return {
+        key: [_without(keys, item) if isinstance(item, MAPPINGS) else item for item in value]
+        if isinstance(value, list)
+        else value
+        for key, value in record.items()
+        if key not in keys
+    }
+
+
+def _row(fields: Fields, record: Mapping, columns: Columns) -> dict:
+    messages = _conversation(fields, record, columns)
+    _refuse_unlearned(fields)
+    systems = (plain(columns.system),) if columns.system else SYSTEMS
+    if fields.has(*systems) and messages[:1] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": fields.text(*systems)})
+    tools = fields.take("tools", "functions")
+    tools = [] if is_absent(tools := parsed(tools)) else read_tools(tools)
+    spoken_calls(messages, bool(tools))
+    fields.refuse_the_rest(messages)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
         raise RecordError("Expected a question and its answer, found no answer: leave it out.")
-    messages = [{"role": role, "content": text.strip()} for role, text in turns]
-    for wrong in order_problems([role for role, _ in turns]):
+    for wrong in _problems(messages, tools):
         raise RecordError(wrong)
+    return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def _problems(messages: list[dict], tools: list[dict]) -> Iterable[str]:
+    yield from order_problems([message["role"] for message in messages])
     for number, message in enumerate(messages, 1):
-        for wrong in text_problems(number, message["content"]):
-            raise RecordError(wrong)
-    return {"messages": messages}
+        if message["content"] or not may_be_empty(message):
+            yield from text_problems(number, message["content"])
+    if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+        yield from call_problems(messages)
+    yield from tool_problems(tools)
+    if not any(map(message_is_learned, messages)):
+        yield NOTHING_LEARNED
 
 
-def _format(record: Mapping) -> Callable[[Mapping], Turns]:
-    """The reader whose keys the record has."""
-    for keys, read in FORMATS:
-        if record.keys() >= keys:
-            return read
-    known = "; ".join(", ".join(sorted(keys)) for keys, _ in FORMATS)
+def _refuse_unlearned(fields: Fields) -> None:
+    """Refuse a record that is marked as a whole: a bad answer, or one to leave out."""
+    for name in ("label", "kto_tag"):
+        if fields.has(name) and str(fields.left[name][1]).strip().lower() in ("true", "1"):
+            fields.take(name)
+        elif fields.has(name) and str(fields.left[name][1]).strip().lower() in ("false", "0"):
+            raise RecordError(
+                f"Expected an answer to learn, found {name!r} false in the record: leave it out."
+            )
+    if not is_learned(fields):
+        raise RecordError(
+            "Expected a record to learn, found one marked as not to be learned (its weight is 0, "
+            "or train is false): leave it out."
+        )
+
+
+# --- Layouts -------------------------------------------------------------------------------------
+
+
+def _conversation(fields: Fields, record: Mapping, columns: Columns) -> list[dict]:
+    """The messages of the layout whose keys the record has."""
+    questions = (plain(columns.question),) if columns.question else QUESTIONS
+    answers = (plain(columns.answer),) if columns.answer else ANSWERS
+    mapped = columns.question or columns.answer
+    for there in (fields.has, fields.holds):  # keys without a value last
+        if there("message_tree_id") and there("prompt") and not mapped:
+            return _tree(fields)
+        if there("chosen") and not mapped:
+            return _preference(fields)
+        if there(*CHATS) and not mapped:
+            return _chat(fields)
+        if there("query") and there("answers") and there("tools") and not mapped:
+            calls = read_calls(fields.take("answers"))
+            return [*_asked(fields, ("query",)), _assistant(tool_calls=calls)]
+        if _pair_in(there, questions, answers):
+            return _asked(fields, questions) + _answered(fields, answers)
+    if columns.question or columns.answer:
+        missing = next(n for n in (*questions, *answers) if not fields.holds(n))
+        raise RecordError(f"Expected the column {missing!r}, found {briefly(record)}.")
+    known = "; ".join(
+        ("messages", "conversations", "chosen", "a question and an answer", "message_tree_id")
+    )
     raise RecordError(
         f"Expected the keys of a known format ({known}), found {briefly(record)}: rename its keys."
     )
 
 
-def _refuse_losses(where: str, item: Mapping) -> None:
-    """Refuse a record or message that messages of text alone would change."""
-    for key in LOST:
-        if item.get(key) and item[key] != "[]":  # some datasets store the list as JSON text
-            raise RecordError(
-                f"Expected messages of text alone, found {key!r} in {where}. It would be lost: "
-                "leave the example out, or write it into the text."
-            )
-    weight = item.get("weight")
-    if weight is not None and weight == 0 and item.get("role") == "assistant":
-        raise RecordError(
-            f"Expected answers to learn, found weight 0 in {where}: end the example before it, or "
-            "remove the weight."
-        )
+def _pair_in(there, questions: Sequence[str], answers: Sequence[str]) -> bool:
+    return there(*questions) and there(*answers)
 
 
-def _text(record: Mapping, key: str) -> str:
-    text = record.get(key)
-    if not isinstance(text, str):
-        raise RecordError(f"Expected text under {key!r}, found {briefly(text)}.")
-    return text.strip()
+def is_known(value: object) -> bool:
+    """Whether an object has the keys of a known layout."""
+    if not isinstance(value, Mapping):
+        return False
+    fields = Fields("the record", value)
+    return fields.holds("chosen", "message_tree_id", *CHATS) or _pair_in(
+        fields.holds, QUESTIONS, ANSWERS
+    )
 
 
-def _pair(question: str, answer: str, context: str = "") -> Callable[[Mapping], Turns]:
-    """A reader of records with a question, an answer and perhaps a context for the question."""
-
-    def read(record: Mapping) -> Turns:
-        user = _text(record, question)
-        extra = "" if record.get(context) is None else _text(record, context)
-        if user and extra and not NO_INPUT.fullmatch(extra):
-            user += "\n\n" + extra
-        return [("user", user), ("assistant", _text(record, answer))]
-
-    return read
+def _assistant(content: str = "", **more: object) -> dict:
+    return {"role": "assistant", "content": content} | more
 
 
-def _list(
-    key: str, role_key: str, text_key: str, roles: dict[str, str]
-) -> Callable[[Mapping], Turns]:
-    """A reader of records that hold their messages as a list."""
-    return lambda record: _turns(record[key], role_key, text_key, roles)
-
-
-def _turns(items: object, role_key: str, text_key: str, roles: dict[str, str]) -> Turns:
+def _chat(fields: Fields) -> list[dict]:
+    key, items = fields.pick(*CHATS)
+    items = parsed(items)
+    for name in NOTES:
+        if fields.has(name) and is_label(fields.left[name][1]):
+            fields.pick(name)
     if not isinstance(items, list):
         raise RecordError(f"Expected a list of messages, found {briefly(items)}.")
-    turns = []
+    if plain(key) == "conversations" and items and all(isinstance(i, str) for i in items):
+        return _turns([text.strip() for text in items])
+    messages = []
     for number, item in enumerate(items, 1):
-        role = _role(number, item, role_key, roles)
-        _refuse_losses(f"message {number}", item)
-        turns.append((role, _text(item, text_key)))
-    return turns
+        is_turn = isinstance(item, MAPPINGS) and not is_message(item)
+        turn = Fields("a turn", item if is_turn else {})
+        if not turn.holds("role", "from") and _pair_in(turn.holds, QUESTIONS, ANSWERS):
+            learned = is_learned(turn)
+            answers = _asked(turn, QUESTIONS) + _answered(turn, ANSWERS)
+            turn.refuse_the_rest()
+            messages += answers if learned else _unlearned(answers)
+        else:
+            messages.append(read_message(number, item))
+    return [m for m in messages if m["role"] != "system" or m["content"]]
 
 
-def _role(number: int, item: object, key: str, roles: dict[str, str]) -> str:
-    if not isinstance(item, MAPPINGS):
-        raise RecordError(f"Expected an object as message {number}, found {briefly(item)}.")
-    name = item.get(key)
-    if not isinstance(name, str) or name not in roles:
+def _unlearned(messages: list[dict]) -> list[dict]:
+    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def _asked(fields: Fields, names: Sequence[str]) -> list[dict]:
+    """The question with its context, and the turns before it."""
+    key, question = fields.pick(*names)
+    if key == "query":  # MetaMath's queries are rewritten from this one
+        fields.pick("original_question")
+    if isinstance(question := _listed(question), list):
+        return _history(fields) + read_messages(question)
+    text = as_text(key, question)
+    if HH_TURN.match("\n\n" + text) and text.endswith("\n\nAssistant:"):
+        return _history(fields) + _hh(key, text.removesuffix("\n\nAssistant:"))
+    for name in CONTEXTS:
+        context = _context(fields, name)
+        if text and context and not NO_INPUT.fullmatch(context):
+            text += "\n\n" + context
+    return [*_history(fields), {"role": "user", "content": text}]
+
+
+def _listed(value: object) -> object:
+    """A list of messages that a table holds as JSON text; other texts stay texts."""
+    found = parsed(value)
+    return found if isinstance(found, list) and found and all(map(is_message, found)) else value
+
+
+def _context(fields: Fields, name: str) -> str:
+    if not fields.has(name):
+        return ""
+    key, value = fields.pick(name)
+    if name in ("options", "choices"):
+        value = parsed(value)
+        if isinstance(value, MAPPINGS) and value.keys() >= {"label", "text"}:
+            value = dict(zip(value["label"], value["text"], strict=False))  # as in ARC
+        if isinstance(value, list):
+            value = {chr(ord("A") + number): text for number, text in enumerate(value)}
+        if isinstance(value, MAPPINGS):
+            return "\n".join(f"{letter}. {as_text(key, text)}" for letter, text in value.items())
+    return as_text(key, value)
+
+
+def _history(fields: Fields) -> list[dict]:
+    """Earlier turns: messages, or pairs of a question and its answer."""
+    turns = parsed(fields.take("history"))
+    if is_absent(turns):
+        return []
+    if isinstance(turns, list) and all(map(is_message, turns)):
+        return read_messages(turns)
+    if not isinstance(turns, list) or not all(
+        isinstance(t, list | tuple) and len(t) == 2 for t in turns
+    ):
         raise RecordError(
-            f"Expected one of {', '.join(roles)} as {key!r} of message {number}, "
-            f"found {briefly(name)}: leave the example out, or rename the role."
+            "Expected a list of [question, answer], or of messages, under 'history', found "
+            f"{briefly(turns)}."
         )
-    return roles[name]
+    return _turns([as_text("history", text) for turn in turns for text in turn])
 
 
-def _chat(key: str) -> Callable[[Mapping], Turns]:
-    return _list(key, "role", "content", {role: role for role in ROLES if role != "tool"})
+def _turns(texts: list[str]) -> list[dict]:
+    return [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
 
 
-def _completion(record: Mapping) -> Turns:
-    if isinstance(record["prompt"], list):
-        return _chat("prompt")(record) + _chat("completion")(record)
-    return _pair("prompt", "completion")(record)
+def _answered(fields: Fields, names: Sequence[str]) -> list[dict]:
+    """The answer to a question: text, one message, or several."""
+    key, answer = fields.pick(*names)
+    answer = _listed(answer)
+    if isinstance(answer, MAPPINGS):
+        return [read_message(1, answer)]
+    if isinstance(answer, list):
+        return read_messages(answer)
+    text = _without_end_marker(as_text(key, answer))
+    return [{"role": "assistant"} | thoughts_and_text(fields, text)]
 
 
-def _preference(record: Mapping) -> Turns:
-    """HH-RLHF's text, or messages. Their prompt may be the first of them, or a field of its own."""
-    if not isinstance(record["chosen"], list):
-        return _hh(record)
-    prompt, turns = record.get("prompt"), _chat("chosen")(record)
-    if isinstance(prompt, list):
-        return _chat("prompt")(record) + turns
-    if isinstance(prompt, str) and turns and turns[0][0] == "assistant":
-        return [("user", prompt), *turns]
-    return turns
+def _without_end_marker(text: str) -> str:
+    while text.endswith(">") and (match := END_MARKER.search(text)):
+        if match[1] == "</s>" and re.search(r"<s[ >]", text):  # HTML: struck through
+            break
+        text = text[: match.start()].rstrip()
+    return text
 
 
-def _hh(record: Mapping) -> Turns:
-    before, *parts = HH_TURN.split("\n\n" + _text(record, "chosen"))
+def _preference(fields: Fields) -> list[dict]:
+    """The answer that was chosen. It may hold its whole conversation, or answer what is asked."""
+    chosen = fields.left.get("chosen", ("chosen", None))[1]
+    questions = fields.has(*CHATS, *QUESTIONS)
+    if isinstance(chosen, str) and (HH_TURN.match("\n\n" + chosen.strip()) or not questions):
+        return _hh(*fields.pick("chosen"), fields.pick("rejected"))
+    answer = _answered(fields, ("chosen",))
+    fields.pick("rejected")
+    if answer[:1] and answer[0]["role"] == "assistant" and questions:
+        before = _chat(fields) if fields.has(*CHATS) else _asked(fields, QUESTIONS)
+        return before + answer
+    prompt = fields.left.get("prompt", ("prompt", None))[1]
+    if isinstance(prompt, list) and answer[: len(prompt)] != (before := read_messages(prompt)):
+        fields.take("prompt")
+        return before + answer
+    return answer
+
+
+def _hh(key: str, text: object, rejected: object = None) -> list[dict]:
+    before, *parts = HH_TURN.split("\n\n" + as_text(key, text))
     if before or not parts:
-        raise RecordError(
-            f"Expected 'Human:' at the beginning of 'chosen', found {briefly(record['chosen'])}."
-        )
-    return [(HH_ROLES[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)]
+        raise RecordError(f"Expected 'Human:' at the beginning of {key!r}, found {briefly(text)}.")
+    return [
+        {"role": HH_ROLES[name], "content": text.strip()}
+        for name, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
-def _tree(record: Mapping) -> Turns:
+def _tree(fields: Fields) -> list[dict]:
     """The path of best-ranked replies."""
     # A loop, no recursion: a tree may be deeper than Python's stack.
-    path, seen, node = [], set(), _best([record["prompt"]])
+    path, seen, node = [], set(), _best([fields.take("prompt")])
     while node is not None:
         if id(node) in seen:
             raise RecordError("Expected a tree, found a message among its own replies.")
@@ -207,7 +376,11 @@ def _tree(record: Mapping) -> Turns:
             "Expected a prompt and a reply, neither deleted nor refused in review, "
             "found none: leave this tree out."
         )
-    return _turns(path, "role", "text", OASST_ROLES)
+    fields.pick("tree_state")
+    return [read_message(number, node, *OASST_KEYS) for number, node in enumerate(path, 1)]
+
+
+OASST_KEYS = "message_id parent_id replies labels emojis detoxify tree_state".split()
 
 
 def _best(replies: object) -> Mapping | None:
@@ -228,21 +401,6 @@ def _rank(reply: Mapping) -> float:
     if rank is not None and not isinstance(rank, int):
         raise RecordError(f"Expected an integer or null as 'rank', found {briefly(rank)}.")
     return math.inf if rank is None else rank
-
-
-FORMATS: tuple[tuple[frozenset[str], Callable[[Mapping], Turns]], ...] = tuple(
-    (frozenset(keys.split()), read)
-    for keys, read in (
-        ("messages", _chat("messages")),
-        ("conversations", _list("conversations", "from", "value", SHAREGPT_ROLES)),
-        ("message_tree_id prompt", _tree),
-        ("chosen rejected", _preference),
-        ("instruction output", _pair("instruction", "output", "input")),
-        ("instruction response", _pair("instruction", "response", "context")),
-        ("question answer", _pair("question", "answer")),
-        ("prompt completion", _completion),
-    )
-)
 
 
 def oasst_trees(rows: Iterable[Mapping]) -> list[dict]:

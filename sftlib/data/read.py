@@ -1,213 +1,165 @@
-"""Convert a whole file of a published SFT dataset, and list every record that cannot be used."""
+"""Convert whole files of published SFT datasets, and list every record that cannot be used."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import json
+import math
 import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+from sftlib.data.fields import RecordError
 from sftlib.data.files import write_jsonl
-from sftlib.data.formats import FORMATS, RecordError, oasst_trees, to_messages
-from sftlib.data.validation import MAPPINGS, briefly
+from sftlib.data.formats import Columns, oasst_trees, to_messages
+from sftlib.data.records import EXCERPT, Parts, data_files, read_parts, without_nulls
+from sftlib.data.validation import MAPPINGS
+
+Source = str | os.PathLike
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of a file.
+    """What became of a file, or of several.
 
     Attributes:
-        rows: the conversations, `{"messages": [...]}`, in the file's order.
-        rejects: what could not be converted: `line` (from 1), `reason`, `text` (its beginning).
+        rows: the conversations, `{"messages": [...]}`, perhaps with `tools`, in the file's order.
+        rejects: what could not be converted: `line` (from 1), `reason`, `text` (its beginning);
+            and the `file`, where there are several.
     """
 
-    rows: list[dict]
-    rejects: list[dict]
+    rows: list[dict] = field(default_factory=list)
+    rejects: list[dict] = field(default_factory=list)
 
 
-def convert(path: str | os.PathLike, rejects: str | os.PathLike | None = None) -> Converted:
-    """Every record of a published file as a conversation, and a list of those that are not.
+def convert(
+    path: Source | Sequence[Source | tuple[Source, float]],
+    rejects: Source | None = None,
+    *,
+    question_key: str | None = None,
+    answer_key: str | None = None,
+    system_key: str | None = None,
+    ignore_keys: Sequence[str] = (),
+    seed: int = 0,
+) -> Converted:
+    """Every record of published files as a conversation, and a list of those that are not.
 
-    Reads JSON lines (`.jsonl`) and JSON arrays (`.json`), also gzipped (`.gz`), and Parquet, with
-    records of any format of `to_messages`. A record that is broken in any way is listed and never
-    stops the rest. After a broken record of an array, reading goes on at the next object that
-    begins with the same key as the first record or has a known format. OASST's table, with one
-    message per row, becomes trees first.
+    Reads JSON lines, JSON arrays (also inside an object, `{"data": [...]}`), JSON objects one after
+    the other, CSV, TSV and Parquet, packed or not (gzip, zstd, bz2, xz), in UTF-8 or in what the
+    byte-order mark says. The content of a file decides, not its name. Records may have any layout
+    of `to_messages`. A record that is broken in any way is listed and never stops the rest. After
+    a broken record of an array, reading goes on at the next object that begins with the same key
+    as the first record or has a known layout. OASST's table, with one message per row, becomes
+    trees first. Records are read one by one: of a file, only its rows are kept in memory.
 
     Args:
+        path: a file; a folder, whose data files are read in sorted order; or a mixture of these,
+            `[("a.jsonl", 1.0), ("b.jsonl", 0.5)]`: of the second, half the rows are taken, drawn
+            by `seed`. A weight of 2 takes every row twice.
         rejects: where to write the rejects too, as JSON lines.
+        question_key, answer_key, system_key: columns of a layout that is not known.
+        ignore_keys: keys to leave out, though they may carry content.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither JSON lines nor a JSON array, or its gzip data is damaged;
-            or a message of OASST's table is missing.
+        ValueError: a file is of no such kind, or its packed data is damaged; a weight is no number
+            above 0; or a message of OASST's table is missing.
     """
-    path = Path(path)
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
-    if kind == ".parquet":
-        from datasets import Dataset
-
-        found = convert_records(Dataset.from_parquet(str(path), keep_in_memory=True))
-    elif kind in (".jsonl", ".json"):
-        data = _read(path)
-        found = _converted(_lines(data) if kind == ".jsonl" else _elements(data, path))
-    else:
-        raise ValueError(
-            f"Expected a file of JSON lines (.jsonl) or a JSON array (.json), either perhaps with "
-            f".gz, or .parquet, found {path.name!r}: rename it, or export it as one of them."
-        )
+    columns = Columns(question_key, answer_key, system_key, ignore_keys)
+    sources = [path] if isinstance(path, str | os.PathLike) else path
+    weights = [_weighted(source) for source in sources]
+    files = [(data_files(Path(name)), weight) for name, weight in weights]
+    found = Converted()
+    named = sum(len(group) for group, _ in files) > 1
+    for number, (group, weight) in enumerate(files):
+        part = Converted()
+        for file in group:
+            parts = read_parts(file, [key for key in columns[:3] if key])
+            _convert(parts, columns, part, {"file": str(file)} if named else {})
+        found.rows.extend(_drawn(part.rows, weight, f"{seed} {number}"))
+        found.rejects.extend(part.rejects)
     if rejects is not None:
         write_jsonl(rejects, found.rejects)
     return found
 
 
-def convert_records(records: Iterable[Mapping]) -> Converted:
+def convert_records(
+    records: Iterable[Mapping],
+    *,
+    question_key: str | None = None,
+    answer_key: str | None = None,
+    system_key: str | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> Converted:
     """The same for records that are in memory, for instance a `datasets.Dataset`."""
-    return _converted((n, repr(record), record) for n, record in enumerate(records, 1))
+    columns = Columns(question_key, answer_key, system_key, ignore_keys)
+    of_arrow = hasattr(records, "features")
+    parts = (
+        (n, repr(record)[:EXCERPT], without_nulls(record) if of_arrow else record)
+        for n, record in enumerate(records, 1)
+    )
+    return _convert(parts, columns, Converted(), {})
 
 
-def _converted(parts: Parts) -> Converted:
-    found = Converted([], [])
+def _weighted(source: Source | tuple[Source, float]) -> tuple[Source, float]:
+    if isinstance(source, str | os.PathLike):
+        return source, 1.0
+    if not isinstance(source, tuple) or len(source) != 2:
+        raise ValueError(f"Expected a path, or (path, weight), in a mixture, found {source!r}.")
+    name, weight = source
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 < weight < math.inf:
+        raise ValueError(
+            f"Expected a number above 0 as the weight of {name}, found {weight!r}: 0.5 takes half "
+            "of its rows, 2 takes each twice."
+        )
+    return name, weight
+
+
+def _drawn(rows: list[dict], weight: float, seed: str) -> list[dict]:
+    """All rows as often as the weight's whole number says, and a share of them once more."""
+    times, share = divmod(weight, 1)
+    count = round(share * len(rows))
+    more = sorted(random.Random(seed).sample(range(len(rows)), count)) if count else []
+    return rows * int(times) + [rows[i] for i in more]
+
+
+def _convert(parts: Parts, columns: Columns, found: Converted, file: dict) -> Converted:
     for line, text, record in _trees(parts):
         try:
             if isinstance(record, RecordError):
                 raise record
-            found.rows.append(to_messages(record))
+            found.rows.append(to_messages(record, columns))
         except RecordError as error:
-            found.rejects.append({"line": line, "reason": str(error), "text": _excerpt(text)})
+            place = {"line": line, "reason": str(error), "text": _excerpt(text)}
+            found.rejects.append(file | place)
     return found
 
 
-def _trees(parts: Parts) -> Iterable[tuple[int, str, object]]:
+def _trees(parts: Parts) -> Iterator[tuple[int, str, object]]:
     """OASST's messages as trees, each at the line of its first message; other records unchanged."""
-    every = list(parts)
+    first = []
+    for part in parts:
+        first.append(part)
+        if isinstance(part[2], MAPPINGS):
+            break
+    if not first or not isinstance(first[-1][2], MAPPINGS) or not first[-1][2].keys() >= _MESSAGE:
+        return chain(first, parts)
+    every = [*first, *parts]  # a reply may stand anywhere in its table
     sound = [(n, text, record) for n, text, record in every if isinstance(record, MAPPINGS)]
-    if not sound or not all(record.keys() >= _MESSAGE for *_, record in sound):
-        return every
+    if not all(record.keys() >= _MESSAGE for *_, record in sound):
+        return iter(every)
     trees = oasst_trees(record for *_, record in sound)
     places = {record["message_id"]: (line, text) for line, text, record in sound}
     broken = [part for part in every if not isinstance(part[2], MAPPINGS)]
-    return broken + [(*places[tree["prompt"]["message_id"]], tree) for tree in trees]
+    return iter(broken + [(*places[tree["prompt"]["message_id"]], tree) for tree in trees])
 
 
 _MESSAGE = {"message_id", "parent_id", "text"}
 
 
-def _read(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"Expected a complete gzip file, found damaged data in {path} ({error}): "
-                "fetch it again."
-            ) from error
-    return data.removeprefix(codecs.BOM_UTF8)
-
-
 def _excerpt(text: str) -> str:
     """The beginning of a record that may hold bytes which are not UTF-8, shown as `\\xff`."""
-    return text[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
-
-
-# Of each record: its line, its text, and the record itself or the RecordError that it caused.
-Parts = Iterator[tuple[int, str, object]]
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """An object whose keys all differ; the json module would silently keep the last of two."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("the same key twice")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _parse(text: str, at: int) -> tuple[object, int]:
-    """The JSON value at `at`, or a RecordError, and where it ends."""
-    try:
-        record, end = _DECODER.raw_decode(text, at)
-        text[at:end].encode()  # a byte that is not UTF-8 was decoded as half a character
-        return record, end
-    except UnicodeEncodeError:
-        reason = "Expected text in UTF-8, found other bytes: save the file in UTF-8."
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at character {error.pos - at + 1}"
-        reason = f"Expected one JSON object, found broken JSON ({where}): mend or remove it."
-    except (ValueError, RecursionError) as error:
-        reason = f"Expected one JSON object, found broken JSON ({error}): mend or remove it."
-    return RecordError(reason), len(text)
-
-
-def _lines(data: bytes) -> Parts:
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not (text := line.decode("utf-8", "surrogateescape").strip()):
-            continue
-        record, end = _parse(text, 0)
-        if end < len(text):
-            record = RecordError(
-                f"Expected one JSON object, found more after it: {briefly(text[end:].strip())}. "
-                "Give each its own line."
-            )
-        yield number, text, record
-
-
-_GAP = re.compile(r"[ \t\r\n,]*")  # what may stand between two records
-_FIRST_KEY = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
-
-
-def _elements(data: bytes, path: Path) -> Parts:
-    text = data.decode("utf-8", "surrogateescape").rstrip()
-    at = len(text) - len(text.lstrip())
-    if not text.startswith("[", at):
-        raise ValueError(
-            f"Expected a JSON array, with '[' first, found {briefly(text[at:][:20])} in {path}: "
-            "if it has one record per line, name it .jsonl."
-        )
-    at = _after_gap(text, at + 1)
-    end_of_array = len(text) - text.endswith("]")
-    # Records of a file usually begin with the same key. A string cannot hold such a beginning,
-    # because JSON escapes the quotes in it.
-    first = _FIRST_KEY.match(text, at)
-    beginning = re.compile(re.escape(first[0]) if first else r"(?!)")
-    line, counted, record = 1, 0, None
-    while at < end_of_array:
-        line, counted = line + text.count("\n", counted, at), at
-        record, end = _parse(text, at)
-        if isinstance(record, RecordError):
-            end = _next_record(text, at, beginning) or end_of_array
-        yield line, text[at:end], record
-        at = _after_gap(text, end)
-    if at == len(text) and not isinstance(record, RecordError):
-        line += text.count("\n", counted)
-        yield line, "", RecordError("Expected ']' after the last record: the file is cut off.")
-
-
-def _after_gap(text: str, at: int) -> int:
-    gap = _GAP.match(text, at)
-    return gap.end() if gap else at
-
-
-def _next_record(text: str, broken: int, beginning: re.Pattern) -> int | None:
-    """Where the next record begins after the broken one; None when there is none.
-
-    The position at which the parser failed does not help. Behind a missing quote, for instance, the
-    parser fails in the middle of the next record. So every `{` is tried.
-    """
-    at = broken
-    while (at := text.find("{", at + 1)) >= 0:
-        if beginning.match(text, at) or _has_known_format(_parse(text, at)[0]):
-            return at
-    return None
-
-
-def _has_known_format(value: object) -> bool:
-    return isinstance(value, Mapping) and any(value.keys() >= keys for keys, _ in FORMATS)
+    shown = text[:EXCERPT].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return shown[:EXCERPT]

@@ -18,7 +18,9 @@ def split(
 
     The split depends on the values, how often each occurs and the seed, not on the order of the
     rows: values are held out in the order of a hash, at least one, until the share is as near as
-    possible to `held_out`. Both sides keep the order of the rows.
+    possible to `held_out`. A value with more than twice the rows that shall be held out stays on
+    the other side, unless all have more: then the rarest is held out. Both sides keep the order of
+    the rows.
 
     Args:
         by: a key of the rows (`"entity"`), or a function that gives each row's value. Two values
@@ -41,8 +43,12 @@ def split(
             f"{len(rows)} rows: one side would be empty. Split by another key."
         )
     order = sorted(counts, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
-    sizes = list(accumulate(counts[value] for value in order[:-1]))
-    nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - held_out * len(rows)))
+    wanted = held_out * len(rows)
+    most = max(2 * wanted, min(counts.values()))
+    # Not the last value of all: something must be left to train on.
+    order = [value for value in order if counts[value] <= most][: len(counts) - 1]
+    sizes = list(accumulate(counts[value] for value in order))
+    nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
     chosen = set(order[: nearest + 1])
     sides: tuple[list[dict], list[dict]] = ([], [])
     for row, value in zip(rows, values, strict=True):

@@ -76,10 +76,10 @@ def normalise(text: str) -> str:
 def validate(messages: object, max_chars: int = 8000, tools: object = None) -> list[str]:
     """Everything that is wrong with an example written by hand; an empty list when it is fine.
 
-    It finds what `to_messages` refuses: roles, order, empty or broken text, control tokens. It also
-    finds keys that nobody reads, answers that repeat their question, and messages of more than
-    `max_chars` characters. Every sentence names the message, counted from 1, and says what to do.
-    It never raises.
+    It finds what `to_messages` refuses: roles, order, empty or broken text. It also finds keys that
+    nobody reads, control tokens (in a text of your own, a slip; `encode` makes them harmless),
+    answers that repeat their question, and messages of more than `max_chars` characters. Every
+    sentence names the message, counted from 1, and says what to do. It never raises.
 
     Args:
         tools: the schemas of the tools that the conversation may call, or None.
@@ -118,6 +118,8 @@ def _message_problems(number: int, message: object, max_chars: int) -> Iterator[
     else:
         if content or not may_be_empty(message):
             yield from text_problems(number, content)
+        if token := CONTROL_TOKEN.search(content):
+            yield f"{name} holds the control token {token[0]!r}: reword the text."
         if len(content) > max_chars:
             yield f"{name} has {len(content)} characters, more than {max_chars}: shorten it."
 
@@ -225,15 +227,11 @@ def _unwritable(value: object) -> str:
 
 def text_problems(number: int, text: str) -> list[str]:
     """Why a text cannot be learned, in sentences."""
-    # Most texts are plain, and the search for control tokens is slow. Each of them has < or [.
-    suspicious = "<" in text or "[" in text
-    if not suspicious and text.isascii() and "!" <= text[:1] <= "~":
+    if text.isascii() and "!" <= text[:1] <= "~":  # most texts: this comparison is fast
         return []
     found = []
     if not any(map(_visible, text)):
         found.append(f"Message {number} is empty: write its text, or leave the example out.")
-    if suspicious and (token := CONTROL_TOKEN.search(text)):
-        found.append(f"Message {number} holds the control token {token[0]!r}: reword the text.")
     if broken := _half_character(text):
         found.append(f"Message {number} has half a character ({broken}): type it again.")
     return found

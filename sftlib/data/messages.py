@@ -1,0 +1,282 @@
+"""One message of any published layout, and the tools of a conversation, in the course's form.
+
+| key | of | holds |
+|---|---|---|
+| `role` | each message | `system`, `user`, `assistant` or `tool` |
+| `content` | each message | its text; empty only beside `tool_calls`, or as a tool's result |
+| `reasoning_content` | assistant | its thoughts before the answer |
+| `tool_calls` | assistant | objects with `type`, `function` (`name`, `arguments`), perhaps `id` |
+| `name`, `tool_call_id` | tool | which tool answers, and which call |
+| `weight` | assistant | 0: the turn is read, and not learned |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+
+from sftlib.data.fields import Fields, RecordError, as_text, is_absent
+from sftlib.data.validation import MAPPINGS, briefly
+
+CALL = "call"  # ShareGPT's role of an assistant that calls a tool
+ROLES = (
+    dict.fromkeys(("user", "human", "prompter"), "user")
+    | dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bard", "bing"),
+        "assistant",
+    )
+    | dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("function_call", "tool_call"), CALL)
+    | dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool")
+)
+REASONING = ("reasoning_content", "reasoning", "thinking")
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+# Marks of turns (or of whole records) that a model shall read and not learn.
+MARKS = frozenset(
+    "weight loss_weight loss loss_mask train trainable training train_on_turn learn masked".split()
+)
+TRUTH = {"true": True, "yes": True, "1": True, "1.0": True} | {
+    "false": False, "no": False, "0": False, "0.0": False
+}  # fmt: skip
+
+
+# --- Messages ------------------------------------------------------------------------------------
+
+
+def read_messages(items: object) -> list[dict]:
+    """A list of messages; JSON text of such a list is read too. Empty system messages are none.
+
+    Raises:
+        RecordError: a message has no known role, content that is not text, or a key that would be
+            lost.
+    """
+    items = parsed(items)
+    if not isinstance(items, list):
+        raise RecordError(f"Expected a list of messages, found {briefly(items)}.")
+    messages = [read_message(number, item) for number, item in enumerate(items, 1)]
+    return [m for m in messages if m["role"] != "system" or m["content"]]
+
+
+def read_message(number: int, item: object, *known: str) -> dict:
+    """One message.
+
+    Args:
+        known: keys to leave out, because the caller reads them.
+    """
+    if not isinstance(item, MAPPINGS):
+        raise RecordError(f"Expected an object as message {number}, found {briefly(item)}.")
+    fields = Fields("a message", item)
+    for key in known:
+        fields.pick(key)
+    role = _role(number, *fields.pick("role", "from"))
+    key, content = fields.pick("content", "value", "text")
+    message = {"role": "assistant" if role == CALL else role, "content": ""}
+    if role == CALL:
+        message["tool_calls"] = read_calls(content)
+    elif message["role"] == "assistant":
+        message |= _answer(fields, key, content)
+    elif role != "system" or content is not None:
+        message["content"] = _joined(key, content, fields)
+    if role == "tool":
+        names = {name: fields.take(name) for name in ("name", "tool_call_id")}
+        message |= {name: as_text(name, text) for name, text in names.items() if text is not None}
+    if not is_learned(fields) and message["role"] == "assistant":
+        message["weight"] = 0
+    fields.refuse_the_rest()
+    return message
+
+
+def _role(number: int, key: str, name: object) -> str:
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RecordError(
+            f"Expected one of {', '.join(ROLES)} as {key!r} of message {number}, "
+            f"found {briefly(name)}: leave the example out, or rename the role."
+        )
+    return role
+
+
+def is_learned(fields: Fields) -> bool:
+    """What the marks of a message or record say; true without a mark."""
+    learned = True
+    for name in MARKS.intersection(fields.left):
+        key, value = fields.pick(name)
+        mark = TRUTH.get(str(value).strip().lower())
+        if mark is None:
+            raise RecordError(
+                f"Expected 0 or 1 (true or false) under {key!r}, found {briefly(value)}."
+            )
+        learned = learned and (mark != (name == "masked"))
+    return learned
+
+
+def _joined(key: str, content: object, fields: Fields) -> str:
+    """Text, or the texts of parts one after the other; `fields` gets their thoughts and mark."""
+    if not isinstance(content, list):
+        return as_text(key, content)
+    texts, marks = [], set()
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, MAPPINGS):
+            raise RecordError(f"Expected parts of text under {key!r}, found {briefly(part)}.")
+        inner = Fields("a part of a message", part)
+        kind = inner.take("type")
+        if kind in REASONING:
+            fields.left["reasoning"] = ("reasoning", inner.text(*REASONING, "text"))
+            inner.refuse_the_rest()
+            continue
+        if kind not in (None, "text", "input_text", "output_text"):
+            raise RecordError(
+                f"Expected parts of text alone, found one of type {briefly(kind)}: leave it out."
+            )
+        marks.add(is_learned(inner))
+        name, text = inner.pick("text", "value", "content")
+        if not isinstance(text, str):
+            raise RecordError(f"Expected text under {name!r} of a part, found {briefly(text)}.")
+        texts.append(text)
+        inner.refuse_the_rest()
+    if len(marks) > 1:
+        raise RecordError(
+            "Expected a message that is learned whole or not at all, found parts with weight 0 "
+            "beside others: make them two examples."
+        )
+    if marks == {False}:
+        fields.left["weight"] = ("weight", 0)
+    return "".join(texts).strip()
+
+
+# --- Answers: thoughts, calls --------------------------------------------------------------------
+
+
+def _answer(fields: Fields, key: str, content: object) -> dict:
+    """The assistant's content with its thoughts and its calls."""
+    calls = []
+    if fields.has("tool_calls"):
+        calls = read_calls(fields.take("tool_calls"))
+    elif fields.has("function_call"):
+        calls = read_calls(fields.take("function_call"))
+    text = "" if content is None and calls else _joined(key, content, fields)
+    answer = thoughts_and_text(fields, text)
+    if calls:
+        answer["tool_calls"] = calls
+    return answer
+
+
+def thoughts_and_text(fields: Fields, text: str) -> dict:
+    """`content`, and `reasoning_content` from a key of its own or from `<think>` at its start."""
+    thoughts = fields.optional_text(*REASONING)
+    if match := THOUGHT.match(text):
+        spoken = match[1].strip()
+        if thoughts and spoken and spoken != thoughts:
+            raise RecordError(
+                "Expected thoughts in one place, found other ones in <think> than beside the text."
+            )
+        thoughts, text = thoughts or spoken, text[match.end() :].strip()
+    return {"content": text} | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def read_calls(calls: object) -> list[dict]:
+    """Calls of tools as OpenAI, ShareGPT and xLAM write them: objects, or JSON text of them."""
+    calls = _json("calls", calls)
+    return [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(call: object) -> dict:
+    call = _json("calls", call)
+    if not isinstance(call, MAPPINGS):
+        raise RecordError(f"Expected a call as an object with its name, found {briefly(call)}.")
+    fields = Fields("a call of a tool", call)
+    function = fields.take("function")
+    inner = Fields("a call of a tool", function) if isinstance(function, MAPPINGS) else fields
+    name = inner.text("name")
+    found: dict = {"type": "function"}
+    if fields.has("id"):
+        found["id"] = as_text("id", fields.take("id"))
+    key, arguments = inner.pick("arguments", "parameters", "args")
+    arguments = {} if is_absent(arguments) else _json(key, arguments)
+    if not isinstance(arguments, MAPPINGS):
+        raise RecordError(
+            f"Expected an object under {key!r} of a call, found {briefly(arguments)}."
+        )
+    fields.take("type")
+    inner.refuse_the_rest()
+    fields.refuse_the_rest()
+    return found | {"function": {"name": name, "arguments": dict(arguments)}}
+
+
+def read_tools(tools: object) -> list[dict]:
+    """Schemas of tools as chat templates take them; bare ones are wrapped."""
+    tools = _json("tools", tools)
+    return [_schema(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+
+
+def _schema(tool: object) -> dict:
+    tool = _json("tools", tool)
+    if isinstance(tool, MAPPINGS):
+        function = tool.get("function")
+        if isinstance(function, MAPPINGS) and isinstance(function.get("name"), str):
+            return {"type": "function", **tool}
+        if isinstance(tool.get("name"), str):  # bare, perhaps with its type beside the name
+            bare = {k: v for k, v in tool.items() if (k, v) != ("type", "function")}
+            return {"type": "function", "function": bare}
+    raise RecordError(
+        f"Expected tools as objects with a name and parameters, found {briefly(tool)}."
+    )
+
+
+def spoken_calls(messages: list[dict], has_tools: bool) -> None:
+    """Hermes writes calls and results as text, `<tool_call>{…}</tool_call>`: make them calls.
+
+    Only where the conversation has tools, or a result follows: elsewhere it is an ordinary text.
+    """
+    for message, after in pairwise([*messages, {"role": "tool" if has_tools else ""}]):
+        if message["role"] == "assistant" and after["role"] == "tool":
+            _split_calls(message)
+        elif message["role"] == "tool":
+            text = re.fullmatch(r"<tool_response>(.*)</tool_response>", message["content"], re.S)
+            if text and "<tool_response>" not in text[1]:
+                message["content"] = text[1].strip()
+
+
+def _split_calls(message: dict) -> None:
+    text, *blocks = message["content"].split("<tool_call>")
+    if not blocks or "tool_calls" in message:
+        return
+    try:
+        bodies = [block.strip().removesuffix("</tool_call>") for block in blocks]
+        message["tool_calls"] = [call for body in bodies for call in read_calls(body)]
+        message["content"] = text.strip()
+    except RecordError:
+        return  # no calls that could be read: it stays text
+
+
+# --- JSON inside of records ----------------------------------------------------------------------
+
+
+def parsed(value: object) -> object:
+    """Lists and objects that a table holds as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _json(key: str, value: object) -> object:
+    found = parsed(value)
+    if isinstance(found, str):
+        raise RecordError(f"Expected JSON under {key!r}, found text that is none: mend it.")
+    return found
+
+
+def is_message(value: object) -> bool:
+    """Whether a value looks like one message of a conversation, not like a record."""
+    if not isinstance(value, Mapping) or "message_id" in value:
+        return False
+    return not value.keys().isdisjoint(("role", "from"))
