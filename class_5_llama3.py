@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Data: conversations in any published layout, some of them held out.
     data = load_data(args)
     if args.plan:
-        print(make_plan(args, training, data.train))
+        print("\n".join([*data.notes, str(make_plan(args, training, data.train))]))
         return 0
 
     # 3. The run's folder: is the run finished, or does it resume a checkpoint?
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = folder.last_checkpoint()
     if is_main:
         print(f"{len(data.train):,} conversations to train on, {len(data.held_out):,} held out")
+        print("".join(f"{note}\n" for note in data.notes), end="")
 
     # 4. Model and template, adapters, and TRL's trainer.
     trainer, held_out_answers, stop_signal = make_trainer(args, training, data)

@@ -19,7 +19,7 @@ from sftlib.finetune import checkpoints
 from sftlib.finetune.arguments import FinetuneArguments, check, parse
 from sftlib.finetune.callbacks import StopOnSignal
 from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
-from sftlib.finetune.data import Data, first_question, load_conversations, load_data
+from sftlib.finetune.data import Data, first_question, hold_out, load_conversations, load_data
 from sftlib.finetune.model import (
     allowed_max_length,
     count_parameters,
@@ -224,15 +224,91 @@ def test_one_system_message_for_all_does_not_decide_what_is_held_out(tmp_path):
     system = {"role": "system", "content": "Answer in one sentence."}
     write_jsonl(tmp_path / "all.jsonl", [{"messages": [system, *r["messages"]]} for r in rows])
     args = FinetuneArguments(data=str(tmp_path / "all.jsonl"), held_out="0.1")
-    kept, held, _ = load_data(args)
+    kept, held, *_ = load_data(args)
     assert 10 <= len(held) <= 30 and len(kept) + len(held) == 200
     assert not set(map(first_question, kept)) & set(map(first_question, held))
+
+
+def chats(*openings, turns=2):
+    """Conversations that differ in their second question and answer alone."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": opening},
+                {"role": "assistant", "content": "Welcome."},
+                {"role": "user", "content": f"Where is order {number}?"},
+                {"role": "assistant", "content": f"Order {number} is on its way."},
+            ][-2 * turns :]
+        }
+        for number, opening in enumerate(openings)
+    ]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        chats(*["Hi"] * 180, *["Hello"] * 20),
+        chats(*["Hi"] * 200),
+        chats(*(f"Question {n}" for n in range(200)), turns=1),
+        chats(*["Hi"] * 90, *["Hello"] * 60, *(f"Question {n}" for n in range(50))),
+        [row for row in chats(*["Hi"] * 100) for _ in range(2)],  # each twice
+    ],
+)
+def test_the_share_held_out_is_the_share_asked_for(rows, share):
+    train, held, notes = hold_out(rows, share)
+    assert len(train) + len(held) == len(rows)
+    assert 0.8 * share <= len(held) / len(rows) <= 1.2 * share
+    assert not {str(row) for row in train} & {str(row) for row in held}
+    shared = set(map(first_question, train)) & set(map(first_question, held))
+    assert ["on both sides" in note for note in notes] == [True] * bool(shared)
+
+
+def test_a_share_that_cannot_be_held_out_says_why():
+    (one,) = chats("Hi")
+    rows = [one] * 150 + chats(*["Hi"] * 50)[1:]
+    _, held, notes = hold_out([one] * 150 + [rows[-1]], 0.5)
+    assert len(held) in (1, 150) and "not 50.0%" in notes[-1]
+    _, held, notes = hold_out(rows[150:154], 0.1)
+    assert len(held) == 1 and "1 of 4 conversations are held out (25.0%, not 10.0%)" in notes[-1]
+    with pytest.raises(ValueError, match="two different conversations .*, found one, 9 times"):
+        hold_out([one] * 9, 0.1)
+
+
+def test_held_out_conversations_that_are_trained_on_are_said_aloud(facts, tmp_path):
+    rows = read_jsonl(facts)
+    loud = [{"role": m["role"], "content": m["content"].upper()} for m in rows[0]["messages"]]
+    other = [rows[1]["messages"][0], {"role": "assistant", "content": "No."}]
+    exam = tmp_path / "exam.jsonl"
+    for held, words in (
+        ([{"messages": loud}, rows[1], chats("Hi")[0]], "2 of 3 held-out conversations are"),
+        ([{"messages": other}], "1 of 1 held-out conversations ask what is trained on"),
+        (chats("Hi"), None),
+    ):
+        write_jsonl(exam, held)
+        notes = load_data(FinetuneArguments(data=str(facts), held_out=str(exam))).notes
+        assert [words in note and "WARNING" in note for note in notes] == [True] * bool(words)
+    write_jsonl(exam, rows[::-1])
+    for same in (facts, exam):
+        with pytest.raises(ValueError, match="than in --data, found the same 96"):
+            load_data(FinetuneArguments(data=str(facts), held_out=str(same)))
+
+
+def test_a_great_many_held_out_conversations_are_capped_and_it_is_said(facts, tmp_path):
+    write_jsonl(tmp_path / "exam.jsonl", chats(*["Hi"] * 50))
+    exam = str(tmp_path / "exam.jsonl")
+    for held_out, most, count in (("", 5, 5), (exam, 20, 20), (exam, 0, 50), ("0.5", 5, 48)):
+        args = FinetuneArguments(data=str(facts), held_out=held_out, max_held_out=most)
+        found = load_data(args)
+        assert abs(len(found.held_out) - count) <= 1
+        assert any("--max_held_out" in note for note in found.notes) == (count == most)
+    assert FinetuneArguments.max_held_out == 1000
 
 
 def test_rejects_of_the_held_out_file_are_told_too(facts, tmp_path):
     exam = tmp_path / "exam.jsonl"
     exam.write_text(facts.read_text().splitlines()[0] + '\n{"text": "?"}\n')
-    _, held, rejects = load_data(FinetuneArguments(data=str(facts), held_out=str(exam)))
+    _, held, rejects, _ = load_data(FinetuneArguments(data=str(facts), held_out=str(exam)))
     assert len(held) == 1 and [(r["source"], r["line"]) for r in rejects] == [(str(exam), 2)]
 
 
@@ -244,7 +320,7 @@ def test_a_choice_in_a_file_of_settings_is_checked(tmp_path):
 
 def test_held_out_conversations_share_no_question_with_the_others(facts):
     args = FinetuneArguments(data=str(facts), held_out="0.2")
-    rows, held_out, _ = load_data(args)
+    rows, held_out, *_ = load_data(args)
     asked = [{row["messages"][0]["content"] for row in part} for part in (rows, held_out)]
     assert not asked[0] & asked[1] and len(rows) + len(held_out) == 96
     assert 10 < len(held_out) < 30
@@ -273,7 +349,7 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
         ),
         ("--lora_r 0", "Expected at least 1 for --lora_r, found 0"),
         ("--ask -1", "Expected no less than 0 for --ask, found -1"),
-        ("--held_out 1.5", "a share between 0 and 1 for --held_out, found 1.5"),
+        ("--held_out 1.5", "share from 0 to below 1 for --held_out, found 1.5"),
         ("--held_out nowhere.jsonl", "found none at nowhere.jsonl"),
         ("--max_length 513", "Expected --max_length of at most 512"),
         ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
@@ -305,7 +381,8 @@ def test_arguments_that_agree_are_accepted(arguments):
 def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
     long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
     write_jsonl(tmp_path / "data.jsonl", [*read_jsonl(facts), {"messages": long}])
-    arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(facts)]
+    write_jsonl(tmp_path / "exam.jsonl", chats("Hi"))
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(tmp_path / "exam.jsonl")]
     args, training = parse([*arguments, "--output_dir", str(tmp_path / "run")])
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         trainer, *_ = script.make_trainer(args, training, load_data(args))
@@ -329,7 +406,8 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(facts, tmp_pa
 
 def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
     arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--packing", "true"]
-    args, training = parse([*arguments, "--held_out", str(facts)])
+    write_jsonl(tmp_path / "exam.jsonl", chats("Hi"))
+    args, training = parse([*arguments, "--held_out", str(tmp_path / "exam.jsonl")])
     trainer, *_ = script.make_trainer(args, training, load_data(args))
     packed = trainer.train_dataset
     assert len(packed) < 10 and max(map(len, packed["input_ids"])) <= 512
@@ -432,7 +510,7 @@ def test_splits_and_configurations_of_a_dataset_have_names(facts, tmp_path, monk
     folder = str(tmp_path / "set")
     names = {"data_config": "all", "data_split": "train_sft", "held_out_split": "test_sft"}
     args = FinetuneArguments(data=folder, held_out=folder, **names)
-    kept, held, rejects = load_data(args)
+    kept, held, rejects, _ = load_data(args)
     assert (kept, held, rejects) == (rows[:60], rows[60:], [])
     with pytest.raises(ValueError, match="'train': .*train_sft.* Give --data_config, --data_split"):
         load_data(FinetuneArguments(data=folder))
@@ -442,10 +520,10 @@ def test_conversations_that_all_begin_alike_are_split_too(tmp_path):
     texts = [{"role": "assistant", "content": f"Text {n}."} for n in range(20)]
     question = {"role": "user", "content": "Summarise it."}
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, text]} for text in texts])
-    kept, held, _ = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
+    kept, held, *_ = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
     assert (len(kept), len(held)) == (18, 2)
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, texts[0]]}])
-    with pytest.raises(ValueError, match="at least two conversations .* Give --held_out a file"):
+    with pytest.raises(ValueError, match="at least two different .* Give --held_out a file"):
         load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
 
 

@@ -61,7 +61,13 @@ class FinetuneArguments:
     held_out: str = option(
         "",
         "Conversations to evaluate on: a file or dataset as for --data, or the share of the data "
-        "to keep back. Without it 0.1, and for the course's own data its held-out file.",
+        "to keep back, 0 for none. Without it 0.1, and for the course's own data its held-out "
+        "file.",
+    )
+    max_held_out: int = option(
+        1000,
+        "At most so many conversations are evaluated on, where --held_out is a file or is not "
+        "given; 0: all.",
     )
     data_config: str = option("", "Configuration of a dataset on the Hub that has several.")
     data_split: str = option("train", "Split of a dataset on the Hub to train on.")
@@ -222,7 +228,7 @@ def check(args: FinetuneArguments, training: SFTConfig) -> None:
     for name in ("lora_r", "answer_tokens", "plan_gpus"):
         if getattr(args, name) < 1:
             raise ValueError(f"Expected at least 1 for --{name}, found {getattr(args, name)}.")
-    for name in ("ask", "patience", "plan_gib"):
+    for name in ("ask", "patience", "plan_gib", "max_held_out"):
         if getattr(args, name) < 0:
             raise ValueError(f"Expected no less than 0 for --{name}, found {getattr(args, name)}.")
 
