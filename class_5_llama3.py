@@ -34,7 +34,14 @@ if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for 
 from sftlib import progress_bars
 from sftlib.adapters import control_token_rows
 from sftlib.finetune.arguments import FinetuneArguments, check, parse, zero_stage
-from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, StopOnSignal, questions_that_fit
+from sftlib.finetune.callbacks import (
+    HeldOutAnswers,
+    OrderOfEpoch,
+    PrintLoss,
+    StopOnSignal,
+    early_stopping,
+    questions_that_fit,
+)
 from sftlib.finetune.card import model_card, print_samples, saved_step
 from sftlib.finetune.checkpoints import RunFolder, run_identity
 from sftlib.finetune.data import Data, load_data
@@ -50,7 +57,7 @@ from sftlib.models import chosen
 from sftlib.training import prepare
 
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
@@ -71,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # 3. The run's folder: is the run finished, or does it resume a checkpoint?
-    folder = RunFolder(str(training.output_dir), run_identity(args, training, data.train))
+    identity = run_identity(args, training, data.train, data.held_out)
+    folder = RunFolder(str(training.output_dir), identity)
     is_main = training.process_index == 0  # one rank prints and writes for all
     if folder.finished(args.saved_folders[-1]):
         if is_main:
@@ -84,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         print("".join(f"{note}\n" for note in data.notes), end="")
 
     # 4. Model and template, adapters, and TRL's trainer.
-    trainer, held_out_answers, stop_signal = make_trainer(args, training, data)
+    trainer, held_out_answers, stop_signal = make_trainer(args, training, data, checkpoint)
 
     # 5. Train, and save.
     if is_main:  # only now: what is refused above must leave no file behind
@@ -100,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_trainer(
-    args: FinetuneArguments, training: SFTConfig, data: Data
+    args: FinetuneArguments, training: SFTConfig, data: Data, checkpoint: str | None = None
 ) -> tuple[SFTTrainer, HeldOutAnswers, StopOnSignal]:
     """TRL's trainer, ready to train, and the two callbacks whose results are read afterwards."""
     set_seed(training.seed)
@@ -108,6 +116,7 @@ def make_trainer(
     if training.learning_rate is None:
         training.learning_rate = default_learning_rate(args.method, count_parameters(model))
     training.max_length = allowed_max_length(model, training)
+    training.eval_on_start &= checkpoint is None  # the checkpoint has been evaluated
 
     lora = lora_config(args, model, tokenizer) if args.trains_adapters else None
     trainer = prepare(model, tokenizer, data.train, lora, data.held_out, training)
@@ -127,10 +136,11 @@ def make_trainer(
     stop_signal = StopOnSignal()
     trainer.add_callback(held_out_answers)
     trainer.add_callback(stop_signal)
+    trainer.add_callback(OrderOfEpoch())
     if not progress_bars():
         trainer.add_callback(PrintLoss())
     if args.patience:
-        trainer.add_callback(EarlyStoppingCallback(args.patience))
+        trainer.add_callback(early_stopping(args.patience, checkpoint))
     return trainer, held_out_answers, stop_signal
 
 
@@ -178,8 +188,11 @@ def announce(
     if data.rejects:
         reasons = folder.path / "rejects.jsonl"
         print(f"{len(data.rejects)} cannot be used: {reasons} says why")
+    print("".join(f"{sentence}\n" for sentence in folder.passed_over()), end="")
     if checkpoint:
         print(f"Going on from {checkpoint}")
+    elif folder.passed_over():
+        print("No checkpoint can be resumed: the run begins anew.")
     if args.method == "lora" and zero_stage(training) == 3:
         print(
             "ZeRO-3 does not train the rows of the control tokens beside an adapter: a base "

@@ -568,37 +568,70 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
     with pytest.raises(ValueError, match=r"checkpoints without a run\.json"):
         RunFolder(tmp_path / "other", mine).last_checkpoint()
     (tmp_path / RUN_FILE).write_text(json.dumps(mine))
-    state = "trainer_state.json"
-    for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for file in files:
-            (folder / file).write_text("{}")
-    assert RunFolder(tmp_path, mine).last_checkpoint().endswith("checkpoint-5")
+    whole = ("m.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    parts = {5: whole, 8: whole[:1] + whole[-1:], 10: whole[:-1], "best": whole}
+    for step, files in parts.items():
+        write_checkpoint(tmp_path / f"checkpoint-{step}", files)
+    folder = RunFolder(tmp_path, mine)
+    assert str(folder.last_checkpoint()).endswith("checkpoint-5")
+    first, second = folder.passed_over()
+    assert first.endswith(
+        "checkpoint-8 cannot be resumed: no rng_state.pth, scheduler.pt, optimizer.*."
+    )
+    assert second.endswith("checkpoint-10 cannot be resumed: no trainer_state.json.")
+    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"half": ')
+    assert folder.passed_over()[-1] == second
     with pytest.raises(ValueError, match="found one with data 'abc'; now data 'xyz'"):
         RunFolder(tmp_path, mine | {"data": "xyz"}).last_checkpoint()
+
+
+def write_checkpoint(folder, files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+
+
+@pytest.mark.parametrize("lost", range(7))
+def test_a_checkpoint_of_ranks_needs_what_each_of_them_saved(lost, tmp_path):
+    whole = ["global_step4/mp_rank_00_model_states.pt", "latest", "scheduler.pt"]
+    whole += [f"global_step4/zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in (0, 1)]
+    whole += ["rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"]
+    two = RunFolder(tmp_path, {"zero_stage": 2, "ranks": 2})
+    write_checkpoint(tmp_path / "checkpoint-4", whole)
+    assert two.lacking(tmp_path / "checkpoint-4") == []
+    for plain in ({"ranks": 1}, {"ranks": 2}):
+        assert "optimizer.*" in RunFolder(tmp_path, plain).lacking(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / whole[lost]).unlink()
+    assert len(two.lacking(tmp_path / "checkpoint-4")) == 1
 
 
 def test_a_run_is_known_by_what_decides_what_is_learned(facts):
     rows = read_jsonl(facts)
 
-    def identity(*arguments, rows=rows):
-        return run_identity(*parse(["--model", "tiny-base", *arguments]), rows)
+    def identity(*arguments, rows=rows, held_out=()):
+        return run_identity(*parse(["--model", "tiny-base", *arguments]), rows, held_out)
 
     mine = identity()
-    assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3")
+    assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3", "--logging_steps", "9")
+    assert mine == identity("--report_to", "tensorboard", "--activation_checkpointing", "true")
     assert mine == identity(
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"
     )
-    others = [identity(rows=rows[1:]), identity(rows=rows[::-1])]
+    assert mine == json.loads(json.dumps(mine)) and "hub_token" not in mine
+    others = [identity(rows=rows[1:]), identity(rows=rows[::-1]), identity(held_out=rows[:1])]
     for name, value in {
         **{"model": "other", "method": "full", "lora_r": "8", "lora_alpha": "8"},
         **{"template": "own", "learning_rate": "1e-3", "num_train_epochs": "2", "max_steps": "9"},
         **{"max_length": "64", "packing": "true", "seed": "1", "warmup_steps": "3"},
         **{"per_device_train_batch_size": "8", "lr_scheduler_type": "linear"},
+        **{"assistant_only_loss": "false", "weight_decay": "0.1", "max_grad_norm": "0.5"},
+        **{"neftune_noise_alpha": "5", "optim": "sgd", "adam_beta2": "0.95", "loss_type": "dft"},
+        **{"label_smoothing_factor": "0.1", "data_seed": "3", "truncation_mode": "keep_end"},
+        **{"train_sampling_strategy": "random", "deepspeed": "deepspeed_configs/zero2.json"},
     }.items():
         others.append(identity(f"--{name}", value))
     assert all(other != mine for other in others)
+    assert identity("--deepspeed", "deepspeed_configs/zero1.json") != others[-1]
 
 
 def test_a_second_interrupt_stops_at_once():

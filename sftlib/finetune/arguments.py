@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.data import FACTS
@@ -253,11 +251,15 @@ def _check_method(args: FinetuneArguments, training: SFTConfig) -> None:
 # --- What the arguments imply --------------------------------------------------------------------
 
 
+def deepspeed_config(training: SFTConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, from --deepspeed or `accelerate launch`; empty without one."""
+    plugin: Any = training.deepspeed_plugin
+    return plugin.hf_ds_config.config if plugin else {}
+
+
 def zero_config(training: SFTConfig) -> dict[str, Any]:
     """The part `zero_optimization` of DeepSpeed's configuration; empty without one."""
-    if not training.deepspeed:
-        return {}
-    return json.loads(Path(str(training.deepspeed)).read_text()).get("zero_optimization", {})
+    return deepspeed_config(training).get("zero_optimization", {})
 
 
 def zero_stage(training: SFTConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from sftlib.evaluate import Answer, answers, exact_match, stops
 
 import torch
 from torch import distributed
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +93,34 @@ class PrintLoss(TrainerCallback):
         due = state.global_step % max(1, state.max_steps // 20) == 0
         if due and state.is_world_process_zero and "loss" in logs:
             print(f"step {state.global_step:>5}: loss {float(logs['loss']):.3f}", flush=True)
+
+
+def early_stopping(patience: int, checkpoint: str | None) -> EarlyStoppingCallback:
+    """Transformers' callback, which goes on counting where a checkpoint's run stopped."""
+    callback = EarlyStoppingCallback(patience)
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        for name, value in saved.items():  # the number of evaluations without a lower loss
+            setattr(callback, name, value)
+    return callback
+
+
+class OrderOfEpoch(TrainerCallback):
+    """The order of the rows follows from the seed and the epoch alone.
+
+    Transformers' `LengthGroupedSampler` draws it from the global random state, which a checkpoint
+    in the middle of an epoch has left behind: a resumed epoch would repeat rows and miss others.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **_: Any) -> None:
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):  # one rank's part of the batches
+            sampler = sampler.batch_sampler
+        if isinstance(rows := getattr(sampler, "sampler", None), LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            epoch = int(state.epoch or 0)
+            rows.generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
 
 
 class StopOnSignal(TrainerCallback):
