@@ -52,7 +52,7 @@ from sftlib.finetune.model import (
     load_model,
 )
 from sftlib.finetune.plan import make_plan
-from sftlib.finetune.save import end_all_ranks, save
+from sftlib.finetune.save import end_all_ranks, rehearse, save
 from sftlib.models import chosen
 from sftlib.training import prepare
 
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. Train, and save.
     if is_main:  # only now: what is refused above must leave no file behind
+        rehearse(trainer)
         folder.begin(data.rejects)
         announce(args, training, folder, data, checkpoint)
     saved = train_and_save(trainer, args, folder, checkpoint, stop_signal)

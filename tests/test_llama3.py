@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from sftlib.chat import CHATML, LLAMA3
+from sftlib.chat import CHATML, LLAMA3, encode
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.finetune import checkpoints
@@ -27,16 +27,19 @@ from sftlib.finetune.model import (
     set_template,
     stop_token_ids,
 )
+from sftlib.finetune.save import rehearse
 from sftlib.models import TINY_BASE, describe, load
 
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from trl.chat_template_utils import qwen2_5_chat_template
 
 import class_5_llama3 as script
 from tests import llama3_like
+from tests.random_model import random_model
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -450,6 +453,110 @@ def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_
     assert tokenizer.chat_template == CHATML
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn in model.generation_config.eos_token_id
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    """A random model of two layers in a folder."""
+    random_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def quickly(base, facts, *more):
+    """The words for a run of two steps, in the folder `run` beside the base."""
+    words = f"--model {base} --data {facts} --output_dir {base.parent}/run --max_steps 2 --ask 1 "
+    words += "--answer_tokens 2 --per_device_train_batch_size 4 --save_steps 1 --eval_steps 1"
+    return [*words.split(), *map(str, more)]
+
+
+CASES = {
+    "meant for sampling": ({"temperature": 0.9, "top_p": 0.6}, "do_sample is now true"),
+    "for beams": ({"length_penalty": 2.0}, "only stop tokens are kept"),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_generation_config_that_cannot_be_saved_is_mended(case, method, base, facts, capsys):
+    wrong, words = CASES[case]
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    assert script.main(quickly(base, facts, "--method", method)) == 0
+    assert words in capsys.readouterr().out
+    model, tokenizer = load(base.parent / ("run/model" if method == "full" else "run/merged"))
+    turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert turn in model.generation_config.eos_token_id
+    assert model.generation_config.temperature == wrong.get("temperature")
+
+
+def test_what_cannot_be_saved_is_found_before_the_training(tiny):
+    model, tokenizer = tiny
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise TypeError("Object of type dtype is not JSON serializable")
+
+    parts = {"config": model.config, "generation_config": model.generation_config}
+    rehearse(SimpleNamespace(model=SimpleNamespace(**parts), processing_class=tokenizer))
+    for name in parts:
+        broken = SimpleNamespace(**parts | {name: Broken()})
+        with pytest.raises(ValueError, match=r"Broken that can be saved .*not JSON serializable"):
+            rehearse(SimpleNamespace(model=broken, processing_class=tokenizer))
+    with pytest.raises(ValueError, match="Broken that can be saved"):
+        rehearse(SimpleNamespace(model=SimpleNamespace(**parts), processing_class=Broken()))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected an --output_dir that can be written"):
+        RunFolder(tmp_path / "file", {}).begin([])
+    with pytest.raises(OSError, match="Expected an --output_dir that can be written"):
+        RunFolder(tmp_path / "file/run", {}).begin([])
+
+
+@pytest.mark.parametrize("more", [(), ("--plan",)])
+def test_an_adapter_is_refused_as_a_model_at_once(more, facts, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    words = ["--model", str(tmp_path / "adapter"), "--data", str(facts), *more]
+    words += ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="whole model for --model, found an adapter .*Merge it"):
+        script.main(words)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ValueError, match=r"Give .*merged, which has it merged"):
+        script.main(words)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare", [80, 1, 0])
+def test_added_tokens_take_spare_rows_and_an_adapter_fits_its_base(
+    spare, tied, facts, tmp_path, capsys
+):
+    """Vocabularies are padded, for speed: rows that no token has are not cut off."""
+    words = llama3_like.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    model = random_model(words, tied=tied, rows=len(words) + spare)
+    model.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    arguments = quickly(tmp_path / "base", facts, "--template", "chatml", "--learning_rate", "0.01")
+    assert script.main(arguments) == 0
+    grows = spare < 2
+    assert ("AutoPeftModelForCausalLM" in capsys.readouterr().out) == grows
+    merged, tokenizer = load(tmp_path / "run/merged")
+    rows = max(len(words) + spare, len(tokenizer))
+    assert merged.get_input_embeddings().num_embeddings == merged.config.vocab_size == rows
+    if grows:
+        tuned = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/adapter")
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        tuned = PeftModel.from_pretrained(plain, tmp_path / "run/adapter")
+    ids = encode(read_jsonl(facts)[0]["messages"], tokenizer)["input_ids"]
+    assert max(ids) >= len(words)
+    ids = torch.tensor([ids])
+    torch.testing.assert_close(tuned(ids).logits, merged(ids).logits, atol=1e-3, rtol=1e-3)
 
 
 def test_a_model_still_stops_where_it_did(tokenizer):

@@ -78,9 +78,19 @@ class RunFolder:
         self.path, self.identity = Path(path), identity
 
     def begin(self, rejects: list[dict]) -> None:
-        """Write which run the folder belongs to, and the records that could not be used."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.path / RUN_FILE, [self.identity])
+        """Write which run the folder belongs to, and the records that could not be used.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_jsonl(self.path / RUN_FILE, [self.identity])
+        except OSError as error:
+            raise OSError(
+                f"Expected an --output_dir that can be written, found {self.path}: "
+                f"{error.strerror or error}. Give another one."
+            ) from error
         if rejects:
             write_jsonl(self.path / "rejects.jsonl", rejects)
 

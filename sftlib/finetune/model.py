@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
@@ -9,7 +10,7 @@ from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments
 from sftlib.models import load, own_template, prepare_for_chat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig
 
 
@@ -24,6 +25,7 @@ def load_model(
     """
     import torch
 
+    refuse_adapter(args.model)
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
     if args.method == "qlora":
         options["quantization_config"] = four_bit_config()
@@ -31,9 +33,60 @@ def load_model(
     needs_float32 = args.method == "full" and not training.deepspeed
     dtype = torch.float32 if needs_float32 else None  # None: bfloat16 on a GPU
     model, tokenizer = load(args.model, dtype=dtype, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter of the Hub
+        refuse_adapter(args.model, found=True)
     set_template(model, tokenizer, args)
-    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
+    said = set_generation_config(model, tokenizer)
+    if said and training.process_index == 0:
+        print(said)
     return model, tokenizer
+
+
+def refuse_adapter(name: str | None, found: bool = False) -> None:
+    """Raise a ValueError where `--model` names an adapter: PEFT would put a second one on it."""
+    folder = Path(name or "")
+    if not found and (
+        not (folder / "adapter_config.json").exists() or (folder / "config.json").exists()
+    ):
+        return
+    merged = folder.parent / "merged"
+    todo = f"Give {merged}, which has it merged." if merged.is_dir() else "Merge it first."
+    raise ValueError(
+        f"Expected a whole model for --model, found an adapter in {name}. {todo} (PEFT merges with "
+        "PeftModel.from_pretrained(base, adapter).merge_and_unload().) To repeat its training, "
+        "give its base."
+    )
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Set the stop tokens, and mend a generation config that Transformers refuses to save.
+
+    Returns:
+        A sentence about what was mended; empty where nothing was.
+    """
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    config.eos_token_id = stop_token_ids(model, tokenizer)
+    wrong = " ".join(_faults(config).split())[:200]
+    if not wrong:
+        return ""
+    config.do_sample = True  # temperature and top_p say that it was meant
+    if not _faults(config):
+        return "The base's generation config has settings for sampling: do_sample is now true."
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {name: getattr(config, name) for name in names}
+    model.generation_config = GenerationConfig(**kept)
+    return f"The base's generation config cannot be saved ({wrong}): only stop tokens are kept."
+
+
+def _faults(config: GenerationConfig) -> str:
+    """Why Transformers would refuse to save a generation config; empty where it would not."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def four_bit_config() -> Any:

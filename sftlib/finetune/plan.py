@@ -12,7 +12,7 @@ from sftlib.finetune.arguments import (
     zero_config,
     zero_stage,
 )
-from sftlib.finetune.model import allowed_max_length, set_template
+from sftlib.finetune.model import allowed_max_length, refuse_adapter, set_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +101,7 @@ def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) ->
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    refuse_adapter(args.model)
     unset_hf_deepspeed_config()  # otherwise stage 3 would divide a model that has no weights
     model, tokenizer = describe(args.model)
     set_template(model, tokenizer, args)
