@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for progress bars
     os.environ.update({"TQDM_DISABLE": "1", "SFT_NO_BARS": "1"})  # libraries read it at import
@@ -38,11 +38,18 @@ from sftlib.finetune.callbacks import (
     HeldOutAnswers,
     OrderOfEpoch,
     PrintLoss,
+    StopIfNotFinite,
     StopOnSignal,
     early_stopping,
     questions_that_fit,
 )
-from sftlib.finetune.card import model_card, print_samples, saved_step
+from sftlib.finetune.card import (
+    is_worse,
+    model_card,
+    print_samples,
+    saved_step,
+    warning_of_loss,
+)
 from sftlib.finetune.checkpoints import RunFolder, run_identity
 from sftlib.finetune.data import Data, load_data
 from sftlib.finetune.model import (
@@ -138,6 +145,7 @@ def make_trainer(
     trainer.add_callback(held_out_answers)
     trainer.add_callback(stop_signal)
     trainer.add_callback(OrderOfEpoch())
+    trainer.add_callback(StopIfNotFinite(trainer))
     if not progress_bars():
         trainer.add_callback(PrintLoss())
     if args.patience:
@@ -173,6 +181,8 @@ def train_and_save(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         return None if stop_signal.received else save(trainer, args, folder.path)
+    except FloatingPointError as error:
+        raise folder.not_finite(error, cast(SFTConfig, trainer.args)) from error
     except Exception as error:
         folder.raise_if_full(error)
         raise
@@ -217,11 +227,15 @@ def report(
     (saved / "README.md").write_text(model_card(args, training, trainer, data), encoding="utf-8")
     print_samples(held_out_answers.rows, held_out_answers.by_step.get(best_step, []))
     if best_step < last_step:
-        print(f"Kept: the weights after step {best_step}, where the held-out loss was lowest.")
+        best = training.metric_for_best_model
+        print(f"Kept: the weights after step {best_step}, which has the best held-out {best}.")
     summary = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
     print(f"{last_step} steps in {summary.get('train_runtime', 0):.1f} s")
-    hint = f" Talk to it: python -m sftlib.deploy.talk {saved}" if saved.name != "adapter" else ""
+    usable = saved.name != "adapter" and not is_worse(trainer)
+    hint = f" Talk to it: python -m sftlib.deploy.talk {saved}" if usable else ""
     print(f"Saved in {saved}.{hint}")
+    if warning := warning_of_loss(trainer):
+        print(warning)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.finetune import checkpoints
 from sftlib.finetune.arguments import FinetuneArguments, check, parse
-from sftlib.finetune.callbacks import StopOnSignal
+from sftlib.finetune.callbacks import StopIfNotFinite, StopOnSignal
+from sftlib.finetune.card import warning_of_loss
 from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
 from sftlib.finetune.data import Data, first_question, hold_out, load_conversations, load_data
 from sftlib.finetune.model import (
@@ -34,6 +35,7 @@ import psutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from trl.chat_template_utils import qwen2_5_chat_template
 
@@ -489,6 +491,85 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(case, method, base, 
     turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert turn in model.generation_config.eos_token_id
     assert model.generation_config.temperature == wrong.get("temperature")
+
+
+BROKEN = {
+    "rate": (1, "--learning_rate 1e30", "step [23]: (the loss|a gradient) is not finite"),
+    "gradient": (4, "", r"step 4: a gradient is not .*good checkpoint is .*checkpoint-2\."),
+    "weight": (4, "--logging_steps 9", r"step 4: a weight is not .* is .*checkpoint-2\."),
+    "norm": (4, "", r"step 4: the norm of the gradients is not .* is .*checkpoint-2\."),
+    "base": (9, "", "step 0: the held-out loss is not finite. There is no checkpoint"),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_finite_stops_the_training_at_once(case, base, facts, monkeypatch, capsys):
+    at, more, words = BROKEN[case]
+    arguments = quickly(base, facts, "--method", "full", "--warmup_steps", "0", *more.split())
+    arguments += ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "2"]
+    if case == "base":
+        model, _ = load(base)
+        model.get_input_embeddings().weight.data[:] = torch.nan
+        model.save_pretrained(base)
+    if case in ("gradient", "weight", "norm"):
+        step = script.SFTTrainer.training_step
+
+        def overflow(trainer, model, *rest):
+            loss = step(trainer, model, *rest)
+            if trainer.state.global_step + 1 == at:
+                next(model.parameters()).grad[0] = torch.inf
+            return loss
+
+        monkeypatch.setattr(script.SFTTrainer, "training_step", overflow)
+        for off in {"gradient": [], "weight": ["on_pre_optimizer_step"]}.get(
+            case, ["on_pre_optimizer_step", "on_step_end"]
+        ):
+            monkeypatch.setattr(StopIfNotFinite, off, lambda *_, **__: None)
+    with pytest.raises(FloatingPointError, match=words) as raised:
+        script.main(arguments)
+    assert "--learning_rate (now " in str(raised.value) and "--output_dir" in str(raised.value)
+    assert "Saved in" not in capsys.readouterr().out
+    assert not list(base.parent.glob("run/model*"))
+    for weights in base.parent.glob("run/checkpoint-*/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+
+
+@pytest.mark.integration
+def test_a_run_that_ends_worse_than_it_began_says_so(base, facts, capsys):
+    """It learns one answer by heart, and is asked for others."""
+    one = [m | {"content": "no " * 20} for m in read_jsonl(facts)[0]["messages"]]
+    write_jsonl(base.parent / "one.jsonl", [{"messages": one}])
+    arguments = quickly(base, base.parent / "one.jsonl", "--held_out", facts, "--learning_rate")
+    arguments += ["0.2", "--method", "full", "--load_best_model_at_end", "false"]
+    assert script.main([*arguments, "--max_steps", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "worse than before the training: the held-out loss rose from" in said
+    assert "Talk to it" not in said
+    card = (base.parent / "run/model/README.md").read_text()
+    assert "**WARNING: worse than before the training" in card and "| 0 |" in card
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "words"),
+    [
+        ({0: 2.0, 4: 1.0, 8: 1.5}, 4, ""),
+        (
+            {0: 2.0, 4: 1.0, 8: 2.5},
+            4,
+            "began at 2.000 and ended at 2.500",
+        ),
+        ({0: 2.0, 4: 2.1, 8: 2.5}, 4, "rose from 2.000 to 2.100"),
+        ({4: 2.0, 8: 2.5}, 4, ""),
+        ({}, None, ""),
+    ],
+)
+def test_held_out_losses_before_and_after_are_compared(losses, kept, words):
+    log = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+    state = SimpleNamespace(log_history=log, best_global_step=kept, global_step=8)
+    args = SimpleNamespace(load_best_model_at_end=True)
+    said = warning_of_loss(SimpleNamespace(state=state, args=args))
+    assert words in said and bool(words) == bool(said)
 
 
 def test_what_cannot_be_saved_is_found_before_the_training(tiny):

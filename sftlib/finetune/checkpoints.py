@@ -178,6 +178,17 @@ class RunFolder:
                 "sees what the first one wrote there: give such an --output_dir."
             )
 
+    def not_finite(self, error: FloatingPointError, training: SFTConfig) -> FloatingPointError:
+        """The same error with the last good checkpoint, and what to try."""
+        good = self.last_checkpoint()
+        return FloatingPointError(
+            f"{error} "
+            + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint. ")
+            + f"Try a lower --learning_rate (now {training.learning_rate:g}), --max_grad_norm 1 "
+            f"(now {training.max_grad_norm:g}), --bf16 rather than --fp16; look at rows with "
+            "--show 5. Give another --output_dir: the same command would come to the same step."
+        )
+
     def raise_if_full(self, error: Exception) -> None:
         """Raise an error in words where `error` came of a full disk.
 
