@@ -51,15 +51,18 @@ from sftlib.finetune.card import (
     warning_of_loss,
 )
 from sftlib.finetune.checkpoints import RunFolder, run_identity
-from sftlib.finetune.data import Data, load_data
+from sftlib.finetune.data import Data, load_data, summary
 from sftlib.finetune.model import (
     allowed_max_length,
     count_parameters,
     default_learning_rate,
+    learning_rate_to_deepspeed,
     load_model,
 )
 from sftlib.finetune.plan import make_plan
+from sftlib.finetune.refusals import IN_WORDS, REFUSED, in_words, require_launcher
 from sftlib.finetune.save import end_all_ranks, rehearse, save
+from sftlib.finetune.show import show
 from sftlib.models import chosen
 from sftlib.training import prepare
 
@@ -81,8 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Data: conversations in any published layout, some of them held out.
     data = load_data(args)
     if args.plan:
-        print("\n".join([*data.notes, str(make_plan(args, training, data.train))]))
+        print("\n".join([*data.notes, str(make_plan(args, training, data.train, data.held_out))]))
         return 0
+    if args.show:
+        print(show(args, training, data.train))
+        return 0
+    require_launcher(training)
 
     # 3. The run's folder: is the run finished, or does it resume a checkpoint?
     identity = run_identity(args, training, data.train, data.held_out)
@@ -96,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = folder.last_checkpoint()
     if is_main:
         print(f"{len(data.train):,} conversations to train on, {len(data.held_out):,} held out")
-        print("".join(f"{note}\n" for note in data.notes), end="")
+        print("\n".join(summary(data)))
 
     # 4. Model and template, adapters, and TRL's trainer.
     trainer, held_out_answers, stop_signal = make_trainer(args, training, data, checkpoint)
@@ -123,15 +130,16 @@ def make_trainer(
     model, tokenizer = load_model(args, training)
     if training.learning_rate is None:
         training.learning_rate = default_learning_rate(args.method, count_parameters(model))
+    learning_rate_to_deepspeed(training)
     training.max_length = allowed_max_length(model, training)
     training.eval_on_start &= checkpoint is None  # the checkpoint has been evaluated
 
     lora = lora_config(args, model, tokenizer) if args.trains_adapters else None
-    trainer = prepare(model, tokenizer, data.train, lora, data.held_out, training)
+    trainer = prepare(model, tokenizer, data.train, lora, data.held_out or None, training)
     # max_length may have cut away every answer.
     datasets: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
     for name, rows in datasets.items():
-        if not len(rows):
+        if rows is not None and not len(rows):
             raise ValueError(
                 f"Expected conversations for {name} with an answer within the first "
                 f"{training.max_length} tokens, found none: raise --max_length."
@@ -163,7 +171,10 @@ def lora_config(
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
-        target_modules="all-linear",
+        lora_dropout=args.lora_dropout,
+        target_modules=args.targets,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
@@ -241,6 +252,7 @@ def report(
 if __name__ == "__main__":
     try:
         code = main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except IN_WORDS as error:
+        print(in_words(error), file=sys.stderr)
+        code = REFUSED
     raise SystemExit(code)

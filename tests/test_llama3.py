@@ -13,21 +13,30 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sftlib.chat import CHATML, LLAMA3, encode
-from sftlib.data import read_facts, read_jsonl, write_jsonl
+from sftlib.data import Converted, read_facts, read_jsonl, split, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.finetune import checkpoints
-from sftlib.finetune.arguments import FinetuneArguments, check, parse
+from sftlib.finetune.arguments import FinetuneArguments, check, deepspeed_config, parse
 from sftlib.finetune.callbacks import StopIfNotFinite, StopOnSignal
 from sftlib.finetune.card import warning_of_loss
 from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
-from sftlib.finetune.data import Data, first_question, hold_out, load_conversations, load_data
+from sftlib.finetune.data import (
+    Data,
+    first_question,
+    hold_out,
+    load_conversations,
+    load_data,
+    summary,
+)
 from sftlib.finetune.model import (
     allowed_max_length,
     count_parameters,
     default_learning_rate,
+    learning_rate_to_deepspeed,
     set_template,
     stop_token_ids,
 )
+from sftlib.finetune.refusals import in_words
 from sftlib.finetune.save import rehearse
 from sftlib.models import TINY_BASE, describe, load
 
@@ -360,13 +369,275 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
         ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
         ("--chat_template_path a.jinja", "Expected --template, found --chat_template_path"),
         ("--resume_from_checkpoint a", "Expected the same --output_dir"),
-        ("--learning_rat 1", "Some specified arguments are not used"),
+        ("--learning_rat 1", "found --learning_rat: did you mean --learning_rate"),
+        ("--held_out 0 --eval_strategy steps", "Expected --eval_strategy no for --held_out 0"),
+        ("--patience 1 --held_out 0", "Expected evaluations for --patience"),
+        ("--use_dora --method full", "Expected --use_dora with --method lora"),
+        ("--target_modules q_proj,nothing", "target_modules that name linear layers"),
+        ("--deepspeed deepspeed_configs/zero2.json", "Expected a launcher for --deepspeed"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         script.main([*arguments.split(), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--lr 1", "--lr: did you mean --learning_rate?"),
+        ("--epochs=3", "--epochs=3: did you mean --num_train_epochs?"),
+        ("--batch-size 3", "--batch-size: did you mean --per_device_train_batch_size?"),
+        ("--model_name_or_path a", "--model_name_or_path: did you mean --model?"),
+        ("--lora_rank 3", "--lora_rank: did you mean --lora_r?"),
+        ("--xyzzy", "found --xyzzy. --help"),
+        ("stray", "found stray. --help"),
+    ],
+)
+def test_an_unknown_argument_suggests_the_nearest(words, meant, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(meant)):
+        parse(words.split())
+    name, _, value = words.lstrip("-").replace("=", " ").partition(" ")
+    (tmp_path / "my.yaml").write_text(f"{name}: {value or 1}\n")
+    if words.startswith("--"):
+        with pytest.raises(ValueError, match=f"--{name}.*--help"):
+            parse([f"--config={tmp_path}/my.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: [full", "Expected YAML in .*my.yaml, found something else"),
+        ("- method", r"Expected lines such as `method: lora` in .*my.yaml, found \['method'\]"),
+        ("lora_r: [1]", r"Expected int for lora_r, found \[1\]"),
+        ("held_out: 0.2\npatience: 1.5", "Expected int for patience, found 1.5"),
+    ],
+)
+def test_a_broken_file_of_settings_is_refused_in_words(text, words, tmp_path):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        check(*parse(["--config", str(tmp_path / "my.yaml")]))
+    with pytest.raises(OSError, match="found none at nowhere.yaml"):
+        parse(["--config", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="a file after --config"):
+        parse(["--config"])
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ("--report_to wandb", "wandb for --report_to wandb"),
+        ("--attn_implementation flash_attention_2", "flash-attn for --attn"),
+        ("--use_liger_kernel true", "liger-kernel for --use_liger_kernel"),
+        ("--optim paged_adamw_8bit", "bitsandbytes for --optim"),
+        ("--method qlora", "bitsandbytes for --method qlora"),
+    ],
+)
+def test_a_missing_package_is_named(words, package, monkeypatch):
+    args, training = parse(words.split())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"Expected the package {package}.*pip install"):
+        check(args, training)
+    args.plan = True
+    check(args, training)
+
+
+def test_errors_of_libraries_are_told_in_words_with_their_place():
+    def raised(error):
+        try:
+            raise error
+        except type(error) as same:
+            return in_words(same)
+
+    assert raised(RuntimeError("CUDA out of memory.")).startswith("RuntimeError: The memory is ful")
+    assert "test_llama3.py, line " in raised(RuntimeError("odd"))
+    with pytest.raises(ValueError, match="between 0 and 1") as own:
+        split([{}], "a", 2)
+    assert in_words(own.value).endswith("found 2.")
+
+
+@pytest.mark.integration
+def test_a_refusal_has_exit_code_2_and_no_traceback():
+    for words in (["--lr", "1"], ["--lora_r", "x"], ["--config", "nowhere.yaml"]):
+        said = run(*words, code=2)
+        assert "Traceback" not in said and ("Expected" in said or "invalid int value" in said)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategies", "steps", "best"),
+    [
+        ("", ("steps", "steps"), (0.25, 0.25), True),
+        ("--eval_strategy epoch", ("epoch", "epoch"), (0.25, 0.25), True),
+        ("--save_strategy epoch", ("epoch", "epoch"), (0.25, 0.25), True),
+        ("--eval_steps 5", ("steps", "steps"), (5, 5), True),
+        ("--save-steps 5", ("steps", "steps"), (5, 5), True),
+        ("--eval_steps 5 --save_steps 10", ("steps", "steps"), (5, 10), True),
+        ("--eval_strategy no", ("no", "steps"), (0.25, 0.25), False),
+        ("--held_out 0", ("no", "steps"), (0.25, 0.25), False),
+        ("--held_out=0.0 --save_steps 7", ("no", "steps"), (7, 7), False),
+        ("--save_strategy no", ("steps", "no"), (0.25, 0.25), False),
+    ],
+)
+def test_evaluating_and_saving_follow_each_other(words, strategies, steps, best):
+    _, training = parse(words.split())
+    assert (training.eval_strategy.value, training.save_strategy.value) == strategies
+    assert (training.eval_steps or 0.25, training.save_steps) == steps
+    assert training.load_best_model_at_end is best
+    assert training.eval_on_start is (strategies[0] != "no")
+
+
+def test_evaluating_takes_batches_of_the_training(tmp_path):
+    for words, found in (("", 16), ("--per_device_train_batch_size 2", 2)):
+        assert parse(words.split())[1].per_device_eval_batch_size == found
+    both = "--per_device_train_batch_size 2 --per_device_eval_batch_size 5"
+    assert parse(both.split())[1].per_device_eval_batch_size == 5
+    (tmp_path / "my.yaml").write_text("eval_strategy: no\nper_device_eval_batch_size: 3\n")
+    args, training = parse(["--config", str(tmp_path / "my.yaml")])
+    assert (training.per_device_eval_batch_size, training.eval_strategy) == (3, "no")
+    assert args.held_out == "0" and not training.load_best_model_at_end
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("words", ["--eval_strategy no", "--held_out 0"])
+def test_a_run_without_evaluation_learns_from_all_rows(words, base, facts, capsys):
+    arguments = quickly(base, facts)
+    at = arguments.index("--eval_steps")
+    del arguments[at : at + 2]
+    assert script.main([*arguments, *words.split()]) == 0
+    said = capsys.readouterr().out
+    assert "96 conversations to train on, 0 held out" in said and "held-out loss" not in said
+    card = (base.parent / "run/merged/README.md").read_text()
+    assert "Not evaluated." in card and "| step |" not in card
+
+
+@pytest.mark.parametrize(
+    ("offload", "shown"),
+    [({"device": "none"}, False), ({"device": "cpu"}, True), (None, False), ({}, False)],
+)
+def test_what_is_offloaded_to_nowhere_stays_on_the_device(offload, shown, tmp_path, capsys):
+    config = json.loads((ROOT / "deepspeed_configs/zero3.json").read_text())
+    if offload is not None:
+        config["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    script.main(["--plan", "--method", "full", "--deepspeed", str(tmp_path / "ds.json")])
+    said = capsys.readouterr().out
+    assert ("offloaded" in said) == shown and "weights" in said
+
+
+def test_a_rate_that_deepspeeds_file_leaves_open_is_filled_in(tmp_path):
+    config = json.loads((ROOT / "deepspeed_configs/zero2_offload.json").read_text())
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_min_lr": 0}}
+    config |= {"scheduler": warmup}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    _, training = parse(["--deepspeed", str(tmp_path / "ds.json")])
+    training.learning_rate = 3e-4
+    learning_rate_to_deepspeed(training)
+    filled = deepspeed_config(training)
+    assert filled["optimizer"]["params"]["lr"] == 3e-4
+    assert filled["scheduler"]["params"]["warmup_max_lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (
+            "--method full",
+            "--method lora or qlora, a smaller batch, --activation_checkpointing, or",
+        ),
+        ("--method lora", "--method qlora, a smaller batch"),
+        ("--method qlora", "a smaller batch, --activation_checkpointing, or a higher ZeRO"),
+        ("--method qlora --activation_checkpointing true", "a smaller batch, or a higher ZeRO"),
+        (
+            "--method qlora --per_device_train_batch_size 1 --activation_checkpointing true "
+            "--deepspeed deepspeed_configs/zero2.json",
+            "a smaller --max_length",
+        ),
+    ],
+)
+def test_the_plan_never_advises_what_is_done_already(words, advice, capsys):
+    script.main(["--plan", "--plan_gib", "0.001", *words.split()])
+    assert f"It does not fit: {advice}" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_is_read_and_what_evaluating_takes(facts, capsys):
+    def said(*words):
+        script.main(["--plan", "--data", str(facts), *words])
+        return capsys.readouterr().out
+
+    tokens = [
+        int(re.search(r"([\d,]+) tokens in", said("--held_out", "0", *words))[1].replace(",", ""))
+        for words in ((), ("--max_steps", "3"), ("--max_length", "10"))
+    ]
+    assert tokens[1] == round(tokens[0] / 2) and tokens[2] == 96 * 10  # 3 of 6 steps
+    assert "3 of 16 conversations" in said("--held_out", "0", "--max_steps", "3")
+    large = said("--per_device_eval_batch_size", "512", "--per_device_train_batch_size", "1")
+    assert "evaluation (512 × " in large and "activations" not in large
+    assert "activations (16 × " in said() and "evaluation" not in said()
+
+
+def test_adapters_are_as_they_are_asked_for(tiny):
+    words = "--lora_dropout 0.1 --target_modules q_proj,v_proj --use_dora --use_rslora"
+    args, _ = parse(words.split())
+    config = script.lora_config(args, *tiny)
+    assert config.target_modules == {"q_proj", "v_proj"} and config.lora_dropout == 0.1
+    assert config.use_dora and config.use_rslora
+    assert parse([])[0].targets == "all-linear"
+    assert FinetuneArguments(target_modules="q_proj").targets == ["q_proj"]
+    assert FinetuneArguments(target_modules=r".*\.q_proj").targets == r".*\.q_proj"
+
+
+@pytest.mark.integration
+def test_dora_with_dropout_trains_and_its_plan_counts_it(base, facts, capsys):
+    words = ["--use_dora", "--lora_dropout", "0.1", "--target_modules", "q_proj,v_proj", "--lora_r"]
+    script.main([*quickly(base, facts, *words, "4"), "--plan"])
+    planned = int(re.search(r"of which ([\d,]+) are", capsys.readouterr().out)[1].replace(",", ""))
+    assert script.main(quickly(base, facts, *words, "4")) == 0
+    tensors = load_file(base.parent / "run/adapter/adapter_model.safetensors")
+    assert sum(t.numel() for name, t in tensors.items() if "lora_" in name) == planned
+
+
+def test_names_of_keys_reach_the_reader(facts, monkeypatch):
+    asked = []
+
+    def convert(path, **keys):
+        asked.append(keys)
+        return Converted(read_jsonl(path), [])
+
+    monkeypatch.setattr("sftlib.finetune.data.convert", convert)
+    load_data(FinetuneArguments(data=str(facts)))
+    load_data(FinetuneArguments(data=str(facts), question_key="q", answer_key="a"))
+    load_data(FinetuneArguments(data=str(facts), system_key="s"))
+    assert asked == [{}, {"question_key": "q", "answer_key": "a"}, {"system_key": "s"}]
+
+
+def test_rows_are_shown_as_tokens_with_what_is_learned(facts, tmp_path, capsys):
+    assert script.main(["--show", "2", "--data", str(facts), "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    rows = read_jsonl(facts)
+    answer = rows[0]["messages"][-1]["content"]
+    learned = re.findall("«(.*?)»", said.split("« »")[1], re.S)
+    assert "Template: llama3." in said and len(learned) == 2
+    assert learned[0].replace("│", "") == answer + "<|eot_id|>"
+    assert rows[0]["messages"][0]["content"] in said.replace("│", "") and "2. " in said
+    assert rows[2]["messages"][0]["content"] not in said.replace("│", "")
+    script.main(["--show", "1", "--data", str(facts), "--assistant_only_loss", "false"])
+    assert len(re.findall("«", capsys.readouterr().out)) == 2  # one is the legend's
+    script.main(["--show", "1", "--data", str(facts), "--template", "chatml"])
+    assert "Template: chatml." in capsys.readouterr().out
+
+
+def test_a_summary_says_what_was_refused_and_why():
+    rejects = [{"line": n, "reason": f"Expected text under 'a{n}', found {n}."} for n in range(5)]
+    rejects += [{"line": 9, "reason": f"Reason {name}.", "source": "/x/d.jsonl"} for name in "abcd"]
+    rows = chats(*["Hi"] * 9)
+    said = summary(Data(rows, rows[:3], rejects[:5], ("A note.",)))
+    assert said[0] == "17 records read, 5 refused" and said[-1] == "A note." and len(said) == 3
+    assert "5 ×, the first is" in said[1] and said[1].endswith("line 0: " + rejects[0]["reason"])
+    loud = summary(Data(rows, rows[:3], rejects))
+    assert "WARNING: 9 of 21 records, more than a third, are refused" in loud[-1]
+    assert len(loud) == 5 and "d.jsonl line 9: Reason a." in loud[2]
+    assert summary(Data(rows, [], [])) == ["9 records read, 0 refused"]
 
 
 @pytest.mark.parametrize(
@@ -837,12 +1108,12 @@ def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserve
     settings = {"HF_ENDPOINT": httpserver.url_for("").rstrip("/"), "HF_HOME": str(tmp_path)}
     token = "hf_" + "secret" * 5
     model = ("--model", "meta-llama/Meta-Llama-3-8B", "--output_dir", tmp_path / "run")
-    said = run(*model, code=1, env=settings | {"HF_TOKEN": token})
+    said = run(*model, code=2, env=settings | {"HF_TOKEN": token})
     assert "for gated models such as Llama 3 set HF_TOKEN" in said
     assert "Traceback" not in said and token not in said
     asked = [request for request, _ in httpserver.log]
     assert any(request.headers.get("Authorization") == f"Bearer {token}" for request in asked)
-    said = run("--data", "no/where", code=1, env=settings | {"HF_TOKEN": token})
+    said = run("--data", "no/where", code=2, env=settings | {"HF_TOKEN": token})
     assert "set HF_TOKEN" in said and "Traceback" not in said and token not in said
 
 
@@ -1035,7 +1306,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
     arguments = ("--data", facts, "--output_dir", disk / "run", "--method", "full", *SHORT)
     arguments += ("--max_steps", "8", "--save_steps", "4", "--eval_steps", "4")
     try:
-        said = run(*arguments, code=1)
+        said = run(*arguments, code=2)
         assert f"The disk of {disk / 'run'} is full" in said and "Traceback" not in said
         assert f"{disk / 'run/checkpoint-4'} is whole" in said
         assert [path.name for path in disk.glob("run/checkpoint-*")] == ["checkpoint-4"]

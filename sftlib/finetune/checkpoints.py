@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftlib.data import write_jsonl
 from sftlib.finetune.arguments import (
+    ADAPTER_ARGUMENTS,
     FinetuneArguments,
     deepspeed_config,
     rows_per_step,
@@ -54,6 +55,7 @@ def run_identity(
         "lora_r": 0,
         "lora_alpha": 0,
         **{name: getattr(args, name) for name in lora},
+        **{name: getattr(args, name) for name in ADAPTER_ARGUMENTS[2:]},
         "template": args.template,
         "data": digest(rows),
         "held_out": digest(held_out),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +43,13 @@ def load_data(args: FinetuneArguments) -> Data:
             conversations are those of the training.
         OSError: there is no such file or dataset.
     """
-    found = load_usable(args.data, args.data_config, args.data_split)
+    found = load_usable(args.data, args.data_config, args.data_split, args.keys)
     shipped = args.data == FinetuneArguments.data and not args.held_out
     held_out = str(FACTS / "heldout.jsonl") if shipped else args.held_out
     try:
         share = float(held_out or 0.1)
     except ValueError:  # it is a name, not a share
-        held = load_usable(held_out, args.data_config, args.held_out_split)
+        held = load_usable(held_out, args.data_config, args.held_out_split, args.keys)
         notes = overlap(found.rows, held.rows, held_out)
         rows, capped = at_most(args.max_held_out, held.rows)
         return Data(found.rows, rows, found.rejects + held.rejects, (*notes, *capped))
@@ -64,6 +65,29 @@ def load_data(args: FinetuneArguments) -> Data:
         notes = (f"{args.max_held_out:,} are held out, not a tenth: --max_held_out changes it.",)
     train, held, why = hold_out(found.rows, share, args.data)
     return Data(train, held, found.rejects, (*notes, *why))
+
+
+def summary(data: Data) -> list[str]:
+    """Sentences on what was read, used and refused, and why: the three commonest reasons."""
+    refused = len(data.rejects)
+    read = len(data.train) + len(data.held_out) + refused
+    lines = [f"{read:,} records read, {refused:,} refused"]
+    # Reasons that differ in a name or a number alone are of one kind.
+    kinds = Counter(_kind(reject["reason"]) for reject in data.rejects)
+    for kind, count in kinds.most_common(3):
+        first = next(r for r in data.rejects if _kind(r["reason"]) == kind)
+        where = f"{Path(first.get('source', '')).name} line {first['line']}"
+        lines.append(f"  {count:,} ×, the first is {where}: {' '.join(first['reason'].split())}")
+    if refused > read / 3:
+        lines.append(
+            f"WARNING: {refused:,} of {read:,} records, more than a third, are refused. Is this "
+            "the right file, and are these its keys?"
+        )
+    return [*lines, *data.notes]
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)[:80]
 
 
 # --- What is held out ----------------------------------------------------------------------------
@@ -188,9 +212,11 @@ def at_most(count: int, rows: list[dict]) -> tuple[list[dict], tuple[str, ...]]:
 # --- Files and datasets --------------------------------------------------------------------------
 
 
-def load_usable(source: str, config: str, split: str) -> Converted:
+def load_usable(
+    source: str, config: str, split: str, keys: Mapping[str, str] | None = None
+) -> Converted:
     """The conversations of a source; raise where there are none. Rejects name their source."""
-    found = load_conversations(source, config, split)
+    found = load_conversations(source, config, split, **(keys or {}))
     found = replace(found, rejects=[{"source": source} | one for one in found.rejects])
     if found.rows:
         return found
@@ -201,8 +227,12 @@ def load_usable(source: str, config: str, split: str) -> Converted:
     raise ValueError(f"Expected conversations in {source}, found none that can be used. {why}")
 
 
-def load_conversations(source: str, config: str = "", split: str = "train") -> Converted:
+def load_conversations(
+    source: str, config: str = "", split: str = "train", **keys: str
+) -> Converted:
     """The conversations of a file or of a dataset on the Hub, and what could not be used.
+
+    `keys` goes to `sftlib.data.convert`: names of a record's own keys.
 
     Raises:
         FileNotFoundError: `source` looks like a file, and there is none.
@@ -210,7 +240,7 @@ def load_conversations(source: str, config: str = "", split: str = "train") -> C
         ValueError: the dataset has no such configuration or split.
     """
     if Path(source).is_file():
-        return convert(source)
+        return convert(source, **keys)
     if Path(source).suffix in FILES:
         raise FileNotFoundError(f"Expected a file of conversations, found none at {source}.")
     import datasets.config
@@ -220,7 +250,7 @@ def load_conversations(source: str, config: str = "", split: str = "train") -> C
     if not hub_answers():  # read the local cache at once, rather than wait for the network
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return convert_records(load_dataset(source, config or None, split=split))
+        return convert_records(load_dataset(source, config or None, split=split), **keys)
     except ValueError as error:  # the dataset is there, but not this part of it
         raise ValueError(
             f"Expected a configuration and a split that {source!r} has, found {config!r} and "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
-from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments
+from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments, deepspeed_config
 from sftlib.models import load, own_template, prepare_for_chat
 
 if TYPE_CHECKING:
@@ -166,6 +166,15 @@ def default_learning_rate(method: str, parameters: int) -> float:
     """
     full = 5e-4 if parameters < 10e6 else 1e-4 if parameters < 1e9 else 2e-5
     return full if method == "full" else 10 * full
+
+
+def learning_rate_to_deepspeed(training: SFTConfig) -> None:
+    """Write the rate where DeepSpeed's file said "auto": it was filled in before it was known."""
+    config = deepspeed_config(training)
+    for part, name in (("optimizer", "lr"), ("scheduler", "warmup_max_lr")):
+        parameters = config.get(part, {}).get("params", {})
+        if name in parameters and parameters[name] is None:
+            parameters[name] = training.learning_rate
 
 
 def count_parameters(model: PreTrainedModel) -> int:
