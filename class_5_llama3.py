@@ -51,7 +51,7 @@ from sftlib.finetune.card import (
     warning_of_loss,
 )
 from sftlib.finetune.checkpoints import RunFolder, run_identity
-from sftlib.finetune.data import Data, load_data, summary
+from sftlib.finetune.data import Data, cut_rows, load_data, summary
 from sftlib.finetune.model import (
     allowed_max_length,
     count_parameters,
@@ -83,11 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. Data: conversations in any published layout, some of them held out.
     data = load_data(args)
-    if args.plan:
-        print("\n".join([*data.notes, str(make_plan(args, training, data.train, data.held_out))]))
-        return 0
-    if args.show:
-        print(show(args, training, data.train))
+    if args.plan or args.show:
+        plan = args.plan and make_plan(args, training, data.train, data.held_out)
+        print("\n".join([*data.notes, str(plan or show(args, training, data.train))]))
         return 0
     require_launcher(training)
 
@@ -112,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_main:  # only now: what is refused above must leave no file behind
         rehearse(trainer)
         folder.begin(data.rejects)
+        print(cut_rows(trainer, len(data.train)))
         announce(args, training, folder, data, checkpoint)
     saved = train_and_save(trainer, args, folder, checkpoint, stop_signal)
 

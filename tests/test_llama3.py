@@ -22,6 +22,7 @@ from sftlib.finetune.card import warning_of_loss
 from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
 from sftlib.finetune.data import (
     Data,
+    cut_rows,
     first_question,
     hold_out,
     load_conversations,
@@ -663,6 +664,8 @@ def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_pa
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         trainer, *_ = script.make_trainer(args, training, load_data(args))
     assert len(trainer.train_dataset) == 96  # nothing is learned in it
+    said = cut_rows(trainer, 97)
+    assert "0 reach max_length (512) and are cut there; 1 left out" in said
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         _, packing = parse([*arguments, "--packing", "true", "--output_dir", str(tmp_path)])
         script.make_trainer(args, packing, load_data(args))
@@ -686,6 +689,7 @@ def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
     args, training = parse([*arguments, "--held_out", str(tmp_path / "exam.jsonl")])
     trainer, *_ = script.make_trainer(args, training, load_data(args))
     packed = trainer.train_dataset
+    assert f"96 conversations packed into {len(packed)} rows" in cut_rows(trainer, 96)
     assert len(packed) < 10 and max(map(len, packed["input_ids"])) <= 512
     assert sum(len(lengths) for lengths in packed["seq_lengths"]) == 96
 

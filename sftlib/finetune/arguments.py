@@ -204,6 +204,12 @@ def parse(
     args, training, unknown = found
     if unknown:
         raise ValueError(not_known(unknown, {action.dest for action in parser._actions}))
+    _settle(args, training)
+    return args, training
+
+
+def _settle(args: FinetuneArguments, training: SFTConfig) -> None:
+    """Fill in what follows from other arguments."""
     for argument in fields(args):  # YAML reads 0.1 as a number
         if isinstance(argument.default, str) and type(getattr(args, argument.name)) in (int, float):
             setattr(args, argument.name, str(getattr(args, argument.name)))
@@ -211,7 +217,6 @@ def parse(
         training.per_device_eval_batch_size = training.per_device_train_batch_size
     if training.eval_strategy == "no" and not args.held_out:
         args.held_out = "0"  # what is not evaluated can be learned
-    return args, training
 
 
 def _words(argv: Sequence[str]) -> list[str]:

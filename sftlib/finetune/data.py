@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sftlib.data import FACTS, Converted, convert, convert_records, split
 from sftlib.finetune.arguments import FinetuneArguments
 from sftlib.models import hub_answers
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer
 
 FILES = (".jsonl", ".json", ".parquet", ".gz")
 
@@ -84,6 +87,19 @@ def summary(data: Data) -> list[str]:
             "the right file, and are these its keys?"
         )
     return [*lines, *data.notes]
+
+
+def cut_rows(trainer: SFTTrainer, rows: int) -> str:
+    """A sentence on what `max_length` does to the rows; packed ones are whole where they fit."""
+    args, dataset = cast("SFTConfig", trainer.args), cast(Any, trainer.train_dataset)
+    lengths, limit = [len(ids) for ids in dataset["input_ids"]], args.max_length or 0
+    if args.packing:
+        return f"{rows:,} conversations packed into {len(lengths):,} rows of {limit:,} tokens"
+    cut, left_out = sum(length >= limit for length in lengths), rows - len(lengths)
+    return (
+        f"longest {max(lengths):,} tokens; {cut:,} reach max_length ({limit:,}) and are cut there; "
+        f"{left_out:,} left out, because nothing is learned before it"
+    )
 
 
 def _kind(reason: str) -> str:
