@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for progress bars
     os.environ.update({"TQDM_DISABLE": "1", "SFT_NO_BARS": "1"})  # libraries read it at import
@@ -34,24 +34,41 @@ if __name__ == "__main__" and not sys.stdout.isatty():  # a log is no place for 
 from sftlib import progress_bars
 from sftlib.adapters import control_token_rows
 from sftlib.finetune.arguments import FinetuneArguments, check, parse, zero_stage
-from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, StopOnSignal, questions_that_fit
-from sftlib.finetune.card import model_card, print_samples, saved_step
+from sftlib.finetune.callbacks import (
+    HeldOutAnswers,
+    OrderOfEpoch,
+    PrintLoss,
+    StopIfNotFinite,
+    StopOnSignal,
+    early_stopping,
+    questions_that_fit,
+)
+from sftlib.finetune.card import (
+    is_worse,
+    model_card,
+    print_samples,
+    saved_step,
+    warning_of_loss,
+)
 from sftlib.finetune.checkpoints import RunFolder, run_identity
-from sftlib.finetune.data import Data, load_data
+from sftlib.finetune.data import Data, cut_rows, load_data, summary
 from sftlib.finetune.model import (
     allowed_max_length,
     check_thoughts,
     count_parameters,
     default_learning_rate,
+    learning_rate_to_deepspeed,
     load_model,
 )
 from sftlib.finetune.plan import make_plan
-from sftlib.finetune.save import end_all_ranks, save
+from sftlib.finetune.refusals import IN_WORDS, REFUSED, in_words, require_launcher
+from sftlib.finetune.save import end_all_ranks, rehearse, save
+from sftlib.finetune.show import show
 from sftlib.models import chosen
 from sftlib.training import prepare
 
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
@@ -67,12 +84,15 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. Data: conversations in any published layout, some of them held out.
     data = load_data(args)
-    if args.plan:
-        print(make_plan(args, training, data.train))
+    if args.plan or args.show:
+        plan = args.plan and make_plan(args, training, data.train, data.held_out)
+        print("\n".join([*data.notes, str(plan or show(args, training, data.train))]))
         return 0
+    require_launcher(training)
 
     # 3. The run's folder: is the run finished, or does it resume a checkpoint?
-    folder = RunFolder(str(training.output_dir), run_identity(args, training, data.train))
+    identity = run_identity(args, training, data.train, data.held_out)
+    folder = RunFolder(str(training.output_dir), identity)
     is_main = training.process_index == 0  # one rank prints and writes for all
     if folder.finished(args.saved_folders[-1]):
         if is_main:
@@ -82,13 +102,16 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = folder.last_checkpoint()
     if is_main:
         print(f"{len(data.train):,} conversations to train on, {len(data.held_out):,} held out")
+        print("\n".join(summary(data)))
 
     # 4. Model and template, adapters, and TRL's trainer.
-    trainer, held_out_answers, stop_signal = make_trainer(args, training, data)
+    trainer, held_out_answers, stop_signal = make_trainer(args, training, data, checkpoint)
 
     # 5. Train, and save.
     if is_main:  # only now: what is refused above must leave no file behind
+        rehearse(trainer)
         folder.begin(data.rejects)
+        print(cut_rows(trainer, len(data.train)))
         announce(args, training, folder, data, checkpoint)
     saved = train_and_save(trainer, args, folder, checkpoint, stop_signal)
 
@@ -100,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_trainer(
-    args: FinetuneArguments, training: SFTConfig, data: Data
+    args: FinetuneArguments, training: SFTConfig, data: Data, checkpoint: str | None = None
 ) -> tuple[SFTTrainer, HeldOutAnswers, StopOnSignal]:
     """TRL's trainer, ready to train, and the two callbacks whose results are read afterwards."""
     set_seed(training.seed)
@@ -108,14 +131,16 @@ def make_trainer(
     check_thoughts(tokenizer, data.train)
     if training.learning_rate is None:
         training.learning_rate = default_learning_rate(args.method, count_parameters(model))
+    learning_rate_to_deepspeed(training)
     training.max_length = allowed_max_length(model, training)
+    training.eval_on_start &= checkpoint is None  # the checkpoint has been evaluated
 
     lora = lora_config(args, model, tokenizer) if args.trains_adapters else None
-    trainer = prepare(model, tokenizer, data.train, lora, data.held_out, training)
+    trainer = prepare(model, tokenizer, data.train, lora, data.held_out or None, training)
     # max_length may have cut away every answer.
     datasets: dict[str, Any] = {"--data": trainer.train_dataset, "--held_out": trainer.eval_dataset}
     for name, rows in datasets.items():
-        if not len(rows):
+        if rows is not None and not len(rows):
             raise ValueError(
                 f"Expected conversations for {name} with an answer within the first "
                 f"{training.max_length} tokens, found none: raise --max_length."
@@ -128,10 +153,12 @@ def make_trainer(
     stop_signal = StopOnSignal()
     trainer.add_callback(held_out_answers)
     trainer.add_callback(stop_signal)
+    trainer.add_callback(OrderOfEpoch())
+    trainer.add_callback(StopIfNotFinite(trainer))
     if not progress_bars():
         trainer.add_callback(PrintLoss())
     if args.patience:
-        trainer.add_callback(EarlyStoppingCallback(args.patience))
+        trainer.add_callback(early_stopping(args.patience, checkpoint))
     return trainer, held_out_answers, stop_signal
 
 
@@ -145,7 +172,10 @@ def lora_config(
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
-        target_modules="all-linear",
+        lora_dropout=args.lora_dropout,
+        target_modules=args.targets,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",
     )
@@ -163,6 +193,8 @@ def train_and_save(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         return None if stop_signal.received else save(trainer, args, folder.path)
+    except FloatingPointError as error:
+        raise folder.not_finite(error, cast(SFTConfig, trainer.args)) from error
     except Exception as error:
         folder.raise_if_full(error)
         raise
@@ -179,8 +211,11 @@ def announce(
     if data.rejects:
         reasons = folder.path / "rejects.jsonl"
         print(f"{len(data.rejects)} cannot be used: {reasons} says why")
+    print("".join(f"{sentence}\n" for sentence in folder.passed_over()), end="")
     if checkpoint:
         print(f"Going on from {checkpoint}")
+    elif folder.passed_over():
+        print("No checkpoint can be resumed: the run begins anew.")
     if args.method == "lora" and zero_stage(training) == 3:
         print(
             "ZeRO-3 does not train the rows of the control tokens beside an adapter: a base "
@@ -206,16 +241,21 @@ def report(
         (saved.with_name(name) / "README.md").write_text(card, encoding="utf-8")
     print_samples(held_out_answers.rows, held_out_answers.by_step.get(best_step, []))
     if best_step < last_step:
-        print(f"Kept: the weights after step {best_step}, where the held-out loss was lowest.")
+        best = training.metric_for_best_model
+        print(f"Kept: the weights after step {best_step}, which has the best held-out {best}.")
     summary = next((line for line in trainer.state.log_history if "train_runtime" in line), {})
     print(f"{last_step} steps in {summary.get('train_runtime', 0):.1f} s")
-    hint = f" Talk to it: python -m sftlib.deploy.talk {saved}" if saved.name != "adapter" else ""
+    usable = saved.name != "adapter" and not is_worse(trainer)
+    hint = f" Talk to it: python -m sftlib.deploy.talk {saved}" if usable else ""
     print(f"Saved in {saved}.{hint}")
+    if warning := warning_of_loss(trainer):
+        print(warning)
 
 
 if __name__ == "__main__":
     try:
         code = main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except IN_WORDS as error:
+        print(in_words(error), file=sys.stderr)
+        code = REFUSED
     raise SystemExit(code)

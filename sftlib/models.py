@@ -264,7 +264,9 @@ def prepare_for_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         added["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     if tokenizer.pad_token is None:
         added["pad_token"] = _pad_token(known)
-    if added and tokenizer.add_special_tokens(added):
+    # Many tables have more rows than the tokenizer has tokens, for speed: those are never cut off.
+    rows = cast(Any, model.get_input_embeddings()).num_embeddings
+    if added and tokenizer.add_special_tokens(added) and len(tokenizer) > rows:
         # The new rows start as the mean of the old ones; train them (with LoRA: see
         # `trainable_token_indices` of peft.LoraConfig), or the model never learns to stop.
         has_weights = model.device.type != "meta"

@@ -4,17 +4,24 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
-def random_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCausalLM:
-    """Of the tiny base's kind, for its tokenizer, a twentieth of its size."""
+def random_model(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, rows: int = 0, tied: bool = True
+) -> LlamaForCausalLM:
+    """Of the tiny base's kind, for its tokenizer, a twentieth of its size.
+
+    Args:
+        rows: of the embeddings; 0: one for each token.
+        tied: whether the output head is the table of embeddings.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=rows or len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -12,31 +12,46 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from sftlib.chat import CHATML, LLAMA3
-from sftlib.data import read_facts, read_jsonl, write_jsonl
+from sftlib.chat import CHATML, LLAMA3, encode
+from sftlib.data import Converted, read_facts, read_jsonl, split, write_jsonl
 from sftlib.evaluate import answers
 from sftlib.finetune import checkpoints
-from sftlib.finetune.arguments import FinetuneArguments, check, parse
-from sftlib.finetune.callbacks import StopOnSignal
+from sftlib.finetune.arguments import FinetuneArguments, check, deepspeed_config, parse
+from sftlib.finetune.callbacks import StopIfNotFinite, StopOnSignal
+from sftlib.finetune.card import warning_of_loss
 from sftlib.finetune.checkpoints import RUN_FILE, RunFolder, run_identity
-from sftlib.finetune.data import Data, first_question, load_conversations, load_data
+from sftlib.finetune.data import (
+    Data,
+    cut_rows,
+    first_question,
+    hold_out,
+    load_conversations,
+    load_data,
+    summary,
+)
 from sftlib.finetune.model import (
     allowed_max_length,
     count_parameters,
     default_learning_rate,
+    learning_rate_to_deepspeed,
     set_template,
     stop_token_ids,
 )
+from sftlib.finetune.refusals import in_words
+from sftlib.finetune.save import rehearse
 from sftlib.models import TINY_BASE, describe, load
 
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from trl.chat_template_utils import qwen2_5_chat_template
 
 import class_5_llama3 as script
 from tests import llama3_like
+from tests.random_model import random_model
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -224,15 +239,91 @@ def test_one_system_message_for_all_does_not_decide_what_is_held_out(tmp_path):
     system = {"role": "system", "content": "Answer in one sentence."}
     write_jsonl(tmp_path / "all.jsonl", [{"messages": [system, *r["messages"]]} for r in rows])
     args = FinetuneArguments(data=str(tmp_path / "all.jsonl"), held_out="0.1")
-    kept, held, _ = load_data(args)
+    kept, held, *_ = load_data(args)
     assert 10 <= len(held) <= 30 and len(kept) + len(held) == 200
     assert not set(map(first_question, kept)) & set(map(first_question, held))
+
+
+def chats(*openings, turns=2):
+    """Conversations that differ in their second question and answer alone."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": opening},
+                {"role": "assistant", "content": "Welcome."},
+                {"role": "user", "content": f"Where is order {number}?"},
+                {"role": "assistant", "content": f"Order {number} is on its way."},
+            ][-2 * turns :]
+        }
+        for number, opening in enumerate(openings)
+    ]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        chats(*["Hi"] * 180, *["Hello"] * 20),
+        chats(*["Hi"] * 200),
+        chats(*(f"Question {n}" for n in range(200)), turns=1),
+        chats(*["Hi"] * 90, *["Hello"] * 60, *(f"Question {n}" for n in range(50))),
+        [row for row in chats(*["Hi"] * 100) for _ in range(2)],  # each twice
+    ],
+)
+def test_the_share_held_out_is_the_share_asked_for(rows, share):
+    train, held, notes = hold_out(rows, share)
+    assert len(train) + len(held) == len(rows)
+    assert 0.8 * share <= len(held) / len(rows) <= 1.2 * share
+    assert not {str(row) for row in train} & {str(row) for row in held}
+    shared = set(map(first_question, train)) & set(map(first_question, held))
+    assert ["on both sides" in note for note in notes] == [True] * bool(shared)
+
+
+def test_a_share_that_cannot_be_held_out_says_why():
+    (one,) = chats("Hi")
+    rows = [one] * 150 + chats(*["Hi"] * 50)[1:]
+    _, held, notes = hold_out([one] * 150 + [rows[-1]], 0.5)
+    assert len(held) in (1, 150) and "not 50.0%" in notes[-1]
+    _, held, notes = hold_out(rows[150:154], 0.1)
+    assert len(held) == 1 and "1 of 4 conversations are held out (25.0%, not 10.0%)" in notes[-1]
+    with pytest.raises(ValueError, match="two different conversations .*, found one, 9 times"):
+        hold_out([one] * 9, 0.1)
+
+
+def test_held_out_conversations_that_are_trained_on_are_said_aloud(facts, tmp_path):
+    rows = read_jsonl(facts)
+    loud = [{"role": m["role"], "content": m["content"].upper()} for m in rows[0]["messages"]]
+    other = [rows[1]["messages"][0], {"role": "assistant", "content": "No."}]
+    exam = tmp_path / "exam.jsonl"
+    for held, words in (
+        ([{"messages": loud}, rows[1], chats("Hi")[0]], "2 of 3 held-out conversations are"),
+        ([{"messages": other}], "1 of 1 held-out conversations ask what is trained on"),
+        (chats("Hi"), None),
+    ):
+        write_jsonl(exam, held)
+        notes = load_data(FinetuneArguments(data=str(facts), held_out=str(exam))).notes
+        assert [words in note and "WARNING" in note for note in notes] == [True] * bool(words)
+    write_jsonl(exam, rows[::-1])
+    for same in (facts, exam):
+        with pytest.raises(ValueError, match="than in --data, found the same 96"):
+            load_data(FinetuneArguments(data=str(facts), held_out=str(same)))
+
+
+def test_a_great_many_held_out_conversations_are_capped_and_it_is_said(facts, tmp_path):
+    write_jsonl(tmp_path / "exam.jsonl", chats(*["Hi"] * 50))
+    exam = str(tmp_path / "exam.jsonl")
+    for held_out, most, count in (("", 5, 5), (exam, 20, 20), (exam, 0, 50), ("0.5", 5, 48)):
+        args = FinetuneArguments(data=str(facts), held_out=held_out, max_held_out=most)
+        found = load_data(args)
+        assert abs(len(found.held_out) - count) <= 1
+        assert any("--max_held_out" in note for note in found.notes) == (count == most)
+    assert FinetuneArguments.max_held_out == 1000
 
 
 def test_rejects_of_the_held_out_file_are_told_too(facts, tmp_path):
     exam = tmp_path / "exam.jsonl"
     exam.write_text(facts.read_text().splitlines()[0] + '\n{"text": "?"}\n')
-    _, held, rejects = load_data(FinetuneArguments(data=str(facts), held_out=str(exam)))
+    _, held, rejects, _ = load_data(FinetuneArguments(data=str(facts), held_out=str(exam)))
     assert len(held) == 1 and [(r["source"], r["line"]) for r in rejects] == [(str(exam), 2)]
 
 
@@ -244,7 +335,7 @@ def test_a_choice_in_a_file_of_settings_is_checked(tmp_path):
 
 def test_held_out_conversations_share_no_question_with_the_others(facts):
     args = FinetuneArguments(data=str(facts), held_out="0.2")
-    rows, held_out, _ = load_data(args)
+    rows, held_out, *_ = load_data(args)
     asked = [{row["messages"][0]["content"] for row in part} for part in (rows, held_out)]
     assert not asked[0] & asked[1] and len(rows) + len(held_out) == 96
     assert 10 < len(held_out) < 30
@@ -273,19 +364,281 @@ def test_the_learning_rate_follows_from_method_and_size(method, parameters, rate
         ),
         ("--lora_r 0", "Expected at least 1 for --lora_r, found 0"),
         ("--ask -1", "Expected no less than 0 for --ask, found -1"),
-        ("--held_out 1.5", "a share between 0 and 1 for --held_out, found 1.5"),
+        ("--held_out 1.5", "share from 0 to below 1 for --held_out, found 1.5"),
         ("--held_out nowhere.jsonl", "found none at nowhere.jsonl"),
         ("--max_length 513", "Expected --max_length of at most 512"),
         ("--bf16 true --fp16 true", "At most one of fp16 and bf16"),
         ("--chat_template_path a.jinja", "Expected --template, found --chat_template_path"),
         ("--resume_from_checkpoint a", "Expected the same --output_dir"),
-        ("--learning_rat 1", "Some specified arguments are not used"),
+        ("--learning_rat 1", "found --learning_rat: did you mean --learning_rate"),
+        ("--held_out 0 --eval_strategy steps", "Expected --eval_strategy no for --held_out 0"),
+        ("--patience 1 --held_out 0", "Expected evaluations for --patience"),
+        ("--use_dora --method full", "Expected --use_dora with --method lora"),
+        ("--target_modules q_proj,nothing", "target_modules that name linear layers"),
+        ("--deepspeed deepspeed_configs/zero2.json", "Expected a launcher for --deepspeed"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         script.main([*arguments.split(), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--lr 1", "--lr: did you mean --learning_rate?"),
+        ("--epochs=3", "--epochs=3: did you mean --num_train_epochs?"),
+        ("--batch-size 3", "--batch-size: did you mean --per_device_train_batch_size?"),
+        ("--model_name_or_path a", "--model_name_or_path: did you mean --model?"),
+        ("--lora_rank 3", "--lora_rank: did you mean --lora_r?"),
+        ("--xyzzy", "found --xyzzy. --help"),
+        ("stray", "found stray. --help"),
+    ],
+)
+def test_an_unknown_argument_suggests_the_nearest(words, meant, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(meant)):
+        parse(words.split())
+    name, _, value = words.lstrip("-").replace("=", " ").partition(" ")
+    (tmp_path / "my.yaml").write_text(f"{name}: {value or 1}\n")
+    if words.startswith("--"):
+        with pytest.raises(ValueError, match=f"--{name}.*--help"):
+            parse([f"--config={tmp_path}/my.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: [full", "Expected YAML in .*my.yaml, found something else"),
+        ("- method", r"Expected lines such as `method: lora` in .*my.yaml, found \['method'\]"),
+        ("lora_r: [1]", r"Expected int for lora_r, found \[1\]"),
+        ("held_out: 0.2\npatience: 1.5", "Expected int for patience, found 1.5"),
+    ],
+)
+def test_a_broken_file_of_settings_is_refused_in_words(text, words, tmp_path):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        check(*parse(["--config", str(tmp_path / "my.yaml")]))
+    with pytest.raises(OSError, match="found none at nowhere.yaml"):
+        parse(["--config", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="a file after --config"):
+        parse(["--config"])
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ("--report_to wandb", "wandb for --report_to wandb"),
+        ("--attn_implementation flash_attention_2", "flash-attn for --attn"),
+        ("--use_liger_kernel true", "liger-kernel for --use_liger_kernel"),
+        ("--optim paged_adamw_8bit", "bitsandbytes for --optim"),
+        ("--method qlora", "bitsandbytes for --method qlora"),
+    ],
+)
+def test_a_missing_package_is_named(words, package, monkeypatch):
+    args, training = parse(words.split())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"Expected the package {package}.*pip install"):
+        check(args, training)
+    args.plan = True
+    check(args, training)
+
+
+def test_errors_of_libraries_are_told_in_words_with_their_place():
+    def raised(error):
+        try:
+            raise error
+        except type(error) as same:
+            return in_words(same)
+
+    assert raised(RuntimeError("CUDA out of memory.")).startswith("RuntimeError: The memory is ful")
+    assert "test_llama3.py, line " in raised(RuntimeError("odd"))
+    with pytest.raises(ValueError, match="between 0 and 1") as own:
+        split([{}], "a", 2)
+    assert in_words(own.value).endswith("found 2.")
+
+
+@pytest.mark.integration
+def test_a_refusal_has_exit_code_2_and_no_traceback():
+    for words in (["--lr", "1"], ["--lora_r", "x"], ["--config", "nowhere.yaml"]):
+        said = run(*words, code=2)
+        assert "Traceback" not in said and ("Expected" in said or "invalid int value" in said)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategies", "steps", "best"),
+    [
+        ("", ("steps", "steps"), (0.25, 0.25), True),
+        ("--eval_strategy epoch", ("epoch", "epoch"), (0.25, 0.25), True),
+        ("--save_strategy epoch", ("epoch", "epoch"), (0.25, 0.25), True),
+        ("--eval_steps 5", ("steps", "steps"), (5, 5), True),
+        ("--save-steps 5", ("steps", "steps"), (5, 5), True),
+        ("--eval_steps 5 --save_steps 10", ("steps", "steps"), (5, 10), True),
+        ("--eval_strategy no", ("no", "steps"), (0.25, 0.25), False),
+        ("--held_out 0", ("no", "steps"), (0.25, 0.25), False),
+        ("--held_out=0.0 --save_steps 7", ("no", "steps"), (7, 7), False),
+        ("--save_strategy no", ("steps", "no"), (0.25, 0.25), False),
+    ],
+)
+def test_evaluating_and_saving_follow_each_other(words, strategies, steps, best):
+    _, training = parse(words.split())
+    assert (training.eval_strategy.value, training.save_strategy.value) == strategies
+    assert (training.eval_steps or 0.25, training.save_steps) == steps
+    assert training.load_best_model_at_end is best
+    assert training.eval_on_start is (strategies[0] != "no")
+
+
+def test_evaluating_takes_batches_of_the_training(tmp_path):
+    for words, found in (("", 16), ("--per_device_train_batch_size 2", 2)):
+        assert parse(words.split())[1].per_device_eval_batch_size == found
+    both = "--per_device_train_batch_size 2 --per_device_eval_batch_size 5"
+    assert parse(both.split())[1].per_device_eval_batch_size == 5
+    (tmp_path / "my.yaml").write_text("eval_strategy: no\nper_device_eval_batch_size: 3\n")
+    args, training = parse(["--config", str(tmp_path / "my.yaml")])
+    assert (training.per_device_eval_batch_size, training.eval_strategy) == (3, "no")
+    assert args.held_out == "0" and not training.load_best_model_at_end
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("words", ["--eval_strategy no", "--held_out 0"])
+def test_a_run_without_evaluation_learns_from_all_rows(words, base, facts, capsys):
+    arguments = quickly(base, facts)
+    at = arguments.index("--eval_steps")
+    del arguments[at : at + 2]
+    assert script.main([*arguments, *words.split()]) == 0
+    said = capsys.readouterr().out
+    assert "96 conversations to train on, 0 held out" in said and "held-out loss" not in said
+    card = (base.parent / "run/merged/README.md").read_text()
+    assert "Not evaluated." in card and "| step |" not in card
+
+
+@pytest.mark.parametrize(
+    ("offload", "shown"),
+    [({"device": "none"}, False), ({"device": "cpu"}, True), (None, False), ({}, False)],
+)
+def test_what_is_offloaded_to_nowhere_stays_on_the_device(offload, shown, tmp_path, capsys):
+    config = json.loads((ROOT / "deepspeed_configs/zero3.json").read_text())
+    if offload is not None:
+        config["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    script.main(["--plan", "--method", "full", "--deepspeed", str(tmp_path / "ds.json")])
+    said = capsys.readouterr().out
+    assert ("offloaded" in said) == shown and "weights" in said
+
+
+def test_a_rate_that_deepspeeds_file_leaves_open_is_filled_in(tmp_path):
+    config = json.loads((ROOT / "deepspeed_configs/zero2_offload.json").read_text())
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_min_lr": 0}}
+    config |= {"scheduler": warmup}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    _, training = parse(["--deepspeed", str(tmp_path / "ds.json")])
+    training.learning_rate = 3e-4
+    learning_rate_to_deepspeed(training)
+    filled = deepspeed_config(training)
+    assert filled["optimizer"]["params"]["lr"] == 3e-4
+    assert filled["scheduler"]["params"]["warmup_max_lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (
+            "--method full",
+            "--method lora or qlora, a smaller batch, --activation_checkpointing, or",
+        ),
+        ("--method lora", "--method qlora, a smaller batch"),
+        ("--method qlora", "a smaller batch, --activation_checkpointing, or a higher ZeRO"),
+        ("--method qlora --activation_checkpointing true", "a smaller batch, or a higher ZeRO"),
+        (
+            "--method qlora --per_device_train_batch_size 1 --activation_checkpointing true "
+            "--deepspeed deepspeed_configs/zero2.json",
+            "a smaller --max_length",
+        ),
+    ],
+)
+def test_the_plan_never_advises_what_is_done_already(words, advice, capsys):
+    script.main(["--plan", "--plan_gib", "0.001", *words.split()])
+    assert f"It does not fit: {advice}" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_is_read_and_what_evaluating_takes(facts, capsys):
+    def said(*words):
+        script.main(["--plan", "--data", str(facts), *words])
+        return capsys.readouterr().out
+
+    tokens = [
+        int(re.search(r"([\d,]+) tokens in", said("--held_out", "0", *words))[1].replace(",", ""))
+        for words in ((), ("--max_steps", "3"), ("--max_length", "10"))
+    ]
+    assert tokens[1] == round(tokens[0] / 2) and tokens[2] == 96 * 10  # 3 of 6 steps
+    assert "3 of 16 conversations" in said("--held_out", "0", "--max_steps", "3")
+    large = said("--per_device_eval_batch_size", "512", "--per_device_train_batch_size", "1")
+    assert "evaluation (512 × " in large and "activations" not in large
+    assert "activations (16 × " in said() and "evaluation" not in said()
+
+
+def test_adapters_are_as_they_are_asked_for(tiny):
+    words = "--lora_dropout 0.1 --target_modules q_proj,v_proj --use_dora --use_rslora"
+    args, _ = parse(words.split())
+    config = script.lora_config(args, *tiny)
+    assert config.target_modules == {"q_proj", "v_proj"} and config.lora_dropout == 0.1
+    assert config.use_dora and config.use_rslora
+    assert parse([])[0].targets == "all-linear"
+    assert FinetuneArguments(target_modules="q_proj").targets == ["q_proj"]
+    assert FinetuneArguments(target_modules=r".*\.q_proj").targets == r".*\.q_proj"
+
+
+@pytest.mark.integration
+def test_dora_with_dropout_trains_and_its_plan_counts_it(base, facts, capsys):
+    words = ["--use_dora", "--lora_dropout", "0.1", "--target_modules", "q_proj,v_proj", "--lora_r"]
+    script.main([*quickly(base, facts, *words, "4"), "--plan"])
+    planned = int(re.search(r"of which ([\d,]+) are", capsys.readouterr().out)[1].replace(",", ""))
+    assert script.main(quickly(base, facts, *words, "4")) == 0
+    tensors = load_file(base.parent / "run/adapter/adapter_model.safetensors")
+    assert sum(t.numel() for name, t in tensors.items() if "lora_" in name) == planned
+
+
+def test_names_of_keys_reach_the_reader(facts, monkeypatch):
+    asked = []
+
+    def convert(path, **keys):
+        asked.append(keys)
+        return Converted(read_jsonl(path), [])
+
+    monkeypatch.setattr("sftlib.finetune.data.convert", convert)
+    load_data(FinetuneArguments(data=str(facts)))
+    load_data(FinetuneArguments(data=str(facts), question_key="q", answer_key="a"))
+    load_data(FinetuneArguments(data=str(facts), system_key="s"))
+    assert asked == [{}, {"question_key": "q", "answer_key": "a"}, {"system_key": "s"}]
+
+
+def test_rows_are_shown_as_tokens_with_what_is_learned(facts, tmp_path, capsys):
+    assert script.main(["--show", "2", "--data", str(facts), "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    rows = read_jsonl(facts)
+    answer = rows[0]["messages"][-1]["content"]
+    learned = re.findall("«(.*?)»", said.split("« »")[1], re.S)
+    assert "Template: llama3." in said and len(learned) == 2
+    assert learned[0].replace("│", "") == answer + "<|eot_id|>"
+    assert rows[0]["messages"][0]["content"] in said.replace("│", "") and "2. " in said
+    assert rows[2]["messages"][0]["content"] not in said.replace("│", "")
+    script.main(["--show", "1", "--data", str(facts), "--assistant_only_loss", "false"])
+    assert len(re.findall("«", capsys.readouterr().out)) == 2  # one is the legend's
+    script.main(["--show", "1", "--data", str(facts), "--template", "chatml"])
+    assert "Template: chatml." in capsys.readouterr().out
+
+
+def test_a_summary_says_what_was_refused_and_why():
+    rejects = [{"line": n, "reason": f"Expected text under 'a{n}', found {n}."} for n in range(5)]
+    rejects += [{"line": 9, "reason": f"Reason {name}.", "source": "/x/d.jsonl"} for name in "abcd"]
+    rows = chats(*["Hi"] * 9)
+    said = summary(Data(rows, rows[:3], rejects[:5], ("A note.",)))
+    assert said[0] == "17 records read, 5 refused" and said[-1] == "A note." and len(said) == 3
+    assert "5 ×, the first is" in said[1] and said[1].endswith("line 0: " + rejects[0]["reason"])
+    loud = summary(Data(rows, rows[:3], rejects))
+    assert "WARNING: 9 of 21 records, more than a third, are refused" in loud[-1]
+    assert len(loud) == 5 and "d.jsonl line 9: Reason a." in loud[2]
+    assert summary(Data(rows, [], [])) == ["9 records read, 0 refused"]
 
 
 @pytest.mark.parametrize(
@@ -305,11 +658,14 @@ def test_arguments_that_agree_are_accepted(arguments):
 def test_a_conversation_longer_than_the_context_is_counted_and_cut(facts, tmp_path):
     long = [{"role": "user", "content": "why " * 600}, {"role": "assistant", "content": "So."}]
     write_jsonl(tmp_path / "data.jsonl", [*read_jsonl(facts), {"messages": long}])
-    arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(facts)]
+    write_jsonl(tmp_path / "exam.jsonl", chats("Hi"))
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--held_out", str(tmp_path / "exam.jsonl")]
     args, training = parse([*arguments, "--output_dir", str(tmp_path / "run")])
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         trainer, *_ = script.make_trainer(args, training, load_data(args))
     assert len(trainer.train_dataset) == 96  # nothing is learned in it
+    said = cut_rows(trainer, 97)
+    assert "0 reach max_length (512) and are cut there; 1 left out" in said
     with pytest.warns(UserWarning, match="1 of 97 conversations are longer than max_length=512"):
         _, packing = parse([*arguments, "--packing", "true", "--output_dir", str(tmp_path)])
         script.make_trainer(args, packing, load_data(args))
@@ -329,9 +685,11 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked(facts, tmp_pa
 
 def test_packed_conversations_are_whole_and_fill_few_rows(facts, tmp_path):
     arguments = ["--data", str(facts), "--output_dir", str(tmp_path), "--packing", "true"]
-    args, training = parse([*arguments, "--held_out", str(facts)])
+    write_jsonl(tmp_path / "exam.jsonl", chats("Hi"))
+    args, training = parse([*arguments, "--held_out", str(tmp_path / "exam.jsonl")])
     trainer, *_ = script.make_trainer(args, training, load_data(args))
     packed = trainer.train_dataset
+    assert f"96 conversations packed into {len(packed)} rows" in cut_rows(trainer, 96)
     assert len(packed) < 10 and max(map(len, packed["input_ids"])) <= 512
     assert sum(len(lengths) for lengths in packed["seq_lengths"]) == 96
 
@@ -372,6 +730,189 @@ def test_chatml_comes_with_its_tokens_to_a_model_of_another_template(facts, tmp_
     assert tokenizer.chat_template == CHATML
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn in model.generation_config.eos_token_id
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    """A random model of two layers in a folder."""
+    random_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def quickly(base, facts, *more):
+    """The words for a run of two steps, in the folder `run` beside the base."""
+    words = f"--model {base} --data {facts} --output_dir {base.parent}/run --max_steps 2 --ask 1 "
+    words += "--answer_tokens 2 --per_device_train_batch_size 4 --save_steps 1 --eval_steps 1"
+    return [*words.split(), *map(str, more)]
+
+
+CASES = {
+    "meant for sampling": ({"temperature": 0.9, "top_p": 0.6}, "do_sample is now true"),
+    "for beams": ({"length_penalty": 2.0}, "only stop tokens are kept"),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_generation_config_that_cannot_be_saved_is_mended(case, method, base, facts, capsys):
+    wrong, words = CASES[case]
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    assert script.main(quickly(base, facts, "--method", method)) == 0
+    assert words in capsys.readouterr().out
+    model, tokenizer = load(base.parent / ("run/model" if method == "full" else "run/merged"))
+    turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert turn in model.generation_config.eos_token_id
+    assert model.generation_config.temperature == wrong.get("temperature")
+
+
+BROKEN = {
+    "rate": (1, "--learning_rate 1e30", "step [23]: (the loss|a gradient) is not finite"),
+    "gradient": (4, "", r"step 4: a gradient is not .*good checkpoint is .*checkpoint-2\."),
+    "weight": (4, "--logging_steps 9", r"step 4: a weight is not .* is .*checkpoint-2\."),
+    "norm": (4, "", r"step 4: the norm of the gradients is not .* is .*checkpoint-2\."),
+    "base": (9, "", "step 0: the held-out loss is not finite. There is no checkpoint"),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_finite_stops_the_training_at_once(case, base, facts, monkeypatch, capsys):
+    at, more, words = BROKEN[case]
+    arguments = quickly(base, facts, "--method", "full", "--warmup_steps", "0", *more.split())
+    arguments += ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "2"]
+    if case == "base":
+        model, _ = load(base)
+        model.get_input_embeddings().weight.data[:] = torch.nan
+        model.save_pretrained(base)
+    if case in ("gradient", "weight", "norm"):
+        step = script.SFTTrainer.training_step
+
+        def overflow(trainer, model, *rest):
+            loss = step(trainer, model, *rest)
+            if trainer.state.global_step + 1 == at:
+                next(model.parameters()).grad[0] = torch.inf
+            return loss
+
+        monkeypatch.setattr(script.SFTTrainer, "training_step", overflow)
+        for off in {"gradient": [], "weight": ["on_pre_optimizer_step"]}.get(
+            case, ["on_pre_optimizer_step", "on_step_end"]
+        ):
+            monkeypatch.setattr(StopIfNotFinite, off, lambda *_, **__: None)
+    with pytest.raises(FloatingPointError, match=words) as raised:
+        script.main(arguments)
+    assert "--learning_rate (now " in str(raised.value) and "--output_dir" in str(raised.value)
+    assert "Saved in" not in capsys.readouterr().out
+    assert not list(base.parent.glob("run/model*"))
+    for weights in base.parent.glob("run/checkpoint-*/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+
+
+@pytest.mark.integration
+def test_a_run_that_ends_worse_than_it_began_says_so(base, facts, capsys):
+    """It learns one answer by heart, and is asked for others."""
+    one = [m | {"content": "no " * 20} for m in read_jsonl(facts)[0]["messages"]]
+    write_jsonl(base.parent / "one.jsonl", [{"messages": one}])
+    arguments = quickly(base, base.parent / "one.jsonl", "--held_out", facts, "--learning_rate")
+    arguments += ["0.2", "--method", "full", "--load_best_model_at_end", "false"]
+    assert script.main([*arguments, "--max_steps", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "worse than before the training: the held-out loss rose from" in said
+    assert "Talk to it" not in said
+    card = (base.parent / "run/model/README.md").read_text()
+    assert "**WARNING: worse than before the training" in card and "| 0 |" in card
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "words"),
+    [
+        ({0: 2.0, 4: 1.0, 8: 1.5}, 4, ""),
+        (
+            {0: 2.0, 4: 1.0, 8: 2.5},
+            4,
+            "began at 2.000 and ended at 2.500",
+        ),
+        ({0: 2.0, 4: 2.1, 8: 2.5}, 4, "rose from 2.000 to 2.100"),
+        ({4: 2.0, 8: 2.5}, 4, ""),
+        ({}, None, ""),
+    ],
+)
+def test_held_out_losses_before_and_after_are_compared(losses, kept, words):
+    log = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+    state = SimpleNamespace(log_history=log, best_global_step=kept, global_step=8)
+    args = SimpleNamespace(load_best_model_at_end=True)
+    said = warning_of_loss(SimpleNamespace(state=state, args=args))
+    assert words in said and bool(words) == bool(said)
+
+
+def test_what_cannot_be_saved_is_found_before_the_training(tiny):
+    model, tokenizer = tiny
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise TypeError("Object of type dtype is not JSON serializable")
+
+    parts = {"config": model.config, "generation_config": model.generation_config}
+    rehearse(SimpleNamespace(model=SimpleNamespace(**parts), processing_class=tokenizer))
+    for name in parts:
+        broken = SimpleNamespace(**parts | {name: Broken()})
+        with pytest.raises(ValueError, match=r"Broken that can be saved .*not JSON serializable"):
+            rehearse(SimpleNamespace(model=broken, processing_class=tokenizer))
+    with pytest.raises(ValueError, match="Broken that can be saved"):
+        rehearse(SimpleNamespace(model=SimpleNamespace(**parts), processing_class=Broken()))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Expected an --output_dir that can be written"):
+        RunFolder(tmp_path / "file", {}).begin([])
+    with pytest.raises(OSError, match="Expected an --output_dir that can be written"):
+        RunFolder(tmp_path / "file/run", {}).begin([])
+
+
+@pytest.mark.parametrize("more", [(), ("--plan",)])
+def test_an_adapter_is_refused_as_a_model_at_once(more, facts, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    words = ["--model", str(tmp_path / "adapter"), "--data", str(facts), *more]
+    words += ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="whole model for --model, found an adapter .*Merge it"):
+        script.main(words)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ValueError, match=r"Give .*merged, which has it merged"):
+        script.main(words)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare", [80, 1, 0])
+def test_added_tokens_take_spare_rows_and_an_adapter_fits_its_base(
+    spare, tied, facts, tmp_path, capsys
+):
+    """Vocabularies are padded, for speed: rows that no token has are not cut off."""
+    words = llama3_like.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    model = random_model(words, tied=tied, rows=len(words) + spare)
+    model.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    arguments = quickly(tmp_path / "base", facts, "--template", "chatml", "--learning_rate", "0.01")
+    assert script.main(arguments) == 0
+    grows = spare < 2
+    assert ("AutoPeftModelForCausalLM" in capsys.readouterr().out) == grows
+    merged, tokenizer = load(tmp_path / "run/merged")
+    rows = max(len(words) + spare, len(tokenizer))
+    assert merged.get_input_embeddings().num_embeddings == merged.config.vocab_size == rows
+    if grows:
+        tuned = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/adapter")
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        tuned = PeftModel.from_pretrained(plain, tmp_path / "run/adapter")
+    ids = encode(read_jsonl(facts)[0]["messages"], tokenizer)["input_ids"]
+    assert max(ids) >= len(words)
+    ids = torch.tensor([ids])
+    torch.testing.assert_close(tuned(ids).logits, merged(ids).logits, atol=1e-3, rtol=1e-3)
 
 
 def test_a_model_still_stops_where_it_did(tokenizer):
@@ -432,7 +973,7 @@ def test_splits_and_configurations_of_a_dataset_have_names(facts, tmp_path, monk
     folder = str(tmp_path / "set")
     names = {"data_config": "all", "data_split": "train_sft", "held_out_split": "test_sft"}
     args = FinetuneArguments(data=folder, held_out=folder, **names)
-    kept, held, rejects = load_data(args)
+    kept, held, rejects, _ = load_data(args)
     assert (kept, held, rejects) == (rows[:60], rows[60:], [])
     with pytest.raises(ValueError, match="'train': .*train_sft.* Give --data_config, --data_split"):
         load_data(FinetuneArguments(data=folder))
@@ -442,10 +983,10 @@ def test_conversations_that_all_begin_alike_are_split_too(tmp_path):
     texts = [{"role": "assistant", "content": f"Text {n}."} for n in range(20)]
     question = {"role": "user", "content": "Summarise it."}
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, text]} for text in texts])
-    kept, held, _ = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
+    kept, held, *_ = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
     assert (len(kept), len(held)) == (18, 2)
     write_jsonl(tmp_path / "data.jsonl", [{"messages": [question, texts[0]]}])
-    with pytest.raises(ValueError, match="at least two conversations .* Give --held_out a file"):
+    with pytest.raises(ValueError, match="at least two different .* Give --held_out a file"):
         load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl")))
 
 
@@ -490,37 +1031,70 @@ def test_a_folder_of_another_run_is_refused_and_half_a_checkpoint_is_passed_over
     with pytest.raises(ValueError, match=r"checkpoints without a run\.json"):
         RunFolder(tmp_path / "other", mine).last_checkpoint()
     (tmp_path / RUN_FILE).write_text(json.dumps(mine))
-    state = "trainer_state.json"
-    for step, files in ((5, ("m.safetensors", state)), (8, (state,)), (10, ("m.safetensors",))):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for file in files:
-            (folder / file).write_text("{}")
-    assert RunFolder(tmp_path, mine).last_checkpoint().endswith("checkpoint-5")
+    whole = ("m.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    parts = {5: whole, 8: whole[:1] + whole[-1:], 10: whole[:-1], "best": whole}
+    for step, files in parts.items():
+        write_checkpoint(tmp_path / f"checkpoint-{step}", files)
+    folder = RunFolder(tmp_path, mine)
+    assert str(folder.last_checkpoint()).endswith("checkpoint-5")
+    first, second = folder.passed_over()
+    assert first.endswith(
+        "checkpoint-8 cannot be resumed: no rng_state.pth, scheduler.pt, optimizer.*."
+    )
+    assert second.endswith("checkpoint-10 cannot be resumed: no trainer_state.json.")
+    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"half": ')
+    assert folder.passed_over()[-1] == second
     with pytest.raises(ValueError, match="found one with data 'abc'; now data 'xyz'"):
         RunFolder(tmp_path, mine | {"data": "xyz"}).last_checkpoint()
+
+
+def write_checkpoint(folder, files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+
+
+@pytest.mark.parametrize("lost", range(7))
+def test_a_checkpoint_of_ranks_needs_what_each_of_them_saved(lost, tmp_path):
+    whole = ["global_step4/mp_rank_00_model_states.pt", "latest", "scheduler.pt"]
+    whole += [f"global_step4/zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in (0, 1)]
+    whole += ["rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"]
+    two = RunFolder(tmp_path, {"zero_stage": 2, "ranks": 2})
+    write_checkpoint(tmp_path / "checkpoint-4", whole)
+    assert two.lacking(tmp_path / "checkpoint-4") == []
+    for plain in ({"ranks": 1}, {"ranks": 2}):
+        assert "optimizer.*" in RunFolder(tmp_path, plain).lacking(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / whole[lost]).unlink()
+    assert len(two.lacking(tmp_path / "checkpoint-4")) == 1
 
 
 def test_a_run_is_known_by_what_decides_what_is_learned(facts):
     rows = read_jsonl(facts)
 
-    def identity(*arguments, rows=rows):
-        return run_identity(*parse(["--model", "tiny-base", *arguments]), rows)
+    def identity(*arguments, rows=rows, held_out=()):
+        return run_identity(*parse(["--model", "tiny-base", *arguments]), rows, held_out)
 
     mine = identity()
-    assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3")
+    assert mine == identity("--save_steps", "5", "--no_merge", "--ask", "3", "--logging_steps", "9")
+    assert mine == identity("--report_to", "tensorboard", "--activation_checkpointing", "true")
     assert mine == identity(
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"
     )
-    others = [identity(rows=rows[1:]), identity(rows=rows[::-1])]
+    assert mine == json.loads(json.dumps(mine)) and "hub_token" not in mine
+    others = [identity(rows=rows[1:]), identity(rows=rows[::-1]), identity(held_out=rows[:1])]
     for name, value in {
         **{"model": "other", "method": "full", "lora_r": "8", "lora_alpha": "8"},
         **{"template": "own", "learning_rate": "1e-3", "num_train_epochs": "2", "max_steps": "9"},
         **{"max_length": "64", "packing": "true", "seed": "1", "warmup_steps": "3"},
         **{"per_device_train_batch_size": "8", "lr_scheduler_type": "linear"},
+        **{"assistant_only_loss": "false", "weight_decay": "0.1", "max_grad_norm": "0.5"},
+        **{"neftune_noise_alpha": "5", "optim": "sgd", "adam_beta2": "0.95", "loss_type": "dft"},
+        **{"label_smoothing_factor": "0.1", "data_seed": "3", "truncation_mode": "keep_end"},
+        **{"train_sampling_strategy": "random", "deepspeed": "deepspeed_configs/zero2.json"},
     }.items():
         others.append(identity(f"--{name}", value))
     assert all(other != mine for other in others)
+    assert identity("--deepspeed", "deepspeed_configs/zero1.json") != others[-1]
 
 
 def test_a_second_interrupt_stops_at_once():
@@ -538,12 +1112,12 @@ def test_a_gated_model_asks_for_a_token_and_a_given_one_is_never_shown(httpserve
     settings = {"HF_ENDPOINT": httpserver.url_for("").rstrip("/"), "HF_HOME": str(tmp_path)}
     token = "hf_" + "secret" * 5
     model = ("--model", "meta-llama/Meta-Llama-3-8B", "--output_dir", tmp_path / "run")
-    said = run(*model, code=1, env=settings | {"HF_TOKEN": token})
+    said = run(*model, code=2, env=settings | {"HF_TOKEN": token})
     assert "for gated models such as Llama 3 set HF_TOKEN" in said
     assert "Traceback" not in said and token not in said
     asked = [request for request, _ in httpserver.log]
     assert any(request.headers.get("Authorization") == f"Bearer {token}" for request in asked)
-    said = run("--data", "no/where", code=1, env=settings | {"HF_TOKEN": token})
+    said = run("--data", "no/where", code=2, env=settings | {"HF_TOKEN": token})
     assert "set HF_TOKEN" in said and "Traceback" not in said and token not in said
 
 
@@ -736,7 +1310,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(facts, tmp_path):
     arguments = ("--data", facts, "--output_dir", disk / "run", "--method", "full", *SHORT)
     arguments += ("--max_steps", "8", "--save_steps", "4", "--eval_steps", "4")
     try:
-        said = run(*arguments, code=1)
+        said = run(*arguments, code=2)
         assert f"The disk of {disk / 'run'} is full" in said and "Traceback" not in said
         assert f"{disk / 'run/checkpoint-4'} is whole" in said
         assert [path.name for path in disk.glob("run/checkpoint-*")] == ["checkpoint-4"]

@@ -355,12 +355,13 @@ class Check:
 
     def resume(self, found: dict) -> None:
         """Kill a run after its first checkpoint; resumed, it has the losses of the undisturbed."""
-        from sftlib.finetune.checkpoints import is_whole
+        from sftlib.finetune.checkpoints import RunFolder
 
         undisturbed = self.lora()["losses"]
         words = self.ours("lora", "resumed", f"{ONCE} --save_steps {SAVE_STEPS}")
         with self.started(*words) as (child, log):
-            while not any(map(is_whole, self.work.glob("resumed/checkpoint-*"))):
+            lacking = RunFolder(self.work / "resumed", {}).lacking
+            while all(map(lacking, self.work.glob("resumed/checkpoint-*"))):
                 if child.poll() is not None or time.monotonic() > self.deadline:
                     raise RuntimeError(f"{log.read_text()}\nIt wrote no checkpoint in time")
                 time.sleep(0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sftlib.chat.control_tokens import INSIDE, ControlTokens, template_of
 from sftlib.chat.layout import is_plain, layout_of
@@ -128,6 +128,14 @@ def _labels(ids: list[int], mask: list[int]) -> list[int]:
     return [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
 
 
+def escaped(messages: Messages, controls: ControlTokens) -> list[dict[str, Any]]:
+    """The messages with what is said of them, in which no text spells a control token."""
+    return [
+        {key: value if key == "role" else controls.escape_all(value) for key, value in said.items()}
+        for said in map(spoken_keys, messages)
+    ]
+
+
 class _Renderer:
     """From messages to an escaped text, and the pieces of it that are learned."""
 
@@ -144,11 +152,7 @@ class _Renderer:
     def render(self, messages: Messages, tools: Tools | None) -> tuple[str, Spans]:
         template = self.template(bool(tools))
         how = (template, self.add_generation_prompt)
-        escape = self.controls.escape_all
-        safe = [
-            {key: value if key == "role" else escape(value) for key, value in said.items()}
-            for said in map(spoken_keys, messages)
-        ]
+        safe, escape = escaped(messages, self.controls), self.controls.escape_all
         text, spans = render_marked(safe, *how, escape(tools), **self.special_tokens)
         marked = marks_the_assistant(template)
         if not marked and not self.add_generation_prompt:

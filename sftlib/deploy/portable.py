@@ -118,16 +118,14 @@ def modelfile(folder: str | os.PathLike, gguf: str) -> str:
 
 def _go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Ollama's version of the chat template; empty for one of another family."""
-    from jinja2 import TemplateError
-
     bos = tokenizer.bos_token or BEGIN
     try:
         texts = _prompts(tokenizer, _PROBES)
-    except TemplateError:  # for instance one that takes no system message
+    except ValueError:  # for instance one that takes no system message
         return ""
     bare = [text.removeprefix(bos) for text in texts]
     for ours, go in _GO.items():
-        if bare == [t.removeprefix(BEGIN) for t in render_marked(_PROBES, ours, True)[0]]:
+        if bare == [render_marked(one, ours, True)[0].removeprefix(BEGIN) for one in _PROBES]:
             begins = texts[0].startswith(bos) and tokenizer.bos_token_id not in _added(tokenizer)
             return bos * begins + go  # a tokenizer that adds BOS would double it
     return ""
@@ -153,7 +151,7 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]
 ) -> Sequence[str]:
     template, special = template_of(tokenizer), tokenizer.special_tokens_map
-    return render_marked(conversations, template, True, **special)[0]
+    return [render_marked(one, template, True, None, **special)[0] for one in conversations]
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,6 +8,8 @@
 | `plan` | parameters, steps and memory, counted before anything is loaded |
 | `callbacks` | answers to held-out questions while training, lines of loss, stopping on a signal |
 | `checkpoints` | the run's folder: which run it belongs to, where to resume, a full disk |
+| `refusals` | what is refused in words: packages, a launcher, errors of libraries |
+| `show` | conversations as tokens, with what is learned of them |
 | `save` | the adapter and the merged model |
 | `card` | the model card, and a few answers to look at |
 """

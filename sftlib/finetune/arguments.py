@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import difflib
 import os
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.data import FACTS
+from sftlib.finetune.refusals import require_packages
 
 if TYPE_CHECKING:
     from trl import SFTConfig, TrlParser
@@ -35,6 +37,9 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+ADAPTER_ARGUMENTS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"),
+)
 NEGATED = {  # help of --no_merge
     "merge": "Save the adapter alone. `python -m sftlib.deploy.merge ADAPTER OUT` merges it later."
 }
@@ -56,15 +61,24 @@ class FinetuneArguments:
     )
     data: str = option(
         os.path.relpath(FACTS / "sft.jsonl"),
-        "Conversations: .jsonl, .json (also .gz) or .parquet, or a dataset on the Hub; with "
-        "messages, prompt and completion, chosen and rejected, or as Alpaca, Dolly, ShareGPT or "
-        "OASST.",
+        "Conversations: a file (JSON, JSON lines, CSV, TSV, Parquet; also packed), a folder of "
+        "such files, or a dataset on the Hub; with messages, prompt and completion, chosen and "
+        "rejected, or as Alpaca, Dolly, ShareGPT or OASST.",
     )
     held_out: str = option(
         "",
         "Conversations to evaluate on: a file or dataset as for --data, or the share of the data "
-        "to keep back. Without it 0.1, and for the course's own data its held-out file.",
+        "to keep back, 0 for none. Without it 0.1, and for the course's own data its held-out "
+        "file.",
     )
+    max_held_out: int = option(
+        1000,
+        "At most so many conversations are evaluated on, where --held_out is a file or is not "
+        "given; 0: all.",
+    )
+    question_key: str = option("", "Key of the question, where a record's keys are its own.")
+    answer_key: str = option("", "Key of the answer.")
+    system_key: str = option("", "Key of a system message.")
     data_config: str = option("", "Configuration of a dataset on the Hub that has several.")
     data_split: str = option("train", "Split of a dataset on the Hub to train on.")
     held_out_split: str = option("train", "Split of a dataset that --held_out names.")
@@ -77,6 +91,13 @@ class FinetuneArguments:
     )
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Scale of the adapters: alpha / r.")
+    lora_dropout: float = option(0.0, "Share of the adapters' inputs that is dropped in training.")
+    target_modules: str = option(
+        "all-linear",
+        "Layers with adapters: all-linear, names with commas (q_proj,v_proj), or a pattern.",
+    )
+    use_dora: bool = option(False, "DoRA: adapters that learn length and direction apart.")
+    use_rslora: bool = option(False, "rsLoRA: scale the adapters by alpha / √r, not alpha / r.")
     attn_implementation: str = option(
         "sdpa",
         "How attention is computed: sdpa is PyTorch's own, flash_attention_2 a package for GPUs.",
@@ -86,6 +107,7 @@ class FinetuneArguments:
     answer_tokens: int = option(64, "Longest answer, in tokens.")
     patience: int = option(0, "Stop after so many evaluations without a lower loss; 0: never.")
     merge: bool = option(True, "Save also the model with the adapter merged into it.")
+    show: int = option(0, "Print so many conversations as tokens, the learned ones marked; stop.")
     plan: bool = option(False, "Print what the training would need, and stop.")
     plan_gpus: int = option(1, "For --plan: how many GPUs.")
     plan_gib: float = option(
@@ -95,6 +117,20 @@ class FinetuneArguments:
     @property
     def trains_adapters(self) -> bool:
         return self.method != "full"
+
+    @property
+    def targets(self) -> str | list[str]:
+        """`--target_modules` as PEFT takes it: "all-linear", a pattern, or a list of names."""
+        names = self.target_modules
+        if names == "all-linear" or set(names) & set(r"*\|()[]^$+?"):
+            return names
+        return names.replace(" ", "").split(",")
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The names of a record's keys, those that were given."""
+        names = ("question_key", "answer_key", "system_key")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def saved_folders(self) -> list[str]:
@@ -120,6 +156,7 @@ OUR_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,  # needs equal steps for saving and evaluating
     "eval_on_start": True,
+    "per_device_eval_batch_size": None,  # that of training, so that evaluating takes no more memory
     "ddp_find_unused_parameters": False,  # every trained parameter is used; searching costs time
 }
 
@@ -147,22 +184,130 @@ def parse(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, and warns
         without_builds()  # otherwise DeepSpeed compiles C++ for a minute
 
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _words(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
         cast(Any, [FinetuneArguments, SFTConfig]),
         usage="python class_5_llama3.py [ARGUMENTS]; --help shows them",
         add_help=False,
         allow_abbrev=False,
     )
-    parser.set_defaults_with_config(**(defaults() | OUR_DEFAULTS))
+    given = _given(words)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy", "report_to"):
+        if given.get(name) is False:  # YAML reads no as false
+            words += [f"--{name}", "none" if name == "report_to" else "no"]
+    parser.set_defaults_with_config(**(defaults() | OUR_DEFAULTS | _follow(given)))
     if {"-h", "--help"} & set(words):
         print(help_page(parser, introduction))
         raise SystemExit
     if "--help_all" in words:
         parser.print_help()
         raise SystemExit
-    args, training = parser.parse_args_and_config(words)
-    return cast(FinetuneArguments, args), cast("SFTConfig", training)
+    found: Any = parser.parse_args_and_config(words, return_remaining_strings=True)
+    args, training, unknown = found
+    if unknown:
+        raise ValueError(not_known(unknown, {action.dest for action in parser._actions}))
+    _settle(args, training)
+    return args, training
+
+
+def _settle(args: FinetuneArguments, training: SFTConfig) -> None:
+    """Fill in what follows from other arguments."""
+    for argument in fields(args):  # YAML reads 0.1 as a number
+        if isinstance(argument.default, str) and type(getattr(args, argument.name)) in (int, float):
+            setattr(args, argument.name, str(getattr(args, argument.name)))
+    if training.per_device_eval_batch_size is None:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
+    if training.eval_strategy == "no" and not args.held_out:
+        args.held_out = "0"  # what is not evaluated can be learned
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """The words of the command line, with `--config=FILE` as two, which TRL expects."""
+    words = [w for word in argv for w in (word.split("=", 1) if "--config=" in word else [word])]
+    if words[-1:] == ["--config"]:
+        raise ValueError("Expected a file after --config, found nothing: give a YAML file.")
+    return words
+
+
+def _given(words: list[str]) -> dict[str, Any]:
+    """What the file of settings and the command line say about evaluating and saving."""
+    import yaml
+
+    given: dict[str, Any] = {}
+    if "--config" in words:
+        path = words[words.index("--config") + 1]
+        try:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OSError(f"Expected a file for --config, found none at {path}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"Expected YAML in {path}, found something else: {why}") from error
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"Expected lines such as `method: lora` in {path}, found {given!r:.60}."
+            )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("eval_strategy", "save_strategy", "eval_steps", "save_steps", "held_out"):
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*flags, default=argparse.SUPPRESS)
+    return given | vars(parser.parse_known_args(words)[0])
+
+
+def _follow(given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that follow from what is given: evaluating and saving at the same steps, or not."""
+    found = {}
+    for one, other in (("eval", "save"), ("save", "eval")):
+        for name in ("strategy", "steps"):
+            value = given.get(f"{one}_{name}")
+            if value not in (None, "no", False) and f"{other}_{name}" not in given:
+                found[f"{other}_{name}"] = value
+    if holds_out_nothing(str(given.get("held_out", ""))):
+        found.setdefault("eval_strategy", "no")
+    evaluates = (found | given).get("eval_strategy", "steps") not in ("no", False)  # YAML: no
+    if not evaluates:
+        found["eval_strategy"] = "no"
+        found |= {"save_steps": given.get("save_steps", OUR_DEFAULTS["save_steps"])}
+    if not evaluates or given.get("save_strategy") in ("no", False):
+        found["load_best_model_at_end"] = False
+    return found | ({} if evaluates else {"eval_on_start": False})
+
+
+def holds_out_nothing(held_out: str) -> bool:
+    """Whether `--held_out` is zero."""
+    try:
+        return float(held_out) == 0
+    except ValueError:
+        return False
+
+
+OTHER_NAMES = {  # as other tools call them
+    **{"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_steps"},
+    **dict.fromkeys(("batch_size", "batch", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("grad_accum", "accumulation"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("r", "rank", "lora_rank"), "lora_r"),
+    **{"alpha": "lora_alpha", "dropout": "lora_dropout", "output": "output_dir"},
+    **dict.fromkeys(("model_name_or_path", "base_model", "model_name"), "model"),
+    **dict.fromkeys(("dataset", "dataset_name", "train_file", "data_path"), "data"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "seq_len"), "max_length"),
+    **dict.fromkeys(("val_size", "eval_file", "validation_file", "test_size"), "held_out"),
+    **dict.fromkeys(("load_in_4bit", "use_peft", "use_lora", "qlora", "lora"), "method"),
+    **{
+        "chat_template": "template",
+        "lora_target_modules": "target_modules",
+        "resume": "output_dir",
+    },
+}
+
+
+def not_known(words: list[str], known: set[str]) -> str:
+    """What to say about arguments that nobody reads: the nearest of those that there are."""
+    said = []
+    for word in [w for w in words if w.startswith("--")] or words:
+        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, 1)
+        said.append(f"{word}: did you mean --{near[0]}?" if near else f"{word}.")
+    return f"Expected arguments of this script, found {' '.join(said)} --help shows them."
 
 
 def help_page(parser: TrlParser, introduction: str) -> str:
@@ -209,8 +354,11 @@ NOT_USED = {  # arguments of TRL that the script does not use: name → what to 
 
 def check(args: FinetuneArguments, training: SFTConfig) -> None:
     """Raise a ValueError where arguments contradict each other, before anything is loaded."""
-    for argument in fields(args):  # TrlParser does not check choices in a file of settings
+    for argument in fields(args):  # TrlParser checks neither in a file of settings
         choices, found = argument.metadata.get("choices"), getattr(args, argument.name)
+        kind = str if argument.default is None else type(argument.default)
+        if not isinstance(found, (int, float) if kind is float else kind) and found is not None:
+            raise ValueError(f"Expected {kind.__name__} for {argument.name}, found {found!r:.60}.")
         if choices and found not in choices:
             raise ValueError(
                 f"Expected one of {', '.join(choices)} for {argument.name}, found {found!r}."
@@ -219,19 +367,23 @@ def check(args: FinetuneArguments, training: SFTConfig) -> None:
     for name, other in NOT_USED.items():
         if getattr(training, name):
             raise ValueError(f"Expected {other}, found --{name}, which this script does not use.")
+    if holds_out_nothing(args.held_out) and training.eval_strategy != "no":
+        raise ValueError("Expected --eval_strategy no for --held_out 0: nothing can be evaluated.")
+    if not args.plan:
+        require_packages(args, training)
     if args.patience and training.eval_strategy == "no":
         raise ValueError("Expected evaluations for --patience, found --eval_strategy no.")
     for name in ("lora_r", "answer_tokens", "plan_gpus"):
         if getattr(args, name) < 1:
             raise ValueError(f"Expected at least 1 for --{name}, found {getattr(args, name)}.")
-    for name in ("ask", "patience", "plan_gib"):
+    for name in ("ask", "patience", "plan_gib", "max_held_out", "lora_dropout", "show"):
         if getattr(args, name) < 0:
             raise ValueError(f"Expected no less than 0 for --{name}, found {getattr(args, name)}.")
 
 
 def _check_method(args: FinetuneArguments, training: SFTConfig) -> None:
     default = {argument.name: argument.default for argument in fields(args)}
-    for_adapters = [n for n in ("lora_r", "lora_alpha") if getattr(args, n) != default[n]]
+    for_adapters = [n for n in ADAPTER_ARGUMENTS if getattr(args, n) != default[n]]
     if not args.trains_adapters and (for_adapters or not args.merge):
         flag = f"--{for_adapters[0]}" if for_adapters else "--no_merge"
         raise ValueError(
@@ -249,11 +401,15 @@ def _check_method(args: FinetuneArguments, training: SFTConfig) -> None:
 # --- What the arguments imply --------------------------------------------------------------------
 
 
+def deepspeed_config(training: SFTConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, from --deepspeed or `accelerate launch`; empty without one."""
+    plugin: Any = training.deepspeed_plugin
+    return plugin.hf_ds_config.config if plugin else {}
+
+
 def zero_config(training: SFTConfig) -> dict[str, Any]:
     """The part `zero_optimization` of DeepSpeed's configuration; empty without one."""
-    if not training.deepspeed:
-        return {}
-    return json.loads(Path(str(training.deepspeed)).read_text()).get("zero_optimization", {})
+    return deepspeed_config(training).get("zero_optimization", {})
 
 
 def zero_stage(training: SFTConfig) -> int:

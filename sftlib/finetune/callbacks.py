@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from sftlib.evaluate import Answer, answers, exact_match, stops
 
 import torch
 from torch import distributed
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +96,82 @@ class PrintLoss(TrainerCallback):
         due = state.global_step % max(1, state.max_steps // 20) == 0
         if due and state.is_world_process_zero and "loss" in logs:
             print(f"step {state.global_step:>5}: loss {float(logs['loss']):.3f}", flush=True)
+
+
+def early_stopping(patience: int, checkpoint: str | None) -> EarlyStoppingCallback:
+    """Transformers' callback, which goes on counting where a checkpoint's run stopped."""
+    callback = EarlyStoppingCallback(patience)
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        for name, value in saved.items():  # the number of evaluations without a lower loss
+            setattr(callback, name, value)
+    return callback
+
+
+class OrderOfEpoch(TrainerCallback):
+    """The order of the rows follows from the seed and the epoch alone.
+
+    Transformers' `LengthGroupedSampler` draws it from the global random state, which a checkpoint
+    in the middle of an epoch has left behind: a resumed epoch would repeat rows and miss others.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **_: Any) -> None:
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):  # one rank's part of the batches
+            sampler = sampler.batch_sampler
+        if isinstance(rows := getattr(sampler, "sampler", None), LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            epoch = int(state.epoch or 0)
+            rows.generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
+
+
+class StopIfNotFinite(TrainerCallback):
+    """Stop at once where loss, gradients or weights are not finite: nothing after it is learned.
+
+    Loss and gradients are looked at before the optimizer's step, and weights before each
+    checkpoint, so every checkpoint is good.
+
+    Raises:
+        FloatingPointError: on all ranks; the message names the step.
+    """
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+        trainer.args.logging_nan_inf_filter = False  # it would show the average of earlier losses
+
+    def on_pre_optimizer_step(self, args, state, control, model: Any = None, **_: Any) -> None:
+        step = state.global_step + 1
+        self.require("the loss", [self.trainer._tr_loss], step)
+        if not args.fp16:  # with float16 an overflow is usual: the step is left out
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.require("a gradient", gradients, step)
+
+    def on_log(self, args, state, control, logs: Any = None, **_: Any) -> None:
+        if "grad_norm" in logs and not args.fp16:  # DeepSpeed's gradients are known by it alone
+            norm = torch.tensor(float(logs["grad_norm"]), device=args.device)
+            self.require("the norm of the gradients", [norm], state.global_step)
+
+    def on_step_end(self, args, state, control, model: Any = None, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if control.should_save or control.should_evaluate or last:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            mine = [getattr(p, "ds_tensor", p) for p in trained]  # ZeRO-3: this rank's part
+            self.require("a weight", [p for p in mine if p.numel()], state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics: Any = None, **_: Any) -> None:
+        loss = torch.tensor(metrics.get("eval_loss", 0.0), device=args.device)
+        self.require("the held-out loss", [loss], state.global_step)
+
+    def require(self, what: str, tensors: list[torch.Tensor], step: int) -> None:
+        """Raise, on all ranks, where one rank has a value that is not finite."""
+        if not tensors:
+            return
+        finite = torch.stack([t.detach().isfinite().all() for t in tensors]).all().int()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+        if not finite:
+            raise FloatingPointError(f"Stopped at step {step}: {what} is not finite.")
 
 
 class StopOnSignal(TrainerCallback):

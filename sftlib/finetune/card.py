@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
+EVALUATIONS = ("| step | held-out loss | exact answers | ended by itself |", "|--:|--:|--:|--:|")
 PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
@@ -25,6 +26,39 @@ def saved_step(trainer: SFTTrainer) -> int:
     """The step whose weights are saved: the one with the lowest held-out loss, or the last."""
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     return best or trainer.state.global_step
+
+
+def held_out_losses(trainer: SFTTrainer) -> tuple[float, float, float] | None:
+    """The held-out loss before the training, of the kept weights, and at the end; or None."""
+    log = trainer.state.log_history
+    losses = {line["step"]: line["eval_loss"] for line in log if "eval_loss" in line}
+    if 0 not in losses or len(losses) < 2:
+        return None
+    last = losses[max(losses)]
+    return losses[0], losses.get(saved_step(trainer), last), last
+
+
+def is_worse(trainer: SFTTrainer) -> bool:
+    """Whether the kept weights have a higher held-out loss than the model had before."""
+    losses = held_out_losses(trainer)
+    return losses is not None and losses[1] > losses[0]
+
+
+def warning_of_loss(trainer: SFTTrainer) -> str:
+    """A sentence where the held-out loss ended higher than it began; otherwise empty."""
+    before, kept, last = held_out_losses(trainer) or (0, 0, 0)
+    if kept > before:
+        return (
+            f"WARNING: worse than before the training: the held-out loss rose from {before:.3f} to "
+            f"{kept:.3f}. Do not use these weights. Try a lower learning rate, and look at the "
+            "data: are the held-out conversations of the same kind?"
+        )
+    if last > before:
+        return (
+            f"WARNING: the held-out loss began at {before:.3f} and ended at {last:.3f}, which is "
+            f"worse. The kept weights, from before, have {kept:.3f}. Try a lower learning rate."
+        )
+    return ""
 
 
 def model_card(
@@ -46,7 +80,9 @@ def model_card(
     rank = f", r = {args.lora_r}, α = {args.lora_alpha}" if args.trains_adapters else ""
     learned = "the assistant's" if training.assistant_only_loss else "all"
     evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
-    table = "\n".join(map(_table_line, evaluations))
+    table = "\n".join([*EVALUATIONS, *map(_table_line, evaluations)]) if evaluations else ""
+    warning = warning_of_loss(trainer)
+    results = "\n\n".join(filter(None, [warning and f"**{warning}**", table])) or "Not evaluated."
     is_adapter = (folder or args.saved_folders[-1]) == "adapter"
     return f"""---
 {LIBRARY["peft" if is_adapter else "transformers"]}
@@ -67,9 +103,7 @@ step {saved_step(trainer)} are kept; seed {training.seed}; loss on {learned} tok
 
 **Chat template**: {template_choice(tokenizer, args)}
 
-| step | held-out loss | exact answers | ended by itself |
-|--:|--:|--:|--:|
-{table}
+{results}
 
 **Versions**: {", ".join(f"{name} {version(name)}" for name in PACKAGES)}.
 """

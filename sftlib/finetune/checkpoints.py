@@ -6,11 +6,18 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftlib.data import write_jsonl
-from sftlib.finetune.arguments import FinetuneArguments, rows_per_step, schedule
+from sftlib.finetune.arguments import (
+    ADAPTER_ARGUMENTS,
+    FinetuneArguments,
+    deepspeed_config,
+    rows_per_step,
+    zero_stage,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,32 +26,51 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 SHARED_DISK_SECONDS = 90  # after which a network disk shows a new file on all nodes
 NEARLY_FULL = 64 * 2**20  # bytes
-IDENTITY_SETTINGS = (  # of TRL's settings, those that decide what is learned; others may change
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "warmup_steps",
-    "max_length",
-    "packing",
-    "seed",
+# Beginnings of the names of TRL's settings that do not decide what is learned: speed, memory, logs,
+# and what is counted in another way. All others belong to the run.
+HARMLESS = (
+    *("output_dir", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
+    *("save_", "load_best_model", "metric_for_best", "greater_is_better", "hub_", "push_to_hub"),
+    *("eval_", "do_", "prediction_loss_only", "batch_eval", "bf16_full_eval", "fp16_full_eval"),
+    *("include_", "resume_", "restore_", "local_rank", "skip_memory", "enable_jit_checkpoint"),
+    *("per_device_", "gradient_accumulation_steps", "deepspeed", "ddp_", "auto_find_batch_size"),
+    *("activation_", "gradient_checkpointing", "torch_", "tf32", "use_c", "use_liger", "liger_"),
+    *("dataloader_num", "dataloader_p", "dataloader_multi", "dataset_num_proc", "full_determinism"),
 )
+OF_DEEPSPEED = ("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16")  # parts of its file
 
 
-def run_identity(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> dict[str, Any]:
-    """What a checkpoint must agree with: everything that decides what is learned."""
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return {
+def run_identity(
+    args: FinetuneArguments, training: SFTConfig, rows: list[dict], held_out: Sequence[dict] = ()
+) -> dict[str, Any]:
+    """What a checkpoint must agree with: everything that decides what is learned, as JSON."""
+    lora = ("lora_r", "lora_alpha") if args.trains_adapters else ()
+    from_deepspeed = deepspeed_config(training)
+    settings = {
+        name: value for name, value in training.to_dict().items() if not name.startswith(HARMLESS)
+    }
+    identity = {
         "model": args.model,
         "method": args.method,
-        "lora_r": args.lora_r if args.trains_adapters else 0,
-        "lora_alpha": args.lora_alpha if args.trains_adapters else 0,
+        "lora_r": 0,
+        "lora_alpha": 0,
+        **{name: getattr(args, name) for name in lora},
+        **{name: getattr(args, name) for name in ADAPTER_ARGUMENTS[2:]},
         "template": args.template,
-        "data": digest[:16],
-        # The product, so that a run can go on with more or fewer GPUs.
+        "data": digest(rows),
+        "held_out": digest(held_out),
+        # The product, so that a run can go on with a smaller batch and more accumulation.
         "rows_per_step": rows_per_step(training, training.world_size),
-        "lr_scheduler_type": schedule(training),
-        **{name: getattr(training, name) for name in IDENTITY_SETTINGS},
+        "ranks": training.world_size,
+        "zero_stage": zero_stage(training) if from_deepspeed else None,
+        **{f"deepspeed_{name}": from_deepspeed.get(name) for name in OF_DEEPSPEED},
+        **settings,
     }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def digest(rows: Sequence[dict]) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:16]
 
 
 class RunFolder:
@@ -54,9 +80,19 @@ class RunFolder:
         self.path, self.identity = Path(path), identity
 
     def begin(self, rejects: list[dict]) -> None:
-        """Write which run the folder belongs to, and the records that could not be used."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.path / RUN_FILE, [self.identity])
+        """Write which run the folder belongs to, and the records that could not be used.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_jsonl(self.path / RUN_FILE, [self.identity])
+        except OSError as error:
+            raise OSError(
+                f"Expected an --output_dir that can be written, found {self.path}: "
+                f"{error.strerror or error}. Give another one."
+            ) from error
         if rejects:
             write_jsonl(self.path / "rejects.jsonl", rejects)
 
@@ -67,12 +103,36 @@ class RunFolder:
             ValueError: the folder holds another run, or checkpoints that nothing describes.
         """
         self._check_owner()
-        found = sorted(self._checkpoints(), key=lambda path: int(path.name.split("-")[1]))
-        whole = [checkpoint for checkpoint in found if is_whole(checkpoint)]
+        whole = [path for path in self._checkpoints() if not self.lacking(path)]
         return str(whole[-1]) if whole else None
 
+    def passed_over(self) -> list[str]:
+        """A sentence for each checkpoint after the last whole one: what it lacks."""
+        sentences: list[str] = []
+        for path in self._checkpoints():
+            lacks = ", ".join(self.lacking(path))
+            sentences = [*sentences, f"{path} cannot be resumed: no {lacks}."] if lacks else []
+        return sentences
+
     def _checkpoints(self) -> list[Path]:
-        return list(self.path.glob("checkpoint-*"))
+        """In the order of their steps; folders with other names belong to somebody else."""
+        found = [p for p in self.path.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def lacking(self, checkpoint: Path) -> list[str]:
+        """What a checkpoint lacks, so that this run cannot go on from it as if never stopped."""
+        ranks, stage = self.identity.get("ranks", 1), self.identity.get("zero_stage")
+        patterns = ["scheduler.pt"]
+        if self.identity.get("deepspeed_scheduler"):
+            patterns = []  # it is in DeepSpeed's own files
+        patterns += ["*.safetensors", "optimizer.*"] if stage is None else ["latest"]
+        counted = {"rng_state.pth" if ranks == 1 else "rng_state_*.pth": ranks}
+        if stage is not None:
+            counted["global_step*/*model_states.pt"] = 1
+            counted["global_step*/*optim_states.pt"] = ranks if stage else 1
+        counted |= dict.fromkeys(patterns, 1)
+        lacks = [p for p, count in counted.items() if len(list(checkpoint.glob(p))) < count]
+        return lacks + ["trainer_state.json"] * (not _is_json(checkpoint / "trainer_state.json"))
 
     def _check_owner(self) -> None:
         if not (self.path / RUN_FILE).exists():
@@ -83,13 +143,15 @@ class RunFolder:
                 )
             return
         before = json.loads((self.path / RUN_FILE).read_text())
-        differ = [name for name in self.identity if before.get(name) != self.identity[name]]
+        differ = [n for n in self.identity if n in before and before[n] != self.identity[n]]
         if differ:
             was = ", ".join(f"{name} {before.get(name)!r}" for name in differ)
             now = ", ".join(f"{name} {self.identity[name]!r}" for name in differ)
             raise ValueError(
                 f"Expected {self.path} to be empty or of this run, found one with {was}; now "
                 f"{now}. Give another --output_dir, or remove that folder."
+                + " Or start as many ranks as before."
+                * ("ranks" in differ)
             )
 
     def finished(self, saved: str) -> bool:
@@ -118,6 +180,17 @@ class RunFolder:
                 "sees what the first one wrote there: give such an --output_dir."
             )
 
+    def not_finite(self, error: FloatingPointError, training: SFTConfig) -> FloatingPointError:
+        """The same error with the last good checkpoint, and what to try."""
+        good = self.last_checkpoint()
+        return FloatingPointError(
+            f"{error} "
+            + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint. ")
+            + f"Try a lower --learning_rate (now {training.learning_rate:g}), --max_grad_norm 1 "
+            f"(now {training.max_grad_norm:g}), --bf16 rather than --fp16; look at rows with "
+            "--show 5. Give another --output_dir: the same command would come to the same step."
+        )
+
     def raise_if_full(self, error: Exception) -> None:
         """Raise an error in words where `error` came of a full disk.
 
@@ -130,7 +203,7 @@ class RunFolder:
         if free > NEARLY_FULL and "No space left" not in str(error):
             return
         for part in (*self.path.glob("*.part"), *self._checkpoints()):
-            if part.suffix == ".part" or not is_whole(part):
+            if part.suffix == ".part" or self.lacking(part):
                 shutil.rmtree(part, ignore_errors=True)
         good = self.last_checkpoint()
         raise OSError(
@@ -142,11 +215,10 @@ class RunFolder:
         ) from error
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: Transformers writes the state last."""
+def _is_json(file: Path) -> bool:
+    """Whether a file was written to its end: Transformers writes a checkpoint's state last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads(file.read_text())
     except (OSError, ValueError):
         return False
-    # Transformers writes *.safetensors, DeepSpeed a folder of shards.
-    return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*"))
+    return True

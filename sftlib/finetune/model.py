@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, LLAMA3, end_of_turn_id, training_template
 from sftlib.chat.control_tokens import ControlTokens, template_of
+from sftlib.chat.encoding import INSIDE, escaped
 from sftlib.chat.templates import render_marked
-from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments
+from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments, deepspeed_config
 from sftlib.models import load, own_template, prepare_for_chat, read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig
 
 
@@ -27,6 +29,7 @@ def load_model(
     """
     import torch
 
+    refuse_adapter(args.model)
     options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
     if args.method == "qlora":
         options["quantization_config"] = four_bit_config()
@@ -34,11 +37,63 @@ def load_model(
     needs_float32 = args.method == "full" and not training.deepspeed
     dtype = torch.float32 if needs_float32 else None  # None: bfloat16 on a GPU
     model, tokenizer = load(args.model, dtype=dtype, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter of the Hub
+        refuse_adapter(args.model, found=True)
     set_template(model, tokenizer, args)
     if training.process_index == 0:
         print(f"Chat template: {template_choice(tokenizer, args)}")
-    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)
+    said = set_generation_config(model, tokenizer)
+    if said and training.process_index == 0:
+        print(said)
     return model, tokenizer
+
+
+def refuse_adapter(name: str | None, found: bool = False) -> None:
+    """Raise a ValueError where `--model` names an adapter: PEFT would put a second one on it."""
+    folder = Path(name or "")
+    if not found and (
+        not (folder / "adapter_config.json").exists() or (folder / "config.json").exists()
+    ):
+        return
+    merged = folder.parent / "merged"
+    todo = f"Merge it first: python -m sftlib.deploy.merge {name} {merged}."
+    if merged.is_dir():
+        todo = f"Give {merged}, which has it merged."
+    raise ValueError(
+        f"Expected a whole model for --model, found an adapter in {name}. {todo} To repeat its "
+        "training, give its base."
+    )
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Set the stop tokens, and mend a generation config that Transformers refuses to save.
+
+    Returns:
+        A sentence about what was mended; empty where nothing was.
+    """
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    config.eos_token_id = stop_token_ids(model, tokenizer)
+    wrong = " ".join(_faults(config).split())[:200]
+    if not wrong:
+        return ""
+    config.do_sample = True  # temperature and top_p say that it was meant
+    if not _faults(config):
+        return "The base's generation config has settings for sampling: do_sample is now true."
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {name: getattr(config, name) for name in names}
+    model.generation_config = GenerationConfig(**kept)
+    return f"The base's generation config cannot be saved ({wrong}): only stop tokens are kept."
+
+
+def _faults(config: GenerationConfig) -> str:
+    """Why Transformers would refuse to save a generation config; empty where it would not."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def four_bit_config() -> Any:
@@ -106,16 +161,14 @@ def template_choice(tokenizer: PreTrainedTokenizerBase, args: FinetuneArguments)
 
 
 def _replaced(original: str, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError
-
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     special = tokenizer.special_tokens_map
     try:
-        (theirs,), (ours,) = (
-            render_marked([[*turns, turns[0]]], one, True, **special)[0]
+        theirs, ours = (
+            render_marked([*turns, turns[0]], one, True, None, **special)[0]
             for one in (original, template)
         )
-    except TemplateError:
+    except ValueError:
         theirs, ours = original, template
     if theirs == ours:
         return "It writes what the model's own does."
@@ -141,17 +194,23 @@ def check_thoughts(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> None
     template = template_of(tokenizer)
     if "<think>" not in template:
         return
-    thoughtful = [row for row in rows if any("<think>" in m["content"] for m in row["messages"])]
+    thoughtful = [row for row in rows if any(map(_thinks, row["messages"]))]
     for row in thoughtful[:LOOKED_AT] + rows[:LOOKED_AT]:
-        _check_thoughts(tokenizer, row["messages"])
+        _check_thoughts(tokenizer, row["messages"], row.get("tools"))
 
 
-def _check_thoughts(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
-    controls, special = ControlTokens.of(tokenizer), tokenizer.special_tokens_map
-    # As `encode` renders it: control tokens in a message are text.
-    safe = [m | {"content": controls.escape(m["content"])} for m in messages]
-    text = render_marked([safe], training_template(tokenizer), False, **special)[0][0]
-    prompt = render_marked([safe[:-1]], template_of(tokenizer), True, **special)[0][0]
+def _thinks(message: dict[str, Any]) -> bool:
+    return "<think>" in message["content"] or bool(message.get("reasoning_content"))
+
+
+def _check_thoughts(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any = None
+) -> None:
+    controls, special = ControlTokens.of(tokenizer, INSIDE), tokenizer.special_tokens_map
+    safe, tools = escaped(messages, controls), controls.escape_all(tools)  # as `encode` does
+    trained, asked = (of(tokenizer, bool(tools)) for of in (training_template, template_of))
+    text, _ = render_marked(safe, trained, False, tools, **special)
+    prompt, _ = render_marked(safe[:-1], asked, True, tools, **special)
     advice = (
         "Use --template chatml, which leaves the thoughts to the answers, or change the answers."
     )
@@ -201,6 +260,15 @@ def default_learning_rate(method: str, parameters: int) -> float:
     """
     full = 5e-4 if parameters < 10e6 else 1e-4 if parameters < 1e9 else 2e-5
     return full if method == "full" else 10 * full
+
+
+def learning_rate_to_deepspeed(training: SFTConfig) -> None:
+    """Write the rate where DeepSpeed's file said "auto": it was filled in before it was known."""
+    config = deepspeed_config(training)
+    for part, name in (("optimizer", "lr"), ("scheduler", "warmup_max_lr")):
+        parameters = config.get(part, {}).get("params", {})
+        if name in parameters and parameters[name] is None:
+            parameters[name] = training.learning_rate
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from sftlib.finetune.arguments import (
     zero_config,
     zero_stage,
 )
-from sftlib.finetune.model import allowed_max_length, set_template
+from sftlib.finetune.model import allowed_max_length, refuse_adapter, set_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class Plan:
         offloaded: bytes that DeepSpeed keeps in main memory or on disk.
         available: bytes of one GPU, or of this machine's main memory.
         where: the ranks, the ZeRO stage and the dtype, in words.
+        advice: what would need less memory.
     """
 
     parameters: int
@@ -62,6 +64,7 @@ class Plan:
     offloaded: dict[str, int]
     available: int
     where: str
+    advice: str = ""
 
     @property
     def needed(self) -> int:
@@ -73,7 +76,7 @@ class Plan:
 
     def __str__(self) -> str:
         work, gib = self.work, 2**30
-        epochs = f"{work.epochs:g} epoch{'s' * (work.epochs != 1)}"
+        epochs = f"{work.epochs:.3g} epoch{'s' * (work.epochs != 1)}"
         operations = 6 * self.parameters * work.tokens  # Kaplan et al. 2020, arXiv 2001.08361
         lines = [
             f"parameters      {self.parameters:,}, of which {self.trained:,} are trained"
@@ -85,36 +88,41 @@ class Plan:
             *(f"    {size / gib:8.2f} GiB  {name}" for name, size in self.on_device.items()),
             *(f"    {x / gib:8.2f} GiB  {name}, offloaded" for name, x in self.offloaded.items()),
             f"    {self.needed / gib:8.2f} GiB  in all, of {self.available / gib:.1f} GiB",
-            "It fits."
-            if self.fits
-            else "It does not fit: --method lora or qlora, a smaller batch, "
-            "--activation_checkpointing, or a higher ZeRO stage on more GPUs.",
+            "It fits." if self.fits else f"It does not fit: {self.advice}.",
         ]
         return "\n".join(lines)
 
 
-def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> Plan:
-    """Count parameters, steps and bytes of a training on `rows`."""
+def make_plan(
+    args: FinetuneArguments, training: SFTConfig, rows: list[dict], held_out: Sequence[dict] = ()
+) -> Plan:
+    """Count parameters, steps and bytes of a training on `rows`, evaluated on `held_out`."""
     from sftlib.models import describe
-    from sftlib.scale.memory import lora_parameters
+    from sftlib.scale.memory import lora_parameters, lora_targets
 
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    refuse_adapter(args.model)
     unset_hf_deepspeed_config()  # otherwise stage 3 would divide a model that has no weights
     model, tokenizer = describe(args.model)
     set_template(model, tokenizer, args)
     total = trained = model.num_parameters()
     if args.trains_adapters:
-        trained = lora_parameters(model, args.lora_r, "all-linear")
+        trained = lora_parameters(model, args.lora_r, args.targets)
+        if args.use_dora:  # and a length for each output
+            trained += sum(out for _, out in lora_targets(model, 1, args.targets).values())
     # --plan_gib stands for another machine: its GPUs are taken to compute in bfloat16.
     uses_bfloat16 = training.bf16 or args.plan_gib > 0
     dtype = "bfloat16" if uses_bfloat16 else "float32"
     work = _work(training, args.plan_gpus, _lengths(rows, tokenizer), model)
-    on_device = _bytes(args, training, model, trained, dtype, work.longest)
+    lengths = _lengths(held_out, tokenizer) if training.eval_strategy != "no" and held_out else [0]
+    evaluated = min(max(lengths), allowed_max_length(model, training))
+    on_device = _bytes(args, training, model, trained, dtype, work.longest, evaluated)
     moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
     zero = zero_config(training)
-    offloaded = {moved[key]: on_device.pop(moved[key]) for key in moved if key in zero}
+    devices = {key: (zero.get(key) or {}).get("device", "none") for key in moved}
+    offloaded = {moved[key]: on_device.pop(moved[key]) for key in moved if devices[key] != "none"}
     kind = "GPU" if torch.cuda.is_available() or uses_bfloat16 else "process"
     several = f"each of {args.plan_gpus} {'GPUs' if kind == 'GPU' else 'processes'}"
     ranks = several if args.plan_gpus > 1 else f"1 {kind}"
@@ -127,10 +135,26 @@ def make_plan(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) ->
         offloaded=offloaded,
         available=round(args.plan_gib * 2**30) or memory_here(),
         where=f"on {ranks} (ZeRO stage {zero_stage(training)}, computed in {dtype})",
+        advice=_advice(args, training),
     )
 
 
-def _lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _advice(args: FinetuneArguments, training: SFTConfig) -> str:
+    """What would need less memory and is not done yet."""
+    methods = {"full": "--method lora or qlora", "lora": "--method qlora"}
+    highest = 2 if args.method == "qlora" else 3
+    possible = {
+        methods.get(args.method, ""): True,
+        "a smaller batch": training.per_device_train_batch_size > 1,
+        "--activation_checkpointing": not training.activation_checkpointing,
+        "a higher ZeRO stage on more GPUs": zero_stage(training) < highest,
+    }
+    found = [what for what, helps in possible.items() if what and helps]
+    found = found or ["a smaller --max_length, a smaller model, or more GPUs"]
+    return ", ".join([*found[:-1], f"or {found[-1]}"]) if len(found) > 1 else found[0]
+
+
+def _lengths(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each conversation, template included."""
     from sftlib.chat import encode_batch
 
@@ -142,17 +166,20 @@ def _work(
     training: SFTConfig, world_size: int, lengths: list[int], model: PreTrainedModel
 ) -> Workload:
     limit = allowed_max_length(model, training)
-    count, kind, longest = len(lengths), "conversations", min(max(lengths), limit)
+    cut = [min(n, limit) for n in lengths]
+    count, kind, longest = len(cut), "conversations", max(cut)
     if training.packing:  # conversations fill each row up to the limit
-        tokens = sum(min(n, limit) for n in lengths)
-        count, kind, longest = math.ceil(tokens / limit), "packed rows", limit
+        count, kind, longest = math.ceil(sum(cut) / limit), "packed rows", limit
     per_step = rows_per_step(training, world_size)
-    steps = round(math.ceil(count / per_step) * training.num_train_epochs)
+    per_epoch = math.ceil(count / per_step)
+    steps = round(per_epoch * training.num_train_epochs)
+    steps = training.max_steps if training.max_steps > 0 else steps
+    epochs = steps / per_epoch if training.max_steps > 0 else training.num_train_epochs
     return Workload(
         conversations=len(lengths),
-        tokens=round(sum(lengths) * training.num_train_epochs),
-        epochs=training.num_train_epochs,
-        steps=training.max_steps if training.max_steps > 0 else steps,
+        tokens=round(sum(cut) * epochs),
+        epochs=epochs,
+        steps=steps,
         rows_per_step=per_step,
         row_kind=kind,
         longest=longest,
@@ -166,11 +193,12 @@ def _bytes(
     trained: int,
     dtype: str,
     longest: int,
+    evaluated: int,
 ) -> dict[str, int]:
-    """Bytes that one rank keeps, by what they are for."""
-    from sftlib.scale.memory import activation_bytes, nf4_bytes, zero_bytes
+    """Bytes that one rank keeps, by what they are for; rows of `longest` and `evaluated` tokens."""
+    from sftlib.scale.memory import nf4_bytes, zero_bytes
 
-    gpus, stage, batch = args.plan_gpus, zero_stage(training), training.per_device_train_batch_size
+    gpus, stage = args.plan_gpus, zero_stage(training)
     frozen = model.num_parameters() if args.trains_adapters else 0
     # What is trained is kept in float32, unless DeepSpeed keeps a float32 copy, or TRL casts it.
     trained_dtype = dtype if training.deepspeed or args.method == "qlora" else "float32"
@@ -185,15 +213,29 @@ def _bytes(
         "gradients": states.gradients,
         "optimizer": states.optimizer,
         **copies,
-        f"activations ({batch} × {longest} tokens)": activation_bytes(
-            model.config,
-            batch,
-            longest,
-            dtype,
-            args.lora_r if args.trains_adapters else 0,
-            bool(training.activation_checkpointing),
-        ),
+        **_activations(args, training, model, dtype, longest, evaluated),
     }
+
+
+def _activations(
+    args: FinetuneArguments,
+    training: SFTConfig,
+    model: PreTrainedModel,
+    dtype: str,
+    longest: int,
+    evaluated: int,
+) -> dict[str, int]:
+    """The larger of two: what training keeps for the backward pass, and what evaluating needs."""
+    from sftlib.scale.memory import activation_bytes
+
+    batch, other = training.per_device_train_batch_size, training.per_device_eval_batch_size
+    r, checkpointing = args.lora_r * args.trains_adapters, bool(training.activation_checkpointing)
+    kept = activation_bytes(model.config, batch, longest, dtype, r, checkpointing)
+    # Nothing is kept from layer to layer; the logits are there as a whole.
+    needed = activation_bytes(model.config, other, evaluated, dtype, 0, checkpointing=True)
+    if needed > kept:
+        return {f"evaluation ({other} × {evaluated} tokens), more than training's": needed}
+    return {f"activations ({batch} × {longest} tokens)": kept}
 
 
 def memory_here() -> int:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from sftlib.adapters import load_adapter
+from sftlib.adapters import WEIGHTS, load_adapter
 from sftlib.data.files import replace_folder
 from sftlib.deploy.portable import make_portable
 from sftlib.finetune.arguments import FinetuneArguments
-from sftlib.finetune.model import stop_token_ids
+from sftlib.finetune.model import set_generation_config
 from sftlib.models import load, read_tokenizer, stored_dtype
 from sftlib.patches import wait_for_gloo
 
 if TYPE_CHECKING:
     import torch
     from trl import SFTTrainer
+
+
+def rehearse(trainer: SFTTrainer) -> None:
+    """Save everything but weights to a temporary folder: what fails there would fail at the end.
+
+    Raises:
+        ValueError: something cannot be saved; the message says what.
+    """
+    model: Any = trainer.model
+    base = getattr(model, "get_base_model", lambda: model)()
+    parts: list[Any] = [base.config, base.generation_config, trainer.processing_class]
+    parts += getattr(model, "peft_config", {}).values()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:
+                raise ValueError(
+                    f"Expected a {type(part).__name__} that can be saved after the training, found "
+                    f"one that cannot ({' '.join(str(error).split())[:300]}). Mend the file in the "
+                    "folder of --model."
+                ) from error
 
 
 def save(trainer: SFTTrainer, args: FinetuneArguments, folder: Path) -> Path:
@@ -36,10 +59,24 @@ def save(trainer: SFTTrainer, args: FinetuneArguments, folder: Path) -> Path:
             narrow(part, stored_dtype(args.model))
         make_portable(part)
         replace_folder(part, folder / name)
+        if args.trains_adapters and has_new_rows(folder / name):
+            print(
+                "The base has no rows for the tokens that were added. "
+                f"peft.AutoPeftModelForCausalLM.from_pretrained('{folder / name}') adds them; "
+                "before PeftModel.from_pretrained, call base.resize_token_embeddings yourself."
+            )
         if last != name:
             print(f"The adapter is in {folder / name}; --no_merge would skip the merged model.")
             merge(folder / name, folder / last, args.model)
     return folder / last
+
+
+def has_new_rows(adapter: Path) -> bool:
+    """Whether an adapter brings whole tables of embeddings: PEFT saves them where they grew."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / WEIGHTS, "pt") as tensors:
+        return any("lora_" not in k and k.endswith(".weight") for k in tensors.keys())  # noqa: SIM118
 
 
 def merge(
@@ -62,11 +99,12 @@ def merge(
     """
     base, tokenizer = load(base_model, dtype=dtype or stored_dtype(base_model), device="cpu")
     if (adapter / "tokenizer_config.json").exists():  # as it was trained: template, new tokens
-        before, tokenizer = len(tokenizer), read_tokenizer(adapter)
-        if len(tokenizer) != before:
+        tokenizer = read_tokenizer(adapter)
+        rows = cast(Any, base.get_input_embeddings()).num_embeddings
+        if len(tokenizer) > rows:  # padded tables have more rows than tokens, and keep them
             base.resize_token_embeddings(len(tokenizer))
     merged = load_adapter(base, adapter).merge_and_unload()
-    merged.generation_config.eos_token_id = stop_token_ids(base, tokenizer)
+    set_generation_config(merged, tokenizer)
     part = out.with_name(out.name + ".part")
     merged.save_pretrained(part)
     tokenizer.save_pretrained(part)

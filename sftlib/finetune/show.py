@@ -1,0 +1,40 @@
+"""Conversations as the model reads them: tokens, and which of them are learned."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from sftlib.chat import CHATML, LLAMA3, encode
+from sftlib.finetune.arguments import FinetuneArguments
+from sftlib.finetune.model import refuse_adapter, set_template
+from sftlib.models import describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+
+def show(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> str:
+    """The first `--show` rows as text, token by token; no weights are loaded."""
+    refuse_adapter(args.model)
+    model, tokenizer = describe(args.model)
+    set_template(model, tokenizer, args)
+    names = {LLAMA3: "llama3", CHATML: "chatml"}
+    template = names.get(str(tokenizer.chat_template), "the model's own")
+    pages = [f"Template: {template}. Tokens are divided by │; what is learned is in « ».\n"]
+    for number, row in enumerate(rows[: args.show], 1):
+        pages.append(f"{number}. {as_tokens(row, tokenizer, training.assistant_only_loss)}\n")
+    return "\n".join(pages)
+
+
+def as_tokens(row: dict, tokenizer: PreTrainedTokenizerBase, answers_only: bool = True) -> str:
+    """A conversation's tokens with « » around what is learned, after a line that counts them."""
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    encoded = encode(row["messages"], tokenizer, **tools)
+    mask = encoded["assistant_masks"] if answers_only else [1] * len(encoded["input_ids"])
+    parts = []
+    for learned, pairs in groupby(zip(encoded["input_ids"], mask, strict=True), lambda p: p[1]):
+        text = "│".join(str(tokenizer.decode([token])) for token, _ in pairs)
+        parts.append(f"«{text}»" if learned else text)
+    return f"{len(mask)} tokens, {sum(mask)} learned\n" + "│".join(parts)
