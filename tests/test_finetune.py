@@ -11,7 +11,7 @@ from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, questions_that_
 from sftlib.finetune.card import model_card, print_samples, saved_step
 from sftlib.finetune.data import Data
 from sftlib.finetune.save import save
-from sftlib.models import TINY_BASE, load
+from sftlib.models import TINY_BASE, load, stored_dtype
 from sftlib.training import prepare
 
 import pytest
@@ -91,10 +91,9 @@ def test_a_full_run_leaves_one_folder_that_loads(trained, folder):
     assert where == folder / "full" / "model"
     assert not list(where.parent.glob("*.part")) and not (where.parent / "merged").exists()
     model, _ = load(where)
-    trained_weights = trained.trainer.model.state_dict()
-    assert all(
-        torch.equal(w, trained_weights[name].cpu()) for name, w in model.state_dict().items()
-    )
+    weights, stored = trained.trainer.model.state_dict(), stored_dtype(TINY_BASE)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name].cpu().to(stored).float()), name
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -116,7 +115,7 @@ def test_a_lora_run_leaves_the_adapter_and_unless_told_otherwise_the_merged_mode
     merged, _ = load(out / "merged") if merge else (None, None)
     if merge:
         for name, weight in merged.state_dict().items():
-            torch.testing.assert_close(weight, adapted[name], msg=name)
+            torch.testing.assert_close(weight, adapted[name], msg=name, atol=1e-3, rtol=1e-2)
 
 
 def test_the_card_tells_settings_scores_and_the_step_that_is_kept(trained):

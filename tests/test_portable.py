@@ -82,7 +82,7 @@ def test_the_published_template_writes_what_ours_does(contents, system):
             theirs, special = published_template(tokenizer), {"bos_token": bos or ""}
             for prompt in (False, True):
                 texts = [
-                    render_marked([messages], one, prompt, **special)[0] for one in (ours, theirs)
+                    render_marked(messages, one, prompt, **special)[0] for one in (ours, theirs)
                 ]
                 assert texts[0] == texts[1] and "generation %}" not in theirs
 
@@ -153,7 +153,7 @@ def test_the_modelfile_prompts_as_the_template_does(ours, name, adds_bos, publis
     (template,) = re.findall(r'(?s)^TEMPLATE """(.*?)"""$', text, flags=re.M)
     assert template.removeprefix("<|begin_of_text|>") == OLLAMA["go"][name]
     for messages in (MESSAGES, MESSAGES[1:2], MESSAGES[1:]):
-        (expected,), _ = render_marked([messages], ours, True)
+        expected, _ = render_marked(messages, ours, True)
         if adds_bos:  # then Ollama's tokenizer writes it
             expected = expected.removeprefix("<|begin_of_text|>")
         assert go(template, messages) == expected

@@ -388,8 +388,9 @@ class Check:
         last = said.strip().splitlines()[-1]
         if "memory" not in last.lower():
             raise RuntimeError(f"{said}\nThe last line says nothing of memory")
-        traceback = "a traceback and " * ("Traceback" in said)
-        found["said"] = f"exit code {code}, {traceback}“{self.without_places(last)[:300]}”"
+        if "Traceback" in said:
+            raise RuntimeError(f"{said}\nExpected a refusal in words, found a traceback")
+        found["said"] = f"exit code {code}, “{self.without_places(last)[:300]}”"
 
     def merge(self, found: dict) -> None:
         """The merged model of part lora is in safetensors, and has learned what the adapter has."""

@@ -255,7 +255,7 @@ def load_conversations(
         ValueError: the dataset has no such configuration or split.
     """
     columns = cast(Any, keys)
-    if Path(source).exists():
+    if Path(source).exists() and not _names_its_splits(Path(source)):
         return convert(source, **columns)
     if Path(source).suffix.lower() in (*SUFFIXES, *PACKED):
         raise FileNotFoundError(f"Expected a file of conversations, found none at {source}.")
@@ -279,3 +279,9 @@ def load_conversations(
             f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the spelling; "
             "offline, give a file; for a gated dataset set HF_TOKEN."
         ) from error
+
+
+def _names_its_splits(folder: Path) -> bool:
+    """Whether a folder's README lists configurations and splits, as datasets of the Hub do."""
+    readme = folder / "README.md"
+    return readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
