@@ -43,15 +43,9 @@ from sftlib.finetune.callbacks import (
     early_stopping,
     questions_that_fit,
 )
-from sftlib.finetune.card import (
-    is_worse,
-    model_card,
-    print_samples,
-    saved_step,
-    warning_of_loss,
-)
+from sftlib.finetune.card import is_worse, model_card, print_samples, saved_step, warning_of_loss
 from sftlib.finetune.checkpoints import RunFolder, run_identity
-from sftlib.finetune.data import Data, cut_rows, load_data, summary
+from sftlib.finetune.data import Data, cut_rows, load_data, refuse_unshown, summary
 from sftlib.finetune.model import (
     allowed_max_length,
     check_thoughts,
@@ -83,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     args.model = chosen(args.model)
 
     # 2. Data: conversations in any published layout, some of them held out.
-    data = load_data(args)
+    data = refuse_unshown(load_data(args), args)
     if args.plan or args.show:
         plan = args.plan and make_plan(args, training, data.train, data.held_out)
         print("\n".join([*data.notes, str(plan or show(args, training, data.train))]))

@@ -6,10 +6,10 @@ from sftlib.adapters import load_adapter
 from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import Answer
-from sftlib.finetune.arguments import parse
+from sftlib.finetune.arguments import FinetuneArguments, parse
 from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, questions_that_fit
 from sftlib.finetune.card import model_card, print_samples, saved_step
-from sftlib.finetune.data import Data
+from sftlib.finetune.data import Data, refuse_unshown, summary
 from sftlib.finetune.save import save
 from sftlib.models import TINY_BASE, load, stored_dtype
 from sftlib.training import prepare
@@ -148,3 +148,38 @@ def test_samples_show_question_answer_and_whether_it_ended(capsys):
     assert f"\n{question[0]}\n    a\n    b\n" in said
     assert f"\n{question[1]}\n    c … (does not end)\n" in said
     assert question[2] in said and question[3] not in said
+
+
+CALLS = [
+    {"role": "user", "content": "Which day is it?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}],
+    },
+    {"role": "tool", "content": "Monday"},
+    {"role": "assistant", "content": "Monday."},
+]
+NOW = {"type": "function", "function": {"name": "now", "parameters": {}}}
+
+
+def test_rows_that_the_template_cannot_show_are_refused_and_counted():
+    tools, thoughts = (
+        {"messages": CALLS, "tools": [NOW]},
+        {"messages": [dict(m) for m in ROWS[0]["messages"]]},
+    )
+    thoughts["messages"][-1]["reasoning_content"] = "I remember."
+    data = Data([ROWS[0], tools, thoughts, tools], [ROWS[1], thoughts], [])
+    found = refuse_unshown(data, FinetuneArguments())
+    assert (found.train, found.held_out) == ([ROWS[0]], [ROWS[1]])
+    said = "\n".join(summary(found))
+    assert "6 records read, 4 refused" in said and "WARNING: 4 of 6 records" in said
+    assert "2 ×, the first is sft.jsonl: Expected a chat template that knows tools" in said
+    with pytest.raises(ValueError, match="can show, found none of 1. The first: .* knows tools"):
+        refuse_unshown(Data([tools], [], []), FinetuneArguments())
+
+
+def test_without_tools_and_thoughts_no_tokenizer_is_asked(monkeypatch):
+    monkeypatch.setattr("sftlib.finetune.data.describe", None)
+    data = Data(ROWS[:2], ROWS[2:3], [])
+    assert refuse_unshown(data, FinetuneArguments()) is data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from sftlib.chat import encode
+from sftlib.chat.layout import is_plain
 from sftlib.data import FACTS, Converted, convert, convert_records, split
 from sftlib.data.records import PACKED, SUFFIXES
 from sftlib.finetune.arguments import FinetuneArguments
-from sftlib.models import hub_answers
+from sftlib.finetune.model import set_template
+from sftlib.models import describe, hub_answers
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -69,6 +73,46 @@ def load_data(args: FinetuneArguments) -> Data:
     return Data(train, held, found.rejects, (*notes, *why))
 
 
+def refuse_unshown(data: Data, args: FinetuneArguments) -> Data:
+    """Rows of which the chat template leaves something out (tools, thoughts) become rejects.
+
+    Plain conversations are not looked at, and without others no tokenizer is loaded.
+
+    Raises:
+        ValueError: no row to train on is left.
+    """
+    if all(_is_plain(row) for row in data.train + data.held_out):
+        return data
+    model, tokenizer = describe(args.model)
+    set_template(model, tokenizer, args)
+    rejects: list[dict] = []
+
+    def shown(row: dict) -> bool:
+        try:
+            encode(row["messages"], tokenizer, row.get("tools"))
+        except ValueError as error:
+            text = json.dumps(row, ensure_ascii=False)[:500]
+            source = {"source": args.data, "line": None}  # which line it was, is no longer known
+            rejects.append(source | {"reason": str(error), "text": text})
+            return False
+        return True
+
+    train, held_out = (
+        [row for row in rows if _is_plain(row) or shown(row)]
+        for rows in (data.train, data.held_out)
+    )
+    if not train:
+        raise ValueError(
+            f"Expected conversations in {args.data} that the chat template can show, found none of "
+            f"{len(data.train):,}. The first: {rejects[0]['reason']}"
+        )
+    return data._replace(train=train, held_out=held_out, rejects=data.rejects + rejects)
+
+
+def _is_plain(row: dict) -> bool:
+    return is_plain(row["messages"], row.get("tools"))
+
+
 def summary(data: Data) -> list[str]:
     """Sentences on what was read, used and refused, and why: the three commonest reasons."""
     refused = len(data.rejects)
@@ -78,7 +122,8 @@ def summary(data: Data) -> list[str]:
     kinds = Counter(_kind(reject["reason"]) for reject in data.rejects)
     for kind, count in kinds.most_common(3):
         first = next(r for r in data.rejects if _kind(r["reason"]) == kind)
-        where = f"{Path(first.get('source', '')).name} line {first['line']}"
+        line = first["line"]
+        where = f"{Path(first.get('source', '')).name}{f' line {line}' if line else ''}"
         lines.append(f"  {count:,} ×, the first is {where}: {' '.join(first['reason'].split())}")
     if refused > read / 3:
         lines.append(
