@@ -48,7 +48,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_run(tmp_path: Pa
     threads = torch.get_num_threads()  # sums in another order would differ in the last bit
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": f"{threads}"},
+        env=os.environ | {"OMP_NUM_THREADS": f"{threads}", "PYTHONPATH": str(ROOT)},
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint-5/trainer_state.json").exists():

@@ -2,20 +2,19 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from sftlib import models
 from sftlib.chat import CHATML, LLAMA3, encode
-from sftlib.data import read_facts, read_jsonl, write_jsonl
+from sftlib.data import read_facts, write_jsonl
 from sftlib.deploy import export, merge, serving
 from sftlib.deploy.portable import LLAMA3_PUBLISHED, published_template
 from sftlib.evaluate import answers
 from sftlib.finetune.arguments import FinetuneArguments, parse
 from sftlib.finetune.card import as_merged, model_card
-from sftlib.finetune.data import Data
+from sftlib.finetune.data import Data, load_data
 from sftlib.finetune.model import check_thoughts, load_model, set_template, template_choice
 from sftlib.finetune.save import narrow
 from sftlib.models import TINY_BASE, load, read_tokenizer, stored_dtype
@@ -24,7 +23,6 @@ import pytest
 import torch
 import trl
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 import class_5_llama3 as script
 from tests import llama3_like
@@ -350,25 +348,17 @@ def test_one_row_with_thoughts_among_many_is_found(tokenizer):
         check_thoughts(tokenizer, rows)
 
 
-@pytest.mark.integration
-def test_the_script_refuses_thoughts_that_would_double(like, facts, tmp_path):
-    (like / "chat_template.jinja").write_text((TEMPLATES / "qwen3.jinja").read_text())
-    rows = read_jsonl(facts)
-    for row in rows:
-        row["messages"][-1]["content"] = THOUGHTS
-    tokenizer = AutoTokenizer.from_pretrained(like)
+def test_thoughts_that_the_script_reads_are_written_once(tmp_path, tokenizer):
+    """Reading takes them out of the text, so that the template of a reasoning model writes them."""
+    asked = {"role": "user", "content": "2 + 2?"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": THOUGHTS}]}] * 2
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    data = load_data(FinetuneArguments(data=str(tmp_path / "data.jsonl"), held_out="0"))
+    tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
     tokenizer.add_tokens(["<think>", "</think>"])
-    folder = tmp_path / "base"
-    shutil.copytree(like, folder)
-    tokenizer.save_pretrained(folder)
-    model, _ = load(like)
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder)
-    write_jsonl(facts, rows)
-    arguments = ["--model", folder, "--data", facts, "--output_dir", tmp_path / "run"]
-    with pytest.raises(ValueError, match="found both"):
-        script.main([str(word) for word in [*arguments, "--template", "own"]])
-    assert not (tmp_path / "run").exists()
+    check_thoughts(tokenizer, data.train)
+    text = tokenizer.decode(encode(data.train[0]["messages"], tokenizer)["input_ids"])
+    assert text.count("<think>") == 1 == text.count("</think>")
 
 
 # --- The card ------------------------------------------------------------------------------------
