@@ -76,7 +76,7 @@ new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A ti
 sections: setup ## run each section after the set-up cell alone (NB=01 for one lesson)
 	@$(VENV) SFT_NO_BARS=1 python -m tools.sections $(NB)
 
-mutation: setup ## damage sftlib and the script in many small ways, and count how many the quick tests notice
+mutation: setup ## damage sftlib and the script in many small ways, and count how many the tests notice
 	@$(VENV) python -m tools.mutation $(ARGS)
 
 bench: setup ## measure quality, speed and the lessons here (ARGS=--store keeps the figures)
