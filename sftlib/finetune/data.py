@@ -123,7 +123,7 @@ def summary(data: Data) -> list[str]:
     for kind, count in kinds.most_common(3):
         first = next(r for r in data.rejects if _kind(r["reason"]) == kind)
         line = first["line"]
-        where = f"{Path(first.get('source', '')).name}{f' line {line}' if line else ''}"
+        where = f"{Path(first.get('source', '')).name}{'' if line is None else f' line {line}'}"
         lines.append(f"  {count:,} ×, the first is {where}: {' '.join(first['reason'].split())}")
     if refused > read / 3:
         lines.append(
