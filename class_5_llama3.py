@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     args.model = chosen(args.model)
 
     # 2. Data: conversations in any published layout, some of them held out.
-    data = refuse_unshown(load_data(args), args)
+    data = refuse_unshown(load_data(args), args, training)
     if args.plan or args.show:
         plan = args.plan and make_plan(args, training, data.train, data.held_out)
         print("\n".join([*data.notes, str(plan or show(args, training, data.train))]))
@@ -205,10 +205,11 @@ def announce(
     if data.rejects:
         reasons = folder.path / "rejects.jsonl"
         print(f"{len(data.rejects)} cannot be used: {reasons} says why")
-    print("".join(f"{sentence}\n" for sentence in folder.passed_over()), end="")
+    passed_over = folder.passed_over()
+    print("".join(f"{sentence}\n" for sentence in passed_over), end="")
     if checkpoint:
         print(f"Going on from {checkpoint}")
-    elif folder.passed_over():
+    elif passed_over:
         print("No checkpoint can be resumed: the run begins anew.")
     if args.method == "lora" and zero_stage(training) == 3:
         print(

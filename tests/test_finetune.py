@@ -6,7 +6,7 @@ from sftlib.adapters import load_adapter
 from sftlib.chat import encode
 from sftlib.data import read_facts
 from sftlib.evaluate import Answer
-from sftlib.finetune.arguments import FinetuneArguments, parse
+from sftlib.finetune.arguments import parse
 from sftlib.finetune.callbacks import HeldOutAnswers, PrintLoss, questions_that_fit
 from sftlib.finetune.card import model_card, print_samples, saved_step
 from sftlib.finetune.data import Data, refuse_unshown, summary
@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tests.random_model import random_model
 
@@ -163,23 +164,26 @@ CALLS = [
 NOW = {"type": "function", "function": {"name": "now", "parameters": {}}}
 
 
-def test_rows_that_the_template_cannot_show_are_refused_and_counted():
+@pytest.mark.parametrize("words", [[], ["--deepspeed", "deepspeed_configs/zero3.json"]])
+def test_rows_that_the_template_cannot_show_are_refused_and_counted(words):
+    asked = parse(words)
     tools, thoughts = (
         {"messages": CALLS, "tools": [NOW]},
         {"messages": [dict(m) for m in ROWS[0]["messages"]]},
     )
     thoughts["messages"][-1]["reasoning_content"] = "I remember."
     data = Data([ROWS[0], tools, thoughts, tools], [ROWS[1], thoughts], [])
-    found = refuse_unshown(data, FinetuneArguments())
+    found = refuse_unshown(data, *asked)
     assert (found.train, found.held_out) == ([ROWS[0]], [ROWS[1]])
     said = "\n".join(summary(found))
     assert "6 records read, 4 refused" in said and "WARNING: 4 of 6 records" in said
     assert "2 ×, the first is sft.jsonl: Expected a chat template that knows tools" in said
+    assert is_deepspeed_zero3_enabled() == bool(words)  # for the model that is loaded next
     with pytest.raises(ValueError, match="can show, found none of 1. The first: .* knows tools"):
-        refuse_unshown(Data([tools], [], []), FinetuneArguments())
+        refuse_unshown(Data([tools], [], []), *asked)
 
 
 def test_without_tools_and_thoughts_no_tokenizer_is_asked(monkeypatch):
-    monkeypatch.setattr("sftlib.finetune.data.describe", None)
+    monkeypatch.setattr("sftlib.finetune.data.describe_for_chat", None)
     data = Data(ROWS[:2], ROWS[2:3], [])
-    assert refuse_unshown(data, FinetuneArguments()) is data
+    assert refuse_unshown(data, *parse([])) is data

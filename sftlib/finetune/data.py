@@ -15,8 +15,8 @@ from sftlib.chat.layout import is_plain
 from sftlib.data import FACTS, Converted, convert, convert_records, split
 from sftlib.data.records import PACKED, SUFFIXES
 from sftlib.finetune.arguments import FinetuneArguments
-from sftlib.finetune.model import set_template
-from sftlib.models import describe, hub_answers
+from sftlib.finetune.model import describe_for_chat
+from sftlib.models import hub_answers
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -73,7 +73,7 @@ def load_data(args: FinetuneArguments) -> Data:
     return Data(train, held, found.rejects, (*notes, *why))
 
 
-def refuse_unshown(data: Data, args: FinetuneArguments) -> Data:
+def refuse_unshown(data: Data, args: FinetuneArguments, training: SFTConfig) -> Data:
     """Rows of which the chat template leaves something out (tools, thoughts) become rejects.
 
     Plain conversations are not looked at, and without others no tokenizer is loaded.
@@ -83,8 +83,7 @@ def refuse_unshown(data: Data, args: FinetuneArguments) -> Data:
     """
     if all(_is_plain(row) for row in data.train + data.held_out):
         return data
-    model, tokenizer = describe(args.model)
-    set_template(model, tokenizer, args)
+    _, tokenizer = describe_for_chat(args, training)
     rejects: list[dict] = []
 
     def shown(row: dict) -> bool:
@@ -167,8 +166,8 @@ def hold_out(
     Raises:
         ValueError: all rows are the same, so that none could be held out.
     """
-    texts = Counter(map(whole_text, rows))
-    if len(texts) < 2:
+    first = whole_text(rows[0])
+    if all(whole_text(row) == first for row in rows):
         raise ValueError(
             f"Expected at least two different conversations in {source}, found one"
             f"{f', {len(rows)} times' * (len(rows) > 1)}: none could be held out. Give --held_out "

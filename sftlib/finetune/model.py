@@ -11,7 +11,7 @@ from sftlib.chat.control_tokens import ControlTokens, template_of
 from sftlib.chat.encoding import INSIDE, escaped
 from sftlib.chat.templates import render_marked
 from sftlib.finetune.arguments import DEFAULT_MAX_LENGTH, FinetuneArguments, deepspeed_config
-from sftlib.models import load, own_template, prepare_for_chat, read_tokenizer
+from sftlib.models import describe, load, own_template, prepare_for_chat, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +45,23 @@ def load_model(
     said = set_generation_config(model, tokenizer)
     if said and training.process_index == 0:
         print(said)
+    return model, tokenizer
+
+
+def describe_for_chat(
+    args: FinetuneArguments, training: SFTConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_model`, without weights: for what needs the template or the sizes alone."""
+    from transformers.integrations import deepspeed
+
+    refuse_adapter(args.model)
+    deepspeed.unset_hf_deepspeed_config()  # else stage 3 would divide a model without weights
+    try:
+        model, tokenizer = describe(args.model)
+        set_template(model, tokenizer, args)
+    finally:
+        if config := getattr(training, "hf_deepspeed_config", None):
+            deepspeed.set_hf_deepspeed_config(config)
     return model, tokenizer
 
 

@@ -13,7 +13,7 @@ from sftlib.finetune.arguments import (
     zero_config,
     zero_stage,
 )
-from sftlib.finetune.model import allowed_max_length, refuse_adapter, set_template
+from sftlib.finetune.model import allowed_max_length, describe_for_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,16 +97,13 @@ def make_plan(
     args: FinetuneArguments, training: SFTConfig, rows: list[dict], held_out: Sequence[dict] = ()
 ) -> Plan:
     """Count parameters, steps and bytes of a training on `rows`, evaluated on `held_out`."""
-    from sftlib.models import describe
     from sftlib.scale.memory import lora_parameters, lora_targets
 
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    refuse_adapter(args.model)
-    unset_hf_deepspeed_config()  # otherwise stage 3 would divide a model that has no weights
-    model, tokenizer = describe(args.model)
-    set_template(model, tokenizer, args)
+    model, tokenizer = describe_for_chat(args, training)
+    unset_hf_deepspeed_config()  # adapters are counted on it, too
     total = trained = model.num_parameters()
     if args.trains_adapters:
         trained = lora_parameters(model, args.lora_r, args.targets)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from sftlib.chat import CHATML, LLAMA3, encode
 from sftlib.finetune.arguments import FinetuneArguments
-from sftlib.finetune.model import refuse_adapter, set_template
-from sftlib.models import describe
+from sftlib.finetune.model import describe_for_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
 
 def show(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> str:
     """The first `--show` rows as text, token by token; no weights are loaded."""
-    refuse_adapter(args.model)
-    model, tokenizer = describe(args.model)
-    set_template(model, tokenizer, args)
+    _, tokenizer = describe_for_chat(args, training)
     names = {LLAMA3: "llama3", CHATML: "chatml"}
     template = names.get(str(tokenizer.chat_template), "the model's own")
     pages = [f"Template: {template}. Tokens are divided by │; what is learned is in « ».\n"]
@@ -30,8 +27,7 @@ def show(args: FinetuneArguments, training: SFTConfig, rows: list[dict]) -> str:
 
 def as_tokens(row: dict, tokenizer: PreTrainedTokenizerBase, answers_only: bool = True) -> str:
     """A conversation's tokens with « » around what is learned, after a line that counts them."""
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
-    encoded = encode(row["messages"], tokenizer, **tools)
+    encoded = encode(row["messages"], tokenizer, row.get("tools"))
     mask = encoded["assistant_masks"] if answers_only else [1] * len(encoded["input_ids"])
     parts = []
     for learned, pairs in groupby(zip(encoded["input_ids"], mask, strict=True), lambda p: p[1]):
