@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from sftlib import lesson
-from sftlib.lesson import Cells, environment, names
+from sftlib.lesson import environment
+from sftlib.lesson.cells import Cells, names
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell

@@ -61,7 +61,7 @@ HARMLESS = {
     ("sftlib/chat/control_tokens.py", "@dataclass(frozen=False)"): "nothing writes to it",
     ("sftlib/deploy/serving.py", "@dataclass(frozen=False)"): "nothing writes to it",
     ("sftlib/viz.py", "3.8 * columns"): "a wider picture",
-    ("sftlib/lesson.py", 'rsplit("/", 2)[-1]'): "the last part is the same",
+    ("sftlib/lesson/cells.py", 'rsplit("/", 2)[-1]'): "the last part is the same",
     ("sftlib/teacher/recording.py", "ensure_ascii=True"): "other letters, read back as the same",
     ("sftlib/checks/lora_vs_full.py", "dev <= means.dev.max() - 1e-9"): (
         "only a difference of exactly 1e-9 is judged otherwise"

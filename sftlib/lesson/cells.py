@@ -1,4 +1,4 @@
-"""A lesson's notebook: its work folder, what to run first after a restart, its versions.
+"""A lesson's work folder, and what must run first after a restart.
 
 After a restart of the kernel, run the set-up cell and then any other cell: `begin` runs the earlier
 cells that this one needs, and prints their names. It finds them by the names in the code. A cell
@@ -16,13 +16,8 @@ import shutil
 import symtable
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = (
-    *("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate"),
-    *("openai", "jupyterlab"),
-)
 # Methods that change the object they are called on, in these lessons. All others only read it.
 CHANGING = set(
     "add add_callback append clear extend insert load_adapter load_state_dict pop remove "
@@ -258,11 +253,3 @@ def _run(shell, missing: list[tuple[str, str]]) -> None:
             print(f" {cell_id} failed. Run it alone to see why.")
             return
     print(f" {time.monotonic() - began:.1f} s")
-
-
-def environment() -> str:
-    """The versions of Python and of the packages that this notebook runs with."""
-    import platform
-
-    packages = [f"{package} {version(package)}" for package in PACKAGES]
-    return ", ".join([f"Python {platform.python_version()}", *packages])

@@ -1,0 +1,6 @@
+"""What every lesson's notebook uses: its work folder, its claims, its predictions, its versions."""
+
+from sftlib.lesson.cells import begin
+from sftlib.lesson.versions import environment
+
+__all__ = ["begin", "environment"]
