@@ -21,17 +21,17 @@ from math import nan
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from sftlib._labels import label_points
 from sftlib.experiments.spread import Spread
 
 if TYPE_CHECKING:
-    import numpy
     import pandas
     from IPython.display import HTML
-    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-# Okabe & Ito, "Color Universal Design" (2008): distinct for any kind of colour vision.
+# Okabe & Ito, "Color Universal Design" (2008). Green and purple still look much alike to people who
+# see no red or no green, so lines, hatches and markers differ as well.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 LINES = ("-", "--", "-.", ":")
@@ -93,27 +93,59 @@ def curves(
     figure, axes = _axes(title, x_label, y_label)
     _check_colours(series)
     found = {name: (list(x), _summarise(y), own) for name, (x, y, *own) in series.items()}
-    if any(own for *_, own in found.values()) and not re.search(r"\brange|\binterval", alt):
-        raise ValueError(
-            "Expected the word 'range' or 'interval' in the description, because limits are shaded "
-            f"and only you know what they are; found {alt!r}. Add it, or give each y as its seeds."
-        )
+    _check_limits([own for *_, own in found.values()], alt)
     seeded = any(y.several for _, y, _ in found.values())
     shaded = max(len(x) for x, *_ in found.values()) > FEW
     for i, (name, (x, y, limits)) in enumerate(found.items()):
         look = {"label": name, "clip_on": not log_x} | _line_look(i)
-        # Green and purple look alike to who sees no red or no green: points differ in shape, too.
         look["marker"] = MARKERS[i] if log_x or (seeded and not shaded) else None
-        if seeded and not shaded:
-            drawn = axes.errorbar(x, y.means, y.whiskers, capsize=3, **look)
-            _move_aside(drawn.get_children(), 5 * (i - (len(found) - 1) / 2))
-        else:
-            axes.plot(x, y.means, **look)
         limits = [y.least, y.greatest] if y.several and shaded else limits
-        if limits:
-            axes.fill_between(x, *limits, color=look["color"], alpha=0.2, linewidth=0)
+        aside = 5 * (i - (len(found) - 1) / 2) if seeded and not shaded else None
+        _draw_line(axes, x, y, limits, aside, look)
+    _tick(axes, {value for x, *_ in found.values() for value in x}, log_x)
+    axes.set_ylim(bottom=0)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    marks = ("Lines", f"the shading reaches {RANGE}") if shaded else ("Points",)
+    counts = [count for _, y, _ in found.values() for count in y.counts]
+    return Picture(figure, alt + _seeds_said(counts, *marks))
+
+
+def _check_limits(limits: Iterable[Sequence], alt: str) -> None:
+    """Raise an error if there are limits and the description does not say what they are."""
+    if any(limits) and not re.search(r"\brange|\binterval", alt):
+        raise ValueError(
+            "Expected the word 'range' or 'interval' in the description, because limits are shaded "
+            f"and only you know what they are; found {alt!r}. Add it, or give each y as its seeds."
+        )
+
+
+def _draw_line(
+    axes, x: Sequence, y: _Summary, limits: Sequence, aside: float | None, look: dict
+) -> None:
+    """A line with the range between `limits` shaded. With `aside`, it has whiskers.
+
+    Args:
+        aside: points to the right by which it is moved, so that whiskers stand side by side.
+        look: matplotlib's arguments.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    if aside is None:
+        axes.plot(x, y.means, **look)
+    else:
+        drawn = axes.errorbar(x, y.means, y.whiskers, capsize=3, **look)
+        move = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+        for artist in drawn.get_children():
+            artist.set_transform(artist.get_transform() + move)
+    if limits:
+        axes.fill_between(x, *limits, color=look["color"], alpha=0.2, linewidth=0)
+
+
+def _tick(axes, values: Collection[float], log_x: bool) -> None:
+    """Ticks on the x axis; see `curves`."""
     if log_x:
-        ticks = sorted({value for x, *_ in series.values() for value in x})
+        ticks = sorted(values)
         if len(ticks) > 8:
             ticks = [value for value in ticks if f"{value:e}"[0] in "125"]
         axes.set_xscale("log")
@@ -121,12 +153,6 @@ def curves(
         axes.minorticks_off()
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
-    axes.set_ylim(bottom=0)
-    if len(series) > 1:
-        axes.legend(frameon=False)
-    marks = ("Lines", f"the shading reaches {RANGE}") if shaded else ("Points",)
-    counts = [count for _, y, _ in found.values() for count in y.counts]
-    return Picture(figure, alt + _seeds_said(counts, *marks))
 
 
 def panels(
@@ -318,15 +344,6 @@ def _whiskers_and_labels(axes, places: Sequence[float], found: _Summary, spec: s
         axes.annotate(format(mean, spec), at, (0, 2), textcoords="offset points", ha="center")
 
 
-def _move_aside(artists: Iterable[Artist], points: float) -> None:
-    """Move what is drawn to the right by so many points: whiskers then stand side by side."""
-    from matplotlib.transforms import ScaledTranslation
-
-    for artist in artists:
-        inches = artist.figure.dpi_scale_trans
-        artist.set_transform(artist.get_transform() + ScaledTranslation(points / 72, 0, inches))
-
-
 def _check_colours(names: Collection) -> None:
     """Raise an error if there are more series than colours."""
     if len(names) > len(COLOURS):
@@ -384,83 +401,28 @@ def scatter(
     for i, (name, (x, y)) in enumerate(points.items()):
         seeds = _by_seed((x, y))
         counts.append(len(seeds))
-        x, y = zip(*seeds, strict=True)
-        means[name] = mean = fmean(x), fmean(y)
         colour = COLOURS[i if len(points) <= len(COLOURS) else 0]
-        for seed in seeds:  # a thin line from the mean to each seed
-            axes.plot(*zip(mean, seed, strict=True), color=colour, alpha=0.35, linewidth=1)
-        look = {"color": colour, "marker": MARKERS[i]}
-        axes.scatter(x, y, s=18, alpha=0.45, **look)
-        axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, zorder=3, **look)
+        means[name] = _draw_seeds(axes, seeds, colour, MARKERS[i])
     axes.margins(0.08, 0.12)
     if log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    _label_points(axes, means)
+    label_points(axes, means)
     return Picture(figure, alt + _seeds_said(counts, "Large marks", "small marks show each seed"))
 
 
-def _label_points(axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point: inside the plot, on nothing drawn, on no other name."""
-    import numpy
-
-    figure = axes.get_figure()
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the plot stays where it is while pixels are counted
-    taken = _covered(axes)
-    look: dict = {"ha": "center", "va": "center", "fontsize": 9}
-    look["bbox"] = {"pad": 1, "facecolor": "none", "linewidth": 0}
-    look["arrowprops"] = {"arrowstyle": "-", "color": "0.3", "linewidth": 0.7, "shrinkB": 4}
-    for name, point in points.items():
-        text = textwrap.fill(name, 22)
-        label = axes.annotate(text, point, ha="center", fontsize=9)
-        size = numpy.array(label.get_window_extent().size) + 4
-        label.remove()
-        at = axes.transData.transform(point)
-        middle = _free_place(at, size, axes.bbox.extents, taken)
-        if middle is None:
-            raise ValueError(
-                f"Expected room beside its point for each name, found none for {name!r}. "
-                "Show fewer points, or shorten the names."
-            )
-        taken = numpy.vstack([taken, [*(middle - size / 2), *(middle + size / 2)]])
-        aside = (middle - at) * 72 / figure.dpi  # in points, whatever the picture's resolution
-        axes.annotate(text, point, aside, textcoords="offset points", **look)
-
-
-def _covered(axes) -> numpy.ndarray:
-    """Boxes (left, bottom, right, top in pixels) around all markers and along all lines: (N, 4)."""
-    import numpy
-
-    boxes = []
-    for drawn in axes.collections:
-        radius = 0.6 * drawn.get_sizes()[0] ** 0.5 * axes.figure.dpi / 72
-        at = axes.transData.transform(drawn.get_offsets())
-        boxes.append(numpy.hstack([at - radius, at + radius]))
-    for line in axes.lines:
-        at = numpy.linspace(*axes.transData.transform(line.get_xydata()), 21)
-        boxes.append(numpy.hstack([at - 1, at + 1]))
-    return numpy.vstack(boxes)
-
-
-def _free_place(
-    at: numpy.ndarray, size: numpy.ndarray, frame: Sequence[float], taken: numpy.ndarray
-) -> numpy.ndarray | None:
-    """The middle of the nearest box of this size, beside `at`, in the frame and on nothing taken.
-
-    All in pixels; the boxes in `taken` (N, 4) and `frame` (4) are left, bottom, right, top.
-    """
-    import numpy
-
-    for distance in range(10, 200, 6):
-        for angle in numpy.linspace(0, 2 * numpy.pi, 16, endpoint=False):  # to the right first
-            way = numpy.array([numpy.cos(angle), numpy.sin(angle)])
-            middle = at + way * (distance + size / 2)
-            low, high = middle - size / 2, middle + size / 2
-            inside = (low >= frame[:2]).all() and (high <= frame[2:]).all()
-            if inside and not ((low < taken[:, 2:]) & (high > taken[:, :2])).all(axis=1).any():
-                return middle
-    return None
+def _draw_seeds(
+    axes, seeds: Sequence[tuple[float, ...]], colour: str, marker: str
+) -> tuple[float, float]:
+    """A small marker at each seed, joined to a large one at their mean; returns the mean."""
+    x, y = zip(*seeds, strict=True)
+    mean = fmean(x), fmean(y)
+    for seed in seeds:
+        axes.plot(*zip(mean, seed, strict=True), color=colour, alpha=0.35, linewidth=1)
+    look = {"color": colour, "marker": marker}
+    axes.scatter(x, y, s=18, alpha=0.45, **look)
+    axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, zorder=3, **look)
+    return mean
 
 
 def histogram(
