@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def label_points(axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Write each name beside its point: inside the plot, on nothing drawn, on no other name.
 
-    A thin line leads from each name to its point. The plot's layout is then final.
+    A thin line leads from each name to its point.
 
     Args:
         axes: matplotlib's, with the points drawn, and nothing but markers and straight lines.
@@ -25,8 +25,7 @@ def label_points(axes, points: Mapping[str, tuple[float, float]]) -> None:
     import numpy
 
     figure = axes.get_figure()
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the plot stays where it is while pixels are counted
+    figure.draw_without_rendering()  # it gives the plot its place, on which pixels depend
     taken = _covered(axes)
     look: dict = {"ha": "center", "va": "center", "fontsize": 9}
     look["bbox"] = {"pad": 1, "facecolor": "none", "linewidth": 0}

@@ -188,9 +188,9 @@ def test_a_bar_below_zero_is_shown_with_its_whisker(drawn):
 
 
 def test_equal_seeds_have_a_whisker_of_no_length(drawn):
-    table = pd.DataFrame({"score": {"a": [0.1, 0.1, 0.1]}})  # its mean is rounded above 0.1
+    table = pd.DataFrame({"score": {"a": [0.1] * 3, "b": [0.7] * 3}})  # means are rounded up, down
     axes, alt = drawn(viz.bars, table, "Title", "Bars.", "points")
-    assert whiskers(axes) == [(0, 0.1, 0.1)] and "3 seeds" in alt
+    assert whiskers(axes) == [(0, 0.1, 0.1), (1, 0.7, 0.7)] and "3 seeds" in alt
 
 
 def test_the_sum_of_layers_has_the_range_of_the_seeds_sums(drawn):
@@ -198,6 +198,7 @@ def test_the_sum_of_layers_has_the_range_of_the_seeds_sums(drawn):
     table["top"] = pd.Series({"a": [3.0, 1.5], "b": 1.0})
     axes, alt = drawn(viz.stacked, table, "Title", "Layers.", "bytes")
     assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 3, 2.25, 1]
+    assert [bar.get_y() for bar in axes.patches] == [0, 0, 1, 2, 4, 5]
     assert whiskers(axes) == [(0, 6, 6.5)]
     assert [text.get_text() for text in axes.texts] == ["6.2", "6.0"]
     assert "Sums are means of 2 seeds" in alt and "Sums of a single value have none." in alt
@@ -219,17 +220,17 @@ def test_a_few_points_of_a_line_have_whiskers_side_by_side(drawn):
 
 
 def test_many_points_of_a_line_have_a_shading(drawn):
-    steps = range(viz.FEW + 1)
+    steps = range(13)
     series = {"a": (steps, [[step, step + 2, step + 4] for step in steps]), "b": (steps, steps)}
     axes, alt = drawn(viz.curves, series, "Title", "Lines.")
     [shading] = axes.collections
     [outline] = [path.vertices for path in shading.get_paths()]
-    assert outline[:, 1].min() == 0 and outline[:, 1].max() == viz.FEW + 4
+    assert outline[:, 1].min() == 0 and outline[:, 1].max() == 16
     assert axes.lines[0].get_ydata()[0] == 2 and whiskers(axes) == []
     assert "Lines are means of 3 seeds; the shading reaches from the least" in alt
     at_most = {"a": (steps[:-1], series["a"][1][:-1])}
     axes, alt = drawn(viz.curves, at_most, "Title", "Lines.")
-    assert len(whiskers(axes)) == viz.FEW and "whiskers" in alt
+    assert len(whiskers(axes)) == 12 and "whiskers" in alt
 
 
 def test_limits_of_ones_own_are_shaded_and_must_be_explained(drawn):
@@ -307,6 +308,11 @@ def test_many_names_in_a_scatter_share_one_colour_and_differ_in_shape(drawn, cou
     assert [text.get_text() for text in axes.texts] == [*points]
 
 
+def test_a_long_name_in_a_scatter_is_wrapped(drawn):
+    axes, _ = drawn(viz.scatter, {"PPO on the reward model": (1, 1)}, "T", "alt", "x", "y")
+    assert axes.texts[0].get_text() == "PPO on the reward\nmodel"
+
+
 def test_a_thirteenth_name_or_a_name_without_room_is_refused():
     points = {f"name {i}": ([i], [i]) for i in range(13)}
     with pytest.raises(ValueError, match="at most 12 names, found 13"):
@@ -321,12 +327,14 @@ def test_names_in_a_scatter_cover_no_mark_and_no_other_name(drawn, seed):
     points = {}
     for i in range(12):
         x, y = rng.random(), rng.random() ** 4  # crowded at the bottom
-        points[f"method number {i}"] = ([x, x + 0.1, x - 0.1], [y, y + 0.05, y - 0.1])
-    axes, _ = drawn(viz.scatter, points, "T", "alt", "x", "y")
+        points[f"finetuning method {i}"] = ([x, x + 0.1, x - 0.1], [y, y + 0.05, y - 0.1])
+    tall = "A title of several lines\n" * 6  # it makes the plot lower
+    axes, _ = drawn(viz.scatter, points, tall, "alt", "x", "y")
     axes.figure.set_dpi(200)  # the labels stay where they are in a finer picture
     axes.figure.draw_without_rendering()
     boxes = [super(type(text), text).get_window_extent() for text in axes.texts]
     marks = [at for drawn in axes.collections for at in drawn.get_offsets()]
+    marks += [line.get_xydata().mean(axis=0) for line in axes.lines]
     for i, box in enumerate(boxes):
         assert axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1)
         assert not any(box.overlaps(other) for other in boxes[:i])
