@@ -17,7 +17,7 @@ import textwrap
 from base64 import b64encode
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
-from math import nan
+from math import isnan, nan
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -244,10 +244,11 @@ def stacked(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Pict
         layer = _summarise(table[name]).means
         axes.bar(range(len(table)), layer, 0.7, bottom=below, **_bar_look(i, name))
         below = [low + high for low, high in zip(below, layer, strict=True)]
-    sums = _summarise([*map(sum, _by_seed(row))] for row in table.itertuples(index=False))
+    by_seed = ([*map(sum, _by_seed(row))] for row in table.itertuples(index=False))
+    sums = _summarise(row if len(row) > 1 else row[0] for row in by_seed)
     _whiskers_and_labels(axes, range(len(table)), sums, ".1f")
     _name_bars(axes, table)
-    axes.set_ylim(0, 1.12 * max(sums.greatest))
+    axes.set_ylim(0, 1.12 * axes.dataLim.y1)
     return Picture(figure, alt + _seeds_said(sums.counts, "Sums"))
 
 
@@ -257,7 +258,7 @@ def _bars(table: pandas.DataFrame, title: str, y_label: str, scale: float = 1):
     _check_colours(table.columns)
     width = 0.8 / len(table.columns)
     columns = {name: _summarise(table[name], scale) for name in table.columns}
-    whole = all(mean == round(mean) for found in columns.values() for mean in found.means)
+    whole = all(mean % 1 == 0 for found in columns.values() for mean in found.means)
     for i, (name, found) in enumerate(columns.items()):
         offset = (i - (len(table.columns) - 1) / 2) * width  # groups are centred on 0, 1, 2 …
         places = [group + offset for group in range(len(table))]
@@ -301,11 +302,11 @@ def _summarise(values: Iterable[Seeds], scale: float = 1) -> _Summary:
 
 
 def _seeds(value: Seeds) -> tuple[float, ...]:
-    """The numbers behind a bar or a point. A single one may be NaN, where a training diverged."""
+    """The numbers behind a bar or a point. A single one may be missing or NaN."""
     import numpy
 
     if not isinstance(value, Spread) and numpy.ndim(value) == 0:
-        return (float(cast("float", value)),)
+        return (nan if value is None else float(cast("float", value)),)
     return (value if isinstance(value, Spread) else Spread(cast("Sequence", value))).values
 
 
@@ -340,8 +341,9 @@ def _whiskers_and_labels(axes, places: Sequence[float], found: _Summary, spec: s
     if found.several:
         axes.errorbar(places, found.means, found.whiskers, fmt="none", **WHISKERS)
     for place, mean, top in zip(places, found.means, found.greatest, strict=True):
-        at = place, max(0, top)
-        axes.annotate(format(mean, spec), at, (0, 2), textcoords="offset points", ha="center")
+        if not isnan(mean):
+            at, look = (place, max(0, top)), {"textcoords": "offset points", "ha": "center"}
+            axes.annotate(format(mean, spec), at, (0, 2), **look)
 
 
 def _check_colours(names: Collection) -> None:

@@ -310,13 +310,15 @@ RANKING = re.compile(
     r"\b(?:better|worse|higher|lower|costs?|beats?|beaten|outperforms?"
     rf"|(?<!no )(?:more|less|fewer|further) (?:\w+ ){{0,5}}?than (?!{FIXED})"
     r"|(?:best|worst|highest|lowest)(?= of (?:all|the)\b)"
-    r"|(?<=[Oo]f )(?:all|the) [\w ]*\b(?:best|worst|highest|lowest))\b"
+    r"|(?<=of )(?:all|the) [\w ]*\b(?:best|worst|highest|lowest))\b",
+    re.IGNORECASE,
 )
 MEASURE = re.compile(  # what another seed would change
     r"\b(?:scor(?:es?|ed)|points|answer(?:s|ed)?|refuses?|exact match|loss(?:es)?|perplexity"
-    r"|accuracy|forget(?:s|ting)?|reward|grades?)\b"
+    r"|accuracy|forget(?:s|ting)?|reward|grades?)\b",
+    re.IGNORECASE,
 )
-SEEDS_SHOWN = re.compile(r"\b(?:[3-9]|\d\d+) (?:to \d+ )?seeds\b|\brange\b|\binterval\b")
+SEEDS_SHOWN = re.compile(r"\b(?<! to )(?:[3-9]|\d\d+) (?:to \d+ )?seeds\b|\brange\b|\binterval\b")
 ONE_RUN = re.compile(r"\bone (?:seed|run)\b", re.IGNORECASE)
 
 

@@ -25,6 +25,10 @@ def problems(source: str, *shown: str) -> list[str]:
         ("PPO refuses less of what it knows than SFT does", "less of what it knows than"),
         ("Of the four runs the one without an end has the lowest training loss", "lowest"),
         ("Rank 8 reaches the best of all scores", "best"),
+        (
+            "Fewer answers end with LoRA than with full finetuning",
+            "Fewer answers end with LoRA than",
+        ),
     ],
 )
 def test_a_claim_that_ranks_by_one_seed_is_noticed(claim, word):
@@ -64,7 +68,7 @@ def test_a_text_in_parts_is_read_as_one():
     ],
 )
 def test_a_figure_that_ranks_by_one_seed_is_noticed(figure):
-    for shown in ("Bars.", "Bars. Bars are means of 2 seeds; whiskers reach from"):
+    for shown in ("Bars.", SAID.replace("3", "2"), SAID.replace("3", "2 to 5")):
         [problem] = problems(figure, shown)
         assert "give viz the values of every seed" in problem
     assert problems(figure, SAID) == problems(figure, SAID.replace("3", "3 to 5")) == []

@@ -4,6 +4,7 @@ import itertools
 
 import sftlib.experiments.spread as spread_module
 from sftlib.experiments import Spread, over_seeds
+from sftlib.experiments.sweep import Run, train_and_measure
 
 import numpy as np
 import pandas as pd
@@ -121,3 +122,14 @@ def test_one_seed_twice_is_no_second_seed():
         over_seeds(float, [0, 0, 1])
     with pytest.raises(ValueError, match="at least one"):
         over_seeds(float, [])
+
+
+@pytest.mark.integration
+def test_the_seeds_of_a_training_differ():
+    def measured(seed):
+        run = Run(5e-4, examples=32, seed=seed)
+        return train_and_measure(run, prompts=2, texts=["Kenya is in Africa.", "So is Chad."])
+
+    found = over_seeds(measured, range(2))
+    assert found["steps"] == Spread([2, 2])
+    assert found["loss"].least < found["loss"].greatest

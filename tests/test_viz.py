@@ -181,6 +181,14 @@ def test_without_seeds_nothing_is_added(drawn):
     assert axes.lines[0].get_marker() == "None"
 
 
+@pytest.mark.parametrize("function", [viz.bars, viz.compare, viz.stacked])
+def test_a_cell_that_is_missing_has_no_bar_and_no_number(drawn, function):
+    table = pd.DataFrame({"score": {"a": [0.5, 1.0], "b": None, "c": 1}})
+    axes, alt = drawn(function, table, "Title", "Bars.", "points")
+    assert [text.xy[0] for text in axes.texts] == [0, 2] and "2 seeds" in alt
+    assert 0 < axes.get_ylim()[1] < 113
+
+
 def test_a_bar_below_zero_is_shown_with_its_whisker(drawn):
     table = pd.DataFrame({"gain": {"a": [-3.0, -1.0, -2.0], "b": 1.0}})
     axes, _ = drawn(viz.bars, table, "Title", "Bars.", "points")
