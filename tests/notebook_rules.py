@@ -429,7 +429,7 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     reasons_have_a_control,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
-CONVERTED: set[str] = set()
+CONVERTED: set[str] = {"04_lora_vs_full"}
 
 
 # --- Walking through a notebook ------------------------------------------------------------------
