@@ -422,11 +422,26 @@ def reasons_have_a_control(nb: NotebookNode, path: Path) -> list[str]:
     return problems
 
 
+def solutions_are_accepted(nb: NotebookNode, path: Path) -> list[str]:
+    """Each check in the solutions says ✓ in its stored output."""
+    said = {
+        cell.get("id"): "\n".join(map(readable, cell.outputs))
+        for _, cell in code_cells(nb)
+        if path.parent.name == "solutions" and "checks.check_" in cell.source
+    }
+    return [
+        f"{name}: its check does not say ✓. Correct the solution or the check. {AGAIN}"
+        for name, text in said.items()
+        if "✓" not in text or re.search("[✗○]", text)
+    ]
+
+
 RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     claims_stand_alone,
     no_guard_for_the_small_model,
     nothing_is_asserted,
     reasons_have_a_control,
+    solutions_are_accepted,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
 CONVERTED: set[str] = {"04_lora_vs_full"}

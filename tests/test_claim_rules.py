@@ -137,6 +137,17 @@ BROKEN += [(rules.reasons_have_a_control, "says why", lesson(explain=text)) for 
 ALLOWED += [(rules.reasons_have_a_control, lesson(explain=text)) for text in NO_REASON]
 
 
+@pytest.mark.parametrize(
+    "output, accepted", [("✓ Yes.", 1), ("✗ No.", 0), ("○ Later.", 0), ("", 0)]
+)
+def test_solutions_are_accepted_by_their_checks(output, accepted):
+    nb = lesson(exercise="answer = 9\nchecks.check_asked(answer)")
+    nb.cells[7].outputs = printed(output)
+    problems = rules.solutions_are_accepted(nb, FOLDER / "solutions" / "01_ask.ipynb")
+    assert len(problems) == 1 - accepted
+    assert rules.solutions_are_accepted(nb, FOLDER / "01_ask.ipynb") == []
+
+
 def test_a_reason_needs_a_control_in_its_own_section():
     controlled = f'{CLAIM[:-1]}, kind="control")'
     seeds = f"{CLAIM[:-1]}, seeds=3)"
@@ -198,7 +209,7 @@ def test_a_rule_does_not_cry_wolf(rule, nb):
 
 
 def test_every_rule_was_broken_once():
-    assert {rule for rule, *_ in BROKEN} == set(RULES)
+    assert {rule for rule, *_ in BROKEN} | {rules.solutions_are_accepted} == set(RULES)
 
 
 # --- What `make format` does ---------------------------------------------------------------------
