@@ -2,6 +2,7 @@
 
 A rule takes a notebook and its path, and returns a sentence for each problem: where it is, and what
 to do. `RULES` lists them all; tests/test_notebooks.py applies them, and breaks each of them once.
+`RULES_OF_THE_SECOND_EDITION` apply to the notebooks in `CONVERTED`, by tests/test_claim_rules.py.
 """
 
 import ast
@@ -11,11 +12,13 @@ from copy import deepcopy
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from sftlib.lesson.cells import names
+
 import nbformat
 from nbformat import NotebookNode
 from nbstripout import strip_output
 
-from tools.notebooks import EXTRA_KEYS
+from tools.notebooks import EXTRA_KEYS, calls_claim, holds_claims_alone
 
 Rule = Callable[[NotebookNode, Path], list[str]]
 AGAIN = "Run: make run"
@@ -64,12 +67,11 @@ def nothing_on_stderr(nb: NotebookNode, path: Path) -> list[str]:
 
 
 def claims_are_checked(nb: NotebookNode, path: Path) -> list[str]:
-    """At least one cell asserts what the text says."""
-    if any(
-        re.search(r"\bassert\b|\bcheck_\w+\(|\bchecks\.\w+\(", c.source) for _, c in code_cells(nb)
-    ):
+    """At least one cell checks what the text says."""
+    checked = r"\bassert\b|\blesson\.claim\(|\bcheck_\w+\(|\bchecks\.\w+\("
+    if any(re.search(checked, cell.source) for _, cell in code_cells(nb)):
         return []
-    return ["no cell asserts anything. Assert each claim in the cell after it"]
+    return ["no cell checks anything. Add a cell with lesson.claim after each result"]
 
 
 # --- What must not stand in it -------------------------------------------------------------------
@@ -325,6 +327,57 @@ RULES: list[Rule] = [
 ]
 
 
+# --- The second edition --------------------------------------------------------------------------
+
+
+def claims_stand_alone(nb: NotebookNode, path: Path) -> list[str]:
+    """A claim is a line below a result; how it is checked is folded away, and nothing else is."""
+    problems, cells = [], list(code_cells(nb))
+    for place, (i, cell) in enumerate(cells):
+        where, tagged = f"cell {i}, {cell.get('id')}", "claim" in cell.metadata.get("tags", [])
+        if not any(map(calls_claim, walked(cell.source))):
+            problems += [f"{where}: tagged claim, and makes none. Remove the tag"] if tagged else []
+            continue
+        if not holds_claims_alone(cell.source):
+            problems.append(f"{where}: it does more than claim. Give claims a cell of their own")
+        elif not tagged or not cell.metadata.get("jupyter", {}).get("source_hidden"):
+            problems.append(f"{where}: a claim that is not tagged and folded. Run: make format")
+        made = names(cell.source).made
+        for _, later in cells[place + 1 :]:
+            if found := made & names(later.source).used:
+                it = f"{', '.join(sorted(found))}, which {later.get('id')} uses"
+                problems.append(f"{where}: it computes {it}. Compute it in a cell that is seen")
+            made -= names(later.source).made
+    return problems
+
+
+def no_guard_for_the_small_model(nb: NotebookNode, path: Path) -> list[str]:
+    """A claim knows what to do with another model; no cell asks for the model's size."""
+    return [
+        f"cell {i}, {cell.get('id')}: the name `tiny`. Write lesson.claim(…), without a condition"
+        for i, cell in code_cells(nb)
+        if any(isinstance(node, ast.Name) and node.id == "tiny" for node in walked(cell.source))
+    ]
+
+
+def nothing_is_asserted(nb: NotebookNode, path: Path) -> list[str]:
+    """Who reads `assert` learns nothing from it; a claim says what holds, and what was measured."""
+    return [
+        f"cell {i}, {cell.get('id')}: an assert. Write lesson.claim(text, condition, measured)"
+        for i, cell in code_cells(nb)
+        if any(isinstance(node, ast.Assert) for node in walked(cell.source))
+    ]
+
+
+RULES_OF_THE_SECOND_EDITION: list[Rule] = [
+    claims_stand_alone,
+    no_guard_for_the_small_model,
+    nothing_is_asserted,
+]
+# Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
+CONVERTED: set[str] = set()
+
+
 # --- Walking through a notebook ------------------------------------------------------------------
 
 
@@ -360,6 +413,13 @@ def readable(output: NotebookNode) -> str:
     return re.sub(r"data:image/[^\"')\s]+", "", "\n".join(data))
 
 
+def walked(source: str) -> Iterator[ast.AST]:
+    """Each node of a cell's code; IPython's magics are understood."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    yield from ast.walk(ast.parse(TransformerManager().transform_cell(source)))
+
+
 def prints(source: str) -> bool:
     """Whether the cell, in any case, prints or displays something."""
     try:
@@ -369,7 +429,7 @@ def prints(source: str) -> bool:
     return any(
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Call)
-        and getattr(node.value.func, "id", "") in {"print", "display"}
+        and (getattr(node.value.func, "id", "") in {"print", "display"} or calls_claim(node.value))
         for node in tree.body
     )
 
