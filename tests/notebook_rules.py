@@ -375,7 +375,9 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     nothing_is_asserted,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
-CONVERTED: set[str] = set()
+CONVERTED: set[str] = {
+    "01_what_is_sft",
+}
 
 
 # --- Walking through a notebook ------------------------------------------------------------------
