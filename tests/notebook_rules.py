@@ -377,6 +377,7 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
 CONVERTED: set[str] = {
     "01_what_is_sft",
+    "02_sft_data",
 }
 
 
