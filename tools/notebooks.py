@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,9 +86,9 @@ def _claims_or_computes(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.For | ast.If):
         return all(map(_claims_or_computes, statement.body + statement.orelse))
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = getattr(statement, "targets", None) or [statement.target]
-        parts = [node for target in targets for node in ast.walk(target)]
-        return not any(isinstance(part, ast.Attribute | ast.Subscript) for part in parts)
+        stored = [node for node in ast.walk(statement) if isinstance(node, ast.expr)]
+        stored = [node for node in stored if isinstance(getattr(node, "ctx", None), ast.Store)]
+        return not any(isinstance(node, ast.Attribute | ast.Subscript) for node in stored)
     is_call = isinstance(statement, ast.Expr) and calls_claim(statement.value)
     return is_call or isinstance(statement, ast.FunctionDef)
 
@@ -132,22 +133,44 @@ def clean(paths: list[Path], verify: bool = False) -> int:
 
 
 def run(path: Path) -> bool:
-    """Execute one notebook and store the result; when a cell fails, the file stays as it was."""
+    """Execute one notebook, store the result and its claims; if a cell fails, nothing is stored."""
     draft = path.with_name(f".running-{path.name}")
     started = time.monotonic()
     print(f"{path.relative_to(FOLDER)}: running", flush=True)
     store = [f"--output-dir={path.parent}", f"--output={draft.name}", str(path)]
-    # What is stored is the same on every machine: no progress bars, and no setting of a `.env`.
-    quiet = {**SETTINGS, **os.environ, "SFT_NO_BARS": "1"}
-    try:
-        if subprocess.run([*NBCONVERT, *store], env=quiet).returncode or clean([draft]):
-            print(f"{path.name}: failed; the stored notebook is as it was", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Path(folder, "claims.jsonl")
+        # What is stored is the same on every machine: no progress bars, and no setting of a `.env`.
+        quiet = {**SETTINGS, **os.environ, "SFT_NO_BARS": "1", "SFT_LEDGER": str(ledger)}
+        try:
+            if subprocess.run([*NBCONVERT, *store], env=quiet).returncode or clean([draft]):
+                print(f"{path.name}: failed; the stored notebook is as it was", file=sys.stderr)
+                return False
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        try:
+            keep_claims(path, ledger)
+        except ValueError as problem:
+            print(f"{path.name} is stored, its claims are not. {problem}", file=sys.stderr)
             return False
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     print(f"{path.relative_to(FOLDER)}: stored, {time.monotonic() - started:.0f} s", flush=True)
     return True
+
+
+def keep_claims(path: Path, ledger: Path) -> None:
+    """Put the claims of a run into the ledgers: that of this machine, and that of the course."""
+    from sftlib.lesson.claims import LEDGER, read_ledger
+
+    from tools import claims
+
+    if ledger.exists():
+        work = FOLDER.parent / "work"
+        work.mkdir(exist_ok=True)
+        with (work / LEDGER).open("a", encoding="utf-8") as file:
+            file.write(ledger.read_text(encoding="utf-8"))
+    if path.parent == FOLDER:  # solutions have no claims of their own
+        claims.update(path, read_ledger(ledger))
 
 
 def main(task: str, number: str = "") -> int:
