@@ -378,6 +378,7 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
 CONVERTED: set[str] = {
     "01_what_is_sft",
     "02_sft_data",
+    "03_chatml",
 }
 
 
