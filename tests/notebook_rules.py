@@ -369,10 +369,79 @@ def nothing_is_asserted(nb: NotebookNode, path: Path) -> list[str]:
     ]
 
 
+# Words that give a cause. "So that we see it" and "so that it can be read" give a purpose, "because
+# we ask" a choice of ours, "that is what tutorials do" a comparison: none says what a model does.
+PURPOSE = (
+    r"(?:we|you|nobody|everyone)\b|(?:[\w'-]+ ){1,6}?(?:can|cannot|could|may|need|must|should)\b"
+)
+CAUSES = (
+    "makes?|made|keeps?|kept|lets?|stops?|gives?|gave|costs?|helps?|hurts?|saves?|turns?|moves?"
+)
+REASON = re.compile(
+    rf"\b(?:because(?! (?:we|you)\b)|so that(?! (?:{PURPOSE}))|(?:this|that|which) is why"
+    rf"|(?:this|that) is what (?:{CAUSES}|causes?|drives?|explains?))\b",
+    re.IGNORECASE,
+)
+APART = re.compile(r"(?:Set-up|Exercise|Pitfall|Summary)")  # headings of sections without results
+NO_SENTENCE = re.compile(
+    r"```.*?```|`[^`\n]*`|\]\([^)]*\)"  # code, and where links lead
+    r"|^#.*$|^\|.*\|\n(?=\|[-:| ]+\|$)"  # headings, also those of tables
+    r"|^(?:>\s*)?\*\*Predict\.?\*\*.*?(?=\n\s*\n|\Z)",  # what is asked before a run
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def reasons_have_a_control(nb: NotebookNode, path: Path) -> list[str]:
+    """A sentence beside a result that says why it is so has a control, or a source.
+
+    Beside a result is the first text cell after code that shows a number, a table or a picture, or
+    after the claims that follow it. Its section must hold a claim of the kind control, a run
+    in which only the supposed cause differs; or the cell links to a source.
+    """
+    problems = []
+    for heading, cells in in_sections(nb):
+        if APART.match(heading) or any(claims_a_control(cell) for cell in cells):
+            continue
+        result = False
+        for cell in cells:
+            if cell.cell_type == "code":
+                is_claim = "claim" in cell.metadata.get("tags", [])
+                result = (result or bool(cell.outputs)) if is_claim else shows_a_result(cell)
+                continue
+            said = (
+                reasons(cell.source)
+                if result and not re.search(r"\bhttps?://", cell.source)
+                else []
+            )
+            problems += [
+                f'{cell.get("id")}: {sentence[:90]!r} says why. Add a claim with kind="control" to '
+                "the section, link a source, or say only what was measured"
+                for sentence in said
+            ]
+            result = False
+    return problems
+
+
+def solutions_are_accepted(nb: NotebookNode, path: Path) -> list[str]:
+    """Each check in the solutions says ✓ in its stored output."""
+    said = {
+        cell.get("id"): "\n".join(map(readable, cell.outputs))
+        for _, cell in code_cells(nb)
+        if path.parent.name == "solutions" and "checks.check_" in cell.source
+    }
+    return [
+        f"{name}: its check does not say ✓. Correct the solution or the check. {AGAIN}"
+        for name, text in said.items()
+        if "✓" not in text or re.search("[✗○]", text)
+    ]
+
+
 RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     claims_stand_alone,
     no_guard_for_the_small_model,
     nothing_is_asserted,
+    reasons_have_a_control,
+    solutions_are_accepted,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
 CONVERTED: set[str] = {
@@ -390,6 +459,50 @@ def code_cells(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "code" and cell.source.strip():
             yield i, cell
+
+
+def in_sections(nb: NotebookNode) -> Iterator[tuple[str, list[NotebookNode]]]:
+    """Each section's heading and cells; a text cell with headings inside is divided at them."""
+    heading, cells = "", []
+    for cell in nb.cells:
+        if cell.cell_type != "markdown":
+            cells.append(cell)
+            continue
+        before, *parts = re.split(r"(?m)^(?=## )", cell.source)
+        if before.strip():
+            cells.append(NotebookNode(cell | {"source": before}))
+        for part in parts:
+            yield heading, cells
+            heading = part.splitlines()[0].removeprefix("## ")
+            cells = [NotebookNode(cell | {"source": part})]
+    yield heading, cells
+
+
+def claims_a_control(cell: NotebookNode) -> bool:
+    """Whether a cell makes a claim of the kind `control`."""
+    calls = walked(cell.source) if cell.cell_type == "code" else ()
+    return any(
+        keyword.arg == "kind" and getattr(keyword.value, "value", None) == "control"
+        for call in calls
+        if calls_claim(call)
+        for keyword in call.keywords
+    )
+
+
+def shows_a_result(cell: NotebookNode) -> bool:
+    """Whether an output of a cell shows a picture, a table or a number."""
+    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+    return any(kind.startswith(("image/", "text/html")) for kind in kinds) or any(
+        re.search(r"\d", readable(output)) for output in cell.outputs
+    )
+
+
+def reasons(markdown: str) -> list[str]:
+    """The sentences that say why something is so; questions do not."""
+    prose = NO_SENTENCE.sub(" ", markdown)
+    sentences = re.split(r"(?<=[.!?:])\s+|\n\s*\n|\n(?=[-*|>\d])", prose)
+    plain = (" ".join(sentence.split()) for sentence in sentences)
+    return [one for one in plain if REASON.search(one) and not one.rstrip("*_ ").endswith("?")]
 
 
 def outputs(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode, NotebookNode]]:

@@ -56,7 +56,13 @@ def lesson(**changes: str) -> NotebookNode:
             ),
             new_markdown_cell(changes.get("explain", "Most answers are right."), id="explain"),
             new_markdown_cell("## Exercises\n\nAsk again, because we ask you.", id="exercises"),
-            new_code_cell(changes.get("exercise", "answer = ...\nright"), id="exercise"),
+            new_code_cell(
+                changes.get("exercise", "answer = ...\nright"),
+                id="exercise",
+                outputs=printed("9\n"),
+            ),
+            new_markdown_cell("It answers because it was trained.", id="exercise-explain"),
+            new_code_cell(changes.get("last", "print(lesson.environment())"), id="environment"),
         ]
     )
 
@@ -99,10 +105,91 @@ ALLOWED = [
         lesson(claims=f"def half(n):\n    return n\n\n\nx = half(1)\n{CLAIM[:-1]}, bound=x)"),
     ),
     (rules.claims_stand_alone, lesson(claims=f"share, _ = parts\n{CLAIM}")),
-    (rules.claims_stand_alone, lesson(exercise="share = 1\nprint(share)")),
+    (rules.claims_stand_alone, lesson(exercise="share = 1", last="print(share)")),
     (rules.no_guard_for_the_small_model, lesson(ask="model.tiny('tiny')  # if tiny")),
     (rules.nothing_is_asserted, lesson(ask="print('assert right')  # assert right")),
 ]
+
+
+WHY = [
+    "It answers, because it was trained.",
+    "Because of the many rows, it answers.",
+    "It was trained longer, so that it answers most questions.",
+    "It was trained. This is why it answers.",
+    "It was trained, which is why it answers.\n\n**Predict.** And then?",
+    "- Most are right.\n- That is what makes it useful.",
+    "| rows | right |\n|---|---|\n| ten | nine, because they are easy |",
+    "More rows, better answers: because it sees more.\n\n## 2. The next section\n\nWe ask on.",
+]
+NO_REASON = [
+    "We sort the rows, so that we see the longest.",
+    "The rows are sorted, so that the longest can be seen.",
+    "All rows are new, so that nobody should know them.",
+    "The answers are sorted because we read them from the top.",
+    "Does it answer because it was trained?",
+    "**Predict.** It was trained. What changes, and because of what? It answers because it must.",
+    "That is what the tutorials do. The code `so that` and\n```\nbecause\n```\n",
+    "| case | take | because |\n|---|---|---|\n| few rows | LoRA | it is small |",
+    "Most are right.\n\n## 2. Because of rows\n\nIt answers because it was trained.",
+    "It answers, because it was trained ([Doe 2024](https://example.org/a)).",
+]
+BROKEN += [(rules.reasons_have_a_control, "says why", lesson(explain=text)) for text in WHY]
+ALLOWED += [(rules.reasons_have_a_control, lesson(explain=text)) for text in NO_REASON]
+
+
+@pytest.mark.parametrize(
+    "output, accepted", [("✓ Yes.", 1), ("✗ No.", 0), ("○ Later.", 0), ("", 0)]
+)
+def test_solutions_are_accepted_by_their_checks(output, accepted):
+    nb = lesson(exercise="answer = 9\nchecks.check_asked(answer)")
+    nb.cells[7].outputs = printed(output)
+    problems = rules.solutions_are_accepted(nb, FOLDER / "solutions" / "01_ask.ipynb")
+    assert len(problems) == 1 - accepted
+    assert rules.solutions_are_accepted(nb, FOLDER / "01_ask.ipynb") == []
+
+
+def test_a_reason_needs_a_control_in_its_own_section():
+    controlled = f'{CLAIM[:-1]}, kind="control")'
+    seeds = f"{CLAIM[:-1]}, seeds=3)"
+    for claims, problems in ((controlled, 0), (seeds, 1)):
+        found = rules.reasons_have_a_control(lesson(claims=claims, explain=WHY[0]), FOLDER)
+        assert len(found) == problems
+    elsewhere = lesson(explain=WHY[0], last=controlled)
+    assert len(rules.reasons_have_a_control(elsewhere, FOLDER)) == 1
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        new_output("display_data", data={"image/png": "iVBORw0KGgo="}),
+        new_output("execute_result", data={"text/html": "<table></table>", "text/plain": "x"}),
+        new_output("execute_result", data={"text/plain": "0.9"}),
+    ],
+)
+def test_pictures_tables_and_numbers_are_results(output):
+    nb = lesson(explain=WHY[0])
+    nb.cells[3].outputs = [output]
+    assert len(rules.reasons_have_a_control(nb, FOLDER)) == 1
+
+
+def test_a_claim_is_a_result_too():
+    nb = lesson(explain=WHY[0])
+    nb.cells[3].outputs = []
+    assert len(rules.reasons_have_a_control(nb, FOLDER)) == 1
+
+
+@pytest.mark.parametrize("outputs", [[], printed("The capital of Kenya is Nairobi.\n")])
+def test_where_nothing_is_measured_no_control_is_asked_for(outputs):
+    nb = lesson(explain=WHY[0])
+    nb.cells[3].outputs = outputs
+    del nb.cells[4]
+    assert rules.reasons_have_a_control(nb, FOLDER) == []
+
+
+def test_only_the_first_text_after_a_result_explains_it():
+    nb = lesson(explain="Most answers are right.")
+    nb.cells.insert(6, new_markdown_cell("Now longer, because rows are cheap.", id="next"))
+    assert rules.reasons_have_a_control(nb, FOLDER) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -122,7 +209,7 @@ def test_a_rule_does_not_cry_wolf(rule, nb):
 
 
 def test_every_rule_was_broken_once():
-    assert {rule for rule, *_ in BROKEN} == set(RULES)
+    assert {rule for rule, *_ in BROKEN} | {rules.solutions_are_accepted} == set(RULES)
 
 
 # --- What `make format` does ---------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The ledger of claims agrees with the stored outputs, and is not written where it would not."""
 
 import json
-import shutil
+import sys
 from pathlib import Path
 
 from sftlib.lesson.claims import line
@@ -11,9 +11,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tests.notebook_rules import CONVERTED
-from tools import claims, notebooks
+from tools import claims, newest, notebooks
+from tools.stored_runs import real
 
-STORED = claims.stored(claims.ROOT)
+ROOT = claims.ROOT
+STORED = claims.stored(ROOT)
 LESSONS = {name for name in CONVERTED if "/" not in name} | {row["lesson"] for row in STORED}
 ROW = {
     **{"lesson": "01_ask", "run": "a", "id": "answers", "text": "Most answers are right"},
@@ -31,12 +33,12 @@ SET_UP = 'from sftlib import lesson\n\nwork = lesson.begin("01_ask")'
 @pytest.mark.parametrize("name", sorted(LESSONS))
 def test_what_the_notebook_shows_and_what_the_ledger_says_is_the_same(name):
     rows = [row for row in STORED if row["lesson"] == name]
-    assert claims.problems(claims.ROOT / "notebooks" / f"{name}.ipynb", rows) == []
+    assert claims.problems(ROOT / "notebooks" / f"{name}.ipynb", rows) == []
 
 
 def test_the_page_is_current():
-    current = (claims.ROOT / "notebooks" / "claims.md").read_text(encoding="utf-8")
-    assert claims.page(STORED, claims.ROOT) == current, "The page is not current. Run: make format"
+    current = (ROOT / "notebooks" / "claims.md").read_text(encoding="utf-8")
+    assert claims.page(STORED, ROOT) == current, "The page is not current. Run: make format"
 
 
 # --- A course of one lesson ----------------------------------------------------------------------
@@ -170,7 +172,46 @@ def test_the_difference_names_what_fails_what_changed_and_what_is_missing():
 
 def test_without_a_difference_only_the_number_is_said():
     assert claims.difference([ROW], [ROW]) == ["01_ask: 1 of 1 claims hold"]
-    assert claims.difference([ROW], []) == ["No lesson made a claim"]
+    assert claims.difference([ROW], []) == ["No lesson made a claim."]
+    assert claims.difference([ROW], [], ["01_ask", "02_more"]) == [
+        "01_ask: 0 of 0 claims hold",
+        "  ? not reached: Most answers are right",
+    ]
+
+
+@pytest.mark.integration
+def test_make_newest_says_what_becomes_of_the_claims(course, monkeypatch, capsys):
+    assert claims.main() == 0
+    monkeypatch.setattr(newest, "ROOT", course)
+    monkeypatch.setattr(newest, "PLACE", course / "work" / "newest")
+    (course / "sftlib").symlink_to(ROOT / "sftlib")
+    changed = SOURCE.replace("90%", "80%").replace("long", "short")
+    write(course / "notebooks" / "01_ask.ipynb", changed.replace("True", "2 < 1", 1))
+    capsys.readouterr()
+    assert newest.run_lessons(sys.executable) == 1
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "01_ask: 0 of 1 claims hold",
+        "  ✗ Most answers are right: 80% (in the ledger: 90%)",
+        "  ? not reached: No answer is long",
+    ]
+
+
+@pytest.mark.integration
+def test_make_real_says_which_claims_hold_with_its_model(course, monkeypatch, capsys):
+    assert claims.main() == 0
+    for name, value in {"ROOT": course, "WORK": course / "work", "LESSONS": {"01": ()}}.items():
+        monkeypatch.setattr(real, name, value)
+    monkeypatch.setattr(real, "STORED", course / "data" / "real.json")
+    monkeypatch.setattr(real, "teach", dict)
+    monkeypatch.setattr(sys, "argv", ["real"])
+    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+    write(course / "notebooks" / "01_ask.ipynb", SOURCE.replace("True", "2 < 1", 1))
+    real.main()
+    assert json.loads((course / "data" / "real.json").read_text())["lessons"][0]["failed"] == []
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "01_ask: 1 of 2 claims hold",
+        "  ✗ Most answers are right: 90%",
+    ]
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -213,4 +254,3 @@ def test_all_lessons_can_be_run_first_and_their_outputs_stay(course, monkeypatch
     before = lesson.read_bytes()
     assert claims.main("--run") == 0
     assert lesson.read_bytes() == before and len(ledger(course)) == 2
-    shutil.rmtree(course / "work")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from sftlib.lesson.claims import line, read_ledger
@@ -115,13 +116,16 @@ def _number(row: Row) -> int:
     return int(row["id"].partition("/")[2] or 1)
 
 
-def difference(before: list[Row], rows: list[Row]) -> list[str]:
+def difference(before: list[Row], rows: list[Row], ran: Collection[str] = ()) -> list[str]:
     """How the claims of other runs differ from the ledger: for each lesson a line, then details.
 
-    Only the lessons of these runs are looked at.
+    Args:
+        before: the ledger.
+        rows: the claims of the other runs.
+        ran: lessons that ran, and perhaps reached no claim. Those without claims are left out.
     """
-    said = []
-    for name in sorted({row["lesson"] for row in rows}):
+    said, known_lessons = [], {row["lesson"] for row in before}
+    for name in sorted({row["lesson"] for row in rows} | (known_lessons & set(ran))):
         found = {row["text"]: row for row in rows if row["lesson"] == name}
         known = {row["text"]: row for row in before if row["lesson"] == name}
         details = [
@@ -138,7 +142,7 @@ def difference(before: list[Row], rows: list[Row]) -> list[str]:
         details += [f"  + not in the ledger: {text}" for text in found if text not in known]
         hold = sum(row["holds"] for row in found.values())
         said += [f"{name}: {hold} of {len(found)} claims hold", *details]
-    return said or ["No lesson made a claim"]
+    return said or ["No lesson made a claim."]
 
 
 def _was(known: Row | None, row: Row) -> str:
