@@ -506,7 +506,14 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     solutions_are_accepted,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
-CONVERTED: set[str] = {"04_lora_vs_full", "05_deepspeed", "06_trl_sft"}
+CONVERTED: set[str] = {
+    "01_what_is_sft",
+    "02_sft_data",
+    "03_chatml",
+    "04_lora_vs_full",
+    "05_deepspeed",
+    "06_trl_sft",
+}
 
 
 # --- Walking through a notebook ------------------------------------------------------------------
