@@ -345,6 +345,29 @@ def test_a_form_comes_with_a_list_for_front_ends_without_widgets(page):
     assert page.bundle["text/markdown"].startswith("**What will the model say?**")
 
 
+def test_after_a_restart_the_outcome_can_be_run_alone(page, kept, tmp_path, monkeypatch, capsys):
+    page = page()
+    shell = InteractiveShell.instance()
+    cells = {
+        "setup": "from sftlib import lesson\nlesson.begin('00_short')",
+        "ask": f"lesson.predict{ASK}",
+        "told": "lesson.outcome('ask', 3)",
+    }
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    notebook = {"cells": [{"cell_type": "code", "id": c, "source": [t]} for c, t in cells.items()]}
+    Path("00_short.ipynb").write_text(json.dumps(notebook))
+    for cell_id in ("setup", "ask"):
+        shell.run_cell(cells[cell_id], cell_id=cell_id)
+    page.click(3)
+    shell.run_cell(cells["setup"], cell_id="setup")
+    capsys.readouterr()
+    shell.run_cell(cells["told"], cell_id="told")
+    printed = capsys.readouterr().out
+    assert printed.startswith("First running ask …")
+    assert printed.endswith('You predicted "no answer at all"; it was "no answer at all": right.\n')
+
+
 # --- The file ------------------------------------------------------------------------------------
 
 
