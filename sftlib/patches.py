@@ -138,6 +138,28 @@ def show_the_head(model: PreTrainedModel) -> None:
         head.bias = None
 
 
+def keep_four_bits_differentiable(model: torch.nn.Module) -> None:
+    """bitsandbytes 0.50: on a CPU with AVX512-BF16, train weights in 4 bits after an evaluation.
+
+    There, `Linear4bit` packs its weights anew for inference as soon as the model is in its
+    evaluation mode, and never unpacks them. The packed form has no backward pass. Without the patch
+    a model that has answered a question before its training gets no gradient through its base: the
+    adapters of all layers but the last would learn next to nothing, and nothing says so.
+
+    Layers that are packed already are unpacked.
+    """
+    for layer in model.modules():
+        if not getattr(layer, "support_avx512bf16_for_cpu", False):
+            continue
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+        declared = cast("Any", layer)
+        declared.support_avx512bf16_for_cpu = False
+        weight = declared.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+
+
 @contextmanager
 def without_dataset_bars() -> Generator[None]:
     """Datasets 5.2: inside, no progress bars; afterwards as before.

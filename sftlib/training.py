@@ -8,9 +8,10 @@ trainer after training. What differs from plain TRL:
 - A `LoraConfig` that does not fit the model is refused (`sftlib.adapters.check_lora`).
 - `sftlib.chat.encode_batch` encodes the conversations, not TRL (see `encode_dataset`).
 - A bar of one line shows the progress. TRL would print a line per step (`PrinterCallback`).
-- Four patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` and
+- Five patches, with their reasons in `sftlib.patches`: `score_learned_positions_alone` and
   `score_in_one_piece` change TRL for the rest of the process. `show_the_head` may give the model's
-  output head an attribute `bias`. `without_dataset_bars` hides the bars of Datasets while the
+  output head an attribute `bias`. `keep_four_bits_differentiable` keeps weights in 4 bits in a form
+  that can be trained. `without_dataset_bars` hides the bars of Datasets while the
   trainer is made.
 """
 
@@ -148,6 +149,7 @@ def prepare(
 
     patches.score_learned_positions_alone()
     patches.score_in_one_piece()
+    patches.keep_four_bits_differentiable(model)
     dataset = dataset if isinstance(dataset, StoredRows) else _as_dataset(dataset)
     if isinstance(peft_config, LoraConfig):
         check_lora(model, peft_config)

@@ -30,7 +30,7 @@ TALK = [
 @pytest.fixture
 def base(tokenizer, tmp_path):
     """A random model of two layers in a folder, beside 24 conversations."""
-    random_model(tokenizer).save_pretrained(tmp_path / "base")
+    random_model(tokenizer, width=64).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = [{"messages": row["messages"]} for row in read_facts("sft")[:23]]
     write_jsonl(tmp_path / "data.jsonl", [{"messages": TALK}, *rows])

@@ -33,7 +33,7 @@ TORCHRUN = (Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-p
 @pytest.fixture
 def base(tokenizer, tmp_path):
     """A random model of two layers in a folder, beside 32 conversations."""
-    random_model(tokenizer).save_pretrained(tmp_path / "base")
+    random_model(tokenizer, width=64).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     write_jsonl(tmp_path / "data.jsonl", ROWS)
     return tmp_path / "base"

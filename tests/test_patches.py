@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +356,55 @@ def test_bars_that_a_student_has_asked_for_are_shown(bars, monkeypatch):
         monkeypatch.setattr(place, "HF_DATASETS_DISABLE_PROGRESS_BARS", False)
     with patches.without_dataset_bars():
         assert "100%" in shown(map_rows)
+
+
+# --- bitsandbytes: weights in four bits on a CPU -------------------------------------------------
+
+
+@pytest.fixture
+def layer():
+    """64 inputs, 32 outputs, in 4 bits; in the evaluation mode, in which it has computed once."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    found = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32).to("cpu").eval()
+    return found
+
+
+def gradient_at_its_input(layer) -> torch.Tensor:
+    """Of the sum of the outputs, in training after an answer; as far as there is one."""
+    with torch.no_grad():
+        layer.eval()(torch.ones(1, 64))
+    x = torch.ones(1, 64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of an operator without a backward pass
+        layer.train()(x).sum().backward()
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+def weights_of(layer) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # (32, 64)
+
+
+@pytest.mark.parametrize("answered_before", [False, True])
+def test_four_bits_learn_after_an_answer(layer, answered_before):
+    expected = weights_of(layer).sum(0)
+    if answered_before:
+        gradient_at_its_input(layer)
+    patches.keep_four_bits_differentiable(torch.nn.Sequential(layer))
+    found = gradient_at_its_input(layer)[0]  # packing has rounded the scales to bfloat16
+    assert torch.allclose(found, expected, atol=5e-3 if answered_before else 1e-5)
+
+
+def test_bitsandbytes_still_packs_weights_that_are_to_be_trained(layer):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes packs only on CPUs with AVX512-BF16")
+    expected = weights_of(layer).sum(0)
+    assert not torch.allclose(gradient_at_its_input(layer)[0], expected, atol=5e-3), ADVICE
 
 
 # --- DeepSpeed: nothing is compiled --------------------------------------------------------------

@@ -51,7 +51,8 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_run(tmp_path: Pa
         env=os.environ | {"OMP_NUM_THREADS": f"{threads}", "PYTHONPATH": str(ROOT)},
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "checkpoint-5/trainer_state.json").exists():
+    state = tmp_path / "checkpoint-5/trainer_state.json"  # the last file of a checkpoint
+    while not (state.exists() and state.read_text().rstrip().endswith("}")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
