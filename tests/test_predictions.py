@@ -1,5 +1,6 @@
 """Predictions: asked for in a form, kept at once, judged by the outcome, and counted."""
 
+import html
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ipywidgets.widgets.widget import _instances
 ASK = ("ask", "What will the model say?", "the right answer", "a wrong answer", "no answer at all")
 SCORE = ("score", "Which share will be right?")
 PERCENT = {"number": "%", "low": 0, "high": 100}
+KEPT = predictions.KEPT  # before a test replaces it
 
 
 class Page(DisplayPublisher):
@@ -208,9 +210,9 @@ def test_lessons_may_use_the_same_id(page, kept):
     [
         ("90", 97.3, "You predicted 90 %; it was 97.3 %: right, within 10 percentage points.\n"),
         (
-            "87.3 %",
-            97.3,
-            "You predicted 87.3 %; it was 97.3 %: right, within 10 percentage points.\n",
+            "6.1 %",
+            16.1,
+            "You predicted 6.1 %; it was 16.1 %: right, within 10 percentage points.\n",
         ),
         (
             " 80% ",
@@ -251,6 +253,8 @@ def test_a_number_may_have_another_unit_or_none_and_open_bounds(page, kept, caps
         "You predicted 1,200 steps; it was 1,000 steps: right, within 200 steps.\n"
     )
     lesson.predict("ratio", "Which ratio?", number="")
+    page.type("inf")
+    assert "Expected a number, such as 12.5, found 'inf'" in html.unescape(page.note)
     page.type("-0.5")
     assert said(capsys, "ratio", torch.tensor(0.25), tolerance=0.5) == (
         "You predicted -0.5; it was 0.25: wrong, more than 0.5 off.\n"
@@ -263,7 +267,8 @@ def test_an_earlier_number_stands_in_the_field(page):
     page.type("72.5")
     predictions.start("01_what_is_sft")
     lesson.predict(*SCORE, **PERCENT)
-    assert page.form.children[1].value == "72.5"
+    field = page.form.children[1]
+    assert field.value == "72.5" and not field.continuous_update  # kept when Enter is pressed
 
 
 @pytest.mark.parametrize(
@@ -297,8 +302,10 @@ def test_what_is_stored_or_compared_does_not_depend_on_a_choice(
     page = page()
     lesson.predict(*ASK)
     page.click(1)
+    lesson.outcome("ask", 1)
     lesson.predict(*SCORE, **PERCENT)
     page.type("3")
+    assert predictions.tally() == {1: (1, 1)}
     before = kept.read_bytes()
     monkeypatch.setenv(name, "1")
     lesson.predict(*ASK)
@@ -372,8 +379,7 @@ def test_after_a_restart_the_outcome_can_be_run_alone(page, kept, tmp_path, monk
 
 
 def test_it_is_kept_beside_the_lessons_in_the_folder_that_git_ignores():
-    root = Path(predictions.__file__).parents[2]
-    assert (root / "pyproject.toml").exists() and "/work/\n" in (root / ".gitignore").read_text()
+    assert Path(__file__).parents[1] / "work" / "predictions.jsonl" == KEPT
 
 
 @pytest.mark.parametrize(
@@ -416,6 +422,17 @@ def test_a_choice_that_cannot_be_written_is_no_error_and_counts(page, kept, caps
     assert [row[1:] for row in rows(kept)] == [("ask", "a wrong answer", True), ("score", 40, None)]
 
 
+def test_what_is_written_replaces_what_could_not_be(page, kept, capsys):
+    page = page()
+    kept.parent.write_text("a file where the folder should be")
+    lesson.predict(*ASK)
+    page.click(2)
+    kept.parent.unlink()
+    page.click(3)
+    assert "cannot be written" not in page.note
+    assert said(capsys, "ask", 3).startswith('You predicted "no answer at all"')
+
+
 def test_beginning_a_lesson_deletes_nothing(page, kept, tmp_path, monkeypatch):
     page = page()
     lesson.predict(*ASK)
@@ -425,6 +442,9 @@ def test_beginning_a_lesson_deletes_nothing(page, kept, tmp_path, monkeypatch):
     lesson.begin("01_what_is_sft")
     assert kept.exists() and (tmp_path / "work" / "01_what_is_sft").is_dir()
     lesson.predict(*ASK)
+    assert page.buttons()[1].description.startswith("✓")
+    lesson.begin("01_what_is_sft")
+    lesson.predict(*ASK[:4])  # edited
     assert page.buttons()[1].description.startswith("✓")
 
 

@@ -3,8 +3,8 @@
 `predict` shows a question with buttons, or with a field for a number. `outcome` says what came out
 beside what was predicted. `checks.progress()` counts how many predictions were right, by lesson.
 
-A choice is kept at once, in `work/predictions.jsonl`; delete that file to start again. Another choice
-replaces it until the outcome is shown. After that the choice made before counts.
+A choice is kept at once, in `work/predictions.jsonl`; delete that file to start again. Until the
+outcome is shown, another choice replaces it. After that the choice made before counts.
 
 Where outputs are stored or compared (see `sftlib.progress_bars`), a prediction is neither asked for
 nor kept nor read, and so the outputs do not depend on who has run the lesson.
