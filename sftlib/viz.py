@@ -2,16 +2,27 @@
 
 Every figure is a `Picture`: an image with its description in words below it. A screen reader reads
 the description, and it remains where images are not shown.
+
+Where a figure takes a number, it also takes what several seeds gave: a list of numbers, or a
+`Spread`. It then shows their mean and, by whiskers, the least and the greatest of them. A sentence
+that says so is added to the description. No colour is used twice in a figure: where there are more
+series than colours, `scatter` uses one colour, and the other figures raise an error.
 """
 
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from math import isnan, nan
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from sftlib._labels import label_points
+from sftlib.experiments.spread import Spread
 
 if TYPE_CHECKING:
     import pandas
@@ -19,11 +30,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-# Okabe & Ito, "Color Universal Design" (2008): distinct for any kind of colour vision.
+# Okabe & Ito, "Color Universal Design" (2008). Green and purple still look much alike to people who
+# see no red or no green, so lines, hatches and markers differ as well.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>hd"
+WHISKERS = {"ecolor": "black", "elinewidth": 1.2, "capsize": 3}
+RANGE = "from the least to the greatest value"
+FEW = 12  # points on a line: whiskers at more of them would hide it
+
+Seeds = float | Sequence[float] | Spread
+"""One number, or what several seeds gave."""
 
 
 class Picture:
@@ -54,7 +72,7 @@ def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (7
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], ...]],
+    series: Mapping[str, tuple[Sequence, ...]],
     title: str,
     alt: str,
     x_label: str = "optimizer step",
@@ -64,20 +82,70 @@ def curves(
     """Lines over steps, for instance training losses.
 
     Args:
-        series: name → (x values, y values), drawn in different colours and line styles. With two
-            more sequences, the lowest and the highest y values, the range between them is shaded.
-        alt: what the figure shows, in a sentence or two.
+        series: name → (x values, y values), drawn in different colours and line styles, six at
+            most. Each y value is a number or seeds. Whiskers show the seeds; with more than 12
+            points on a line it is a shading. Two more sequences shade limits of your own.
+        alt: what the figure shows, in a sentence or two. With limits of your own it must say what
+            they are: a range or an interval.
         log_x: a logarithmic x axis with a tick at each x value (of more than 8, only at those that
             begin with 1, 2 or 5).
     """
     figure, axes = _axes(title, x_label, y_label)
-    for i, (name, (x, y, *limits)) in enumerate(series.items()):
-        marker = "o" if log_x else None
-        axes.plot(x, y, marker=marker, clip_on=not log_x, label=name, **_line_look(i))
-        if limits:
-            axes.fill_between(x, *limits, color=_line_look(i)["color"], alpha=0.2, linewidth=0)
+    _check_colours(series)
+    found = {name: (list(x), _summarise(y), own) for name, (x, y, *own) in series.items()}
+    _check_limits([own for *_, own in found.values()], alt)
+    seeded = any(y.several for _, y, _ in found.values())
+    shaded = max(len(x) for x, *_ in found.values()) > FEW
+    for i, (name, (x, y, limits)) in enumerate(found.items()):
+        look = {"label": name, "clip_on": not log_x} | _line_look(i)
+        look["marker"] = MARKERS[i] if log_x or (seeded and not shaded) else None
+        limits = [y.least, y.greatest] if y.several and shaded else limits
+        aside = 5 * (i - (len(found) - 1) / 2) if seeded and not shaded else None
+        _draw_line(axes, x, y, limits, aside, look)
+    _tick(axes, {value for x, *_ in found.values() for value in x}, log_x)
+    axes.set_ylim(bottom=0)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    marks = ("Lines", f"the shading reaches {RANGE}") if shaded else ("Points",)
+    counts = [count for _, y, _ in found.values() for count in y.counts]
+    return Picture(figure, alt + _seeds_said(counts, *marks))
+
+
+def _check_limits(limits: Iterable[Sequence], alt: str) -> None:
+    """Raise an error if there are limits and the description does not say what they are."""
+    if any(limits) and not re.search(r"\brange|\binterval", alt):
+        raise ValueError(
+            "Expected the word 'range' or 'interval' in the description, because limits are shaded "
+            f"and only you know what they are; found {alt!r}. Add it, or give each y as its seeds."
+        )
+
+
+def _draw_line(
+    axes, x: Sequence, y: _Summary, limits: Sequence, aside: float | None, look: dict
+) -> None:
+    """A line with the range between `limits` shaded. With `aside`, it has whiskers.
+
+    Args:
+        aside: points to the right by which it is moved, so that whiskers stand side by side.
+        look: matplotlib's arguments.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    if aside is None:
+        axes.plot(x, y.means, **look)
+    else:
+        drawn = axes.errorbar(x, y.means, y.whiskers, capsize=3, **look)
+        move = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+        for artist in drawn.get_children():
+            artist.set_transform(artist.get_transform() + move)
+    if limits:
+        axes.fill_between(x, *limits, color=look["color"], alpha=0.2, linewidth=0)
+
+
+def _tick(axes, values: Collection[float], log_x: bool) -> None:
+    """Ticks on the x axis; see `curves`."""
     if log_x:
-        ticks = sorted({value for x, *_ in series.values() for value in x})
+        ticks = sorted(values)
         if len(ticks) > 8:
             ticks = [value for value in ticks if f"{value:e}"[0] in "125"]
         axes.set_xscale("log")
@@ -85,10 +153,6 @@ def curves(
         axes.minorticks_off()
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
-    axes.set_ylim(bottom=0)
-    if len(series) > 1:
-        axes.legend(frameon=False)
-    return Picture(figure, alt)
 
 
 def panels(
@@ -112,6 +176,7 @@ def panels(
     figure = Figure(figsize=(1.9 * columns, 1.9 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     names = list(dict.fromkeys(name for lines in runs.values() for name in lines))
+    _check_colours(names)
     for axes, (run, lines) in zip(grid, runs.items(), strict=False):
         axes.set_title(run, loc="left", fontweight="bold", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -119,7 +184,7 @@ def panels(
         for name, (x, y) in lines.items():
             x, y = list(x), list(y)
             i = names.index(name)
-            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i % 3]}
+            look = {"color": COLOURS[i], "linestyle": ("-", "--", ":")[i % 3]}
             axes.plot(x, y, label=name, marker="o" if len(x) < 9 else None, markersize=3, **look)
             first_nan = next((k for k, value in enumerate(y) if value != value), 0)
             if first_nan:
@@ -143,62 +208,160 @@ def compare(
     table: pandas.DataFrame, title: str, alt: str, y_label: str = "share of prompts (%)"
 ) -> Picture:
     """As `bars`, but for shares from 0 to 1, which are shown in per cent."""
-    figure, axes = _bars(100 * table, title, y_label)
+    figure, axes, said = _bars(table, title, y_label, 100)
     axes.set_ylim(0, 112)
-    return Picture(figure, alt)
+    return Picture(figure, alt + said)
 
 
 def bars(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture:
     """Grouped bars: a group for each row of `table`, a bar for each column, values on the bars.
 
     Args:
-        table: numbers, with the rows' and columns' names.
+        table: numbers or seeds, with the rows' and columns' names; six columns at most.
         alt: what the figure shows, in a sentence or two.
     """
-    figure, axes = _bars(table, title, y_label)
-    axes.set_ylim(0, 1.12 * table.to_numpy().max())
-    return Picture(figure, alt)
+    figure, axes, said = _bars(table, title, y_label)
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(1.12 * min(low, 0), 1.12 * high)
+    return Picture(figure, alt + said)
 
 
 def stacked(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture:
     """Bars in layers: a bar for each row of `table`, a layer for each column, the sum on top.
 
     Args:
-        table: numbers, with the rows' and columns' names.
+        table: numbers or seeds, with the rows' and columns' names; six columns at most. The
+            whiskers are those of the sums.
         alt: what the figure shows, in a sentence or two.
+
+    Raises:
+        ValueError: a row has cells with different numbers of seeds.
     """
     figure, axes = _axes(title, "", y_label, (max(7, 1.1 * len(table)), 3.8))
-    below = 0 * table.sum(axis=1)
+    _check_colours(table.columns)
+    below = [0.0] * len(table)
     for i, name in enumerate(table.columns):
-        drawn = axes.bar(range(len(table)), table[name], 0.7, bottom=below, **_bar_look(i, name))
-        below = below + table[name]
-    axes.bar_label(drawn, [f"{total:.1f}" for total in below], padding=2)
+        layer = _summarise(table[name]).means
+        axes.bar(range(len(table)), layer, 0.7, bottom=below, **_bar_look(i, name))
+        below = [low + high for low, high in zip(below, layer, strict=True)]
+    by_seed = ([*map(sum, _by_seed(row))] for row in table.itertuples(index=False))
+    sums = _summarise(row if len(row) > 1 else row[0] for row in by_seed)
+    _whiskers_and_labels(axes, range(len(table)), sums, ".1f")
     _name_bars(axes, table)
-    axes.set_ylim(0, 1.12 * below.max())
-    return Picture(figure, alt)
+    axes.set_ylim(0, 1.12 * axes.dataLim.y1)
+    return Picture(figure, alt + _seeds_said(sums.counts, "Sums"))
 
 
-def _bars(table: pandas.DataFrame, title: str, y_label: str):
+def _bars(table: pandas.DataFrame, title: str, y_label: str, scale: float = 1):
+    """The figure, its plot, and the sentence about seeds."""
     figure, axes = _axes(title, "", y_label, (max(7, 1.1 * table.size), 3.8))
+    _check_colours(table.columns)
     width = 0.8 / len(table.columns)
-    whole = bool((table == table.round()).all(axis=None))
-    for i, name in enumerate(table.columns):
+    columns = {name: _summarise(table[name], scale) for name in table.columns}
+    whole = all(mean % 1 == 0 for found in columns.values() for mean in found.means)
+    for i, (name, found) in enumerate(columns.items()):
         offset = (i - (len(table.columns) - 1) / 2) * width  # groups are centred on 0, 1, 2 …
         places = [group + offset for group in range(len(table))]
-        drawn = axes.bar(places, table[name], width * 0.92, **_bar_look(i, name))
-        axes.bar_label(drawn, fmt="%.0f" if whole else "%.1f", padding=2)
+        axes.bar(places, found.means, width * 0.92, **_bar_look(i, name))
+        _whiskers_and_labels(axes, places, found, ".0f" if whole else ".1f")
     _name_bars(axes, table)
-    return figure, axes
+    counts = [count for found in columns.values() for count in found.counts]
+    return figure, axes, _seeds_said(counts, "Bars")
+
+
+class _Summary(NamedTuple):
+    """Of each bar or point: the mean, least and greatest of its seeds, and how many there are."""
+
+    means: list[float]
+    least: list[float]
+    greatest: list[float]
+    counts: list[int]
+
+    @property
+    def several(self) -> bool:
+        """Whether anything has more than one seed."""
+        return any(count > 1 for count in self.counts)
+
+    @property
+    def whiskers(self) -> list[list[float]]:
+        """Their lengths below and above the means, as matplotlib wants them; NaN: no whisker."""
+        means, least, greatest, counts = map(list, self)
+        below = [max(0, mean - low) for mean, low in zip(means, least, strict=True)]
+        above = [max(0, high - mean) for mean, high in zip(means, greatest, strict=True)]
+        return [
+            [length if count > 1 else nan for length, count in zip(lengths, counts, strict=True)]
+            for lengths in (below, above)
+        ]
+
+
+def _summarise(values: Iterable[Seeds], scale: float = 1) -> _Summary:
+    """Each value times `scale`."""
+    found = [[scale * seed for seed in _seeds(value)] for value in values]
+    means, least, greatest = ([of(seeds) for seeds in found] for of in (fmean, min, max))
+    return _Summary(means, least, greatest, [*map(len, found)])
+
+
+def _seeds(value: Seeds) -> tuple[float, ...]:
+    """The numbers behind a bar or a point. A single one may be missing or NaN."""
+    import numpy
+
+    if not isinstance(value, Spread) and numpy.ndim(value) == 0:
+        return (nan if value is None else float(cast("float", value)),)
+    return (value if isinstance(value, Spread) else Spread(cast("Sequence", value))).values
+
+
+def _by_seed(cells: Iterable[Seeds]) -> list[tuple[float, ...]]:
+    """For each seed the values that belong together; a single number belongs to every seed."""
+    found = [_seeds(cell) for cell in cells]
+    counts = sorted({len(seeds) for seeds in found} - {1})
+    if len(counts) > 1:
+        raise ValueError(
+            f"Expected the same number of seeds in values that belong together, found {counts}. "
+            "Give each the same seeds, in the same order."
+        )
+    count = max(map(len, found))
+    return [*zip(*(seeds if len(seeds) > 1 else seeds * count for seeds in found), strict=True)]
+
+
+def _seeds_said(
+    counts: Collection[int], marks: str, shown_by: str = f"whiskers reach {RANGE}"
+) -> str:
+    """The sentences on how a figure shows the seeds; empty where there is one of each."""
+    several = [count for count in counts if count > 1]
+    if not several:
+        return ""
+    least, most = min(several), max(several)
+    number = f"{least} to {most}" if least < most else f"{most}"
+    alone = f" {marks} of a single value have none." if 1 in counts else ""
+    return f" {marks} are means of {number} seeds; {shown_by}.{alone}"
+
+
+def _whiskers_and_labels(axes, places: Sequence[float], found: _Summary, spec: str) -> None:
+    """Whiskers on the bars at `places`, and above each the mean."""
+    if found.several:
+        axes.errorbar(places, found.means, found.whiskers, fmt="none", **WHISKERS)
+    for place, mean, top in zip(places, found.means, found.greatest, strict=True):
+        if not isnan(mean):
+            at, look = (place, max(0, top)), {"textcoords": "offset points", "ha": "center"}
+            axes.annotate(format(mean, spec), at, (0, 2), **look)
+
+
+def _check_colours(names: Collection) -> None:
+    """Raise an error if there are more series than colours."""
+    if len(names) > len(COLOURS):
+        raise ValueError(
+            f"Expected at most {len(COLOURS)} series, one for each colour that everybody can tell "
+            f"from the others, found {len(names)}. Show fewer, or draw several figures."
+        )
 
 
 def _line_look(i: int) -> dict:
     """The look of the line number `i`: matplotlib's arguments."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+    return {"color": COLOURS[i], "linestyle": LINES[i % len(LINES)]}
 
 
 def _bar_look(i: int, name: object) -> dict:
-    colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]
-    return {"label": name, "color": colour, "hatch": hatch, "edgecolor": "white"}
+    return {"label": name, "color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white"}
 
 
 def _name_bars(axes, table: pandas.DataFrame) -> None:
@@ -212,7 +375,7 @@ def _name_bars(axes, table: pandas.DataFrame) -> None:
 
 
 def scatter(
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    points: Mapping[str, tuple[Seeds, Seeds]],
     title: str,
     alt: str,
     x_label: str,
@@ -221,23 +384,47 @@ def scatter(
 ) -> Picture:
     """A large marker for each name at the mean of its points, and a small one at each point.
 
+    The names stand beside the large markers.
+
     Args:
-        points: name → (x values, y values), for instance one value per seed. Names differ in colour
-            and shape.
+        points: name → (x values, y values), one for each seed. Names differ in shape, and up to six
+            of them in colour, too; twelve at most.
         log_x: a logarithmic x axis.
         alt: what the figure shows, in a sentence or two.
+
+    Raises:
+        ValueError: there are more than twelve names, or no room for them; a name has different
+            numbers of x and y values.
     """
     figure, axes = _axes(title, x_label, y_label, (8, 4.2))
+    if len(points) > len(MARKERS):
+        raise ValueError(f"Expected at most {len(MARKERS)} names, found {len(points)}. Show fewer.")
+    means, counts = {}, []
     for i, (name, (x, y)) in enumerate(points.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.scatter(x, y, s=18, alpha=0.45, **look)
-        mean = sum(x) / len(x), sum(y) / len(y)
-        axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, label=name, **look)
+        seeds = _by_seed((x, y))
+        counts.append(len(seeds))
+        colour = COLOURS[i if len(points) <= len(COLOURS) else 0]
+        means[name] = _draw_seeds(axes, seeds, colour, MARKERS[i])
+    axes.margins(0.08, 0.12)
     if log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return Picture(figure, alt)
+    label_points(axes, means)
+    return Picture(figure, alt + _seeds_said(counts, "Large marks", "small marks show each seed"))
+
+
+def _draw_seeds(
+    axes, seeds: Sequence[tuple[float, ...]], colour: str, marker: str
+) -> tuple[float, float]:
+    """A small marker at each seed, joined to a large one at their mean; returns the mean."""
+    x, y = zip(*seeds, strict=True)
+    mean = fmean(x), fmean(y)
+    for seed in seeds:
+        axes.plot(*zip(mean, seed, strict=True), color=colour, alpha=0.35, linewidth=1)
+    look = {"color": colour, "marker": marker}
+    axes.scatter(x, y, s=18, alpha=0.45, **look)
+    axes.scatter(*mean, s=90, edgecolor="black", linewidth=0.6, zorder=3, **look)
+    return mean
 
 
 def histogram(
@@ -254,6 +441,7 @@ def histogram(
         alt: what the figure shows, in a sentence or two.
     """
     figure, axes = _axes(title, x_label, "share of its rows (%)")
+    _check_colours(series)
     everything = [value for values in series.values() for value in values]
     low, high = min(everything), max(everything)
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]

@@ -7,7 +7,8 @@ to do. `RULES` lists them all; tests/test_notebooks.py applies them, and breaks 
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -334,6 +335,67 @@ def exercises_say_what_they_take(nb: NotebookNode, path: Path) -> list[str]:
     ]
 
 
+# A comparison with something else that was run: "more than LoRA", and not "more than half".
+FIXED = r"(?:about |nearly |an? |one|two|three|four|five|ten|half|hal\w+|\d)"
+RANKING = re.compile(
+    r"\b(?:better|worse|higher|lower|costs?|beats?|beaten|outperforms?"
+    rf"|(?<!no )(?:more|less|fewer|further) (?:\w+ ){{0,5}}?than (?!{FIXED})"
+    r"|(?:best|worst|highest|lowest)(?= of (?:all|the)\b)"
+    r"|(?<=of )(?:all|the) [\w ]*\b(?:best|worst|highest|lowest))\b",
+    re.IGNORECASE,
+)
+MEASURE = re.compile(  # what another seed would change
+    r"\b(?:scor(?:es?|ed)|points|answer(?:s|ed)?|refuses?|exact match|loss(?:es)?|perplexity"
+    r"|accuracy|forget(?:s|ting)?|reward|grades?)\b",
+    re.IGNORECASE,
+)
+SEEDS_SHOWN = re.compile(r"\b(?<! to )(?:[3-9]|\d\d+) (?:to \d+ )?seeds\b|\brange\b|\binterval\b")
+ONE_RUN = re.compile(r"\bone (?:seed|run)\b", re.IGNORECASE)
+
+
+def rankings_rest_on_seeds(nb: NotebookNode, path: Path) -> list[str]:
+    """A claim or a figure that ranks what was trained rests on three seeds, or says "one run".
+
+    Looked at are the sentences of claims, and titles and descriptions of the figures of `viz`. Text
+    cells and tables are left out: there "more", "best" and "costs" mostly speak of other things.
+    """
+    problems = []
+    for i, cell in code_cells(nb):
+        shown = "\n".join(map(readable, cell.outputs))
+        for name, call in calls(cell.source):
+            named = {word.arg: word.value for word in call.keywords}
+            if name == "lesson.claim" and rests_on_one_run(named):
+                said = measured = literal(call.args[0])
+                cure = "say seeds=3"
+            elif name.startswith("viz.") and not (SEEDS_SHOWN.search(shown) or draws_seeds(call)):
+                parts = [*call.args[1:3], named.get("title"), named.get("alt")]
+                said = " ".join(filter(None, map(literal, parts)))
+                measured = f"{said} {literal(named.get('y_label'))}"
+                cure = "give viz the values of every seed"
+            else:
+                continue
+            found = RANKING.search(said)
+            if found and MEASURE.search(measured) and not ONE_RUN.search(said):
+                problems.append(
+                    f"cell {i}, {cell.get('id')}: {said[:70]!r} ranks by one seed: "
+                    f"{found[0].strip()!r}. Run three (sftlib.experiments.over_seeds) and {cure}, "
+                    "or write that it is one run"
+                )
+    return problems
+
+
+def draws_seeds(call: ast.Call) -> bool:
+    """Whether a figure has a line, a bar or a point for each seed, with the seed in its name."""
+    return bool(call.args) and "seed" in literal(call.args[0])
+
+
+def rests_on_one_run(named: Mapping[str, ast.expr]) -> bool:
+    """Whether a claim's arguments say that it was measured, and with fewer than three seeds."""
+    seeds = named.get("seeds", ast.Constant(1))
+    few = isinstance(seeds, ast.Constant) and seeds.value in (1, 2)
+    return few and literal(named.get("kind")) not in ("arithmetic", "source")
+
+
 RULES: list[Rule] = [
     counts_run_from_one,
     printing_cells_have_output,
@@ -564,6 +626,22 @@ def walked(source: str) -> Iterator[ast.AST]:
     from IPython.core.inputtransformer2 import TransformerManager
 
     yield from ast.walk(ast.parse(TransformerManager().transform_cell(source)))
+
+
+def calls(source: str) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a cell, with its name as it is written; none if Python cannot read the cell."""
+    with suppress(SyntaxError):
+        for node in walked(source):
+            if isinstance(node, ast.Call):
+                yield ast.unparse(node.func), node
+
+
+def literal(node: ast.expr | None) -> str:
+    """The text that an expression holds, without what is computed."""
+    parts = [
+        part.value for part in ast.walk(node or ast.Constant("")) if type(part) is ast.Constant
+    ]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def prints(source: str) -> bool:

@@ -1,11 +1,15 @@
 """Pictures are labelled and described; token pictures show text as it is."""
 
+import random
 import re
 
 from sftlib import viz
+from sftlib.experiments import Spread
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 PNG = b"\x89PNG"
 
@@ -97,7 +101,7 @@ def test_a_scatter_marks_each_point_and_their_mean(monkeypatch):
     drawn = [collection.get_offsets().tolist() for collection in axes.collections]
     assert drawn[0] == [[1.0, 0.2], [3.0, 0.4]]
     assert drawn[1][0] == pytest.approx([2.0, 0.3])
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["DPO", "PPO"]
+    assert [t.get_text() for t in axes.texts] == ["DPO", "PPO"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("KL (nats)", "score")
 
 
@@ -119,6 +123,230 @@ def test_panels_share_axes_and_mark_where_a_line_breaks_off(monkeypatch):
     assert len({mark.get_linestyle() for mark in one.lines[:2]}) == 2
     [legend] = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["loss", "grad_norm"]
+
+
+# --- Seeds ---------------------------------------------------------------------------------------
+
+SAID = "means of 3 seeds; whiskers reach from the least to the greatest value."
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls a function of `viz`; returns the plot that it draws, and its description."""
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: (figure.axes[0], alt))
+    return lambda function, *given: function(*given)
+
+
+def whiskers(axes):
+    """(x, least, greatest) of each vertical whisker, in the order in which they were drawn."""
+    bars = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
+    lines = [line for _, _, collections in bars for line in collections[0].get_segments()]
+    drawn = [line for line in lines if len(line)]  # where it is NaN, nothing is drawn
+    return [(round(x, 2), round(low, 6), round(high, 6)) for (x, low), (_, high) in drawn]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series, Spread])
+def test_bars_show_the_mean_of_the_seeds_and_their_range(drawn, kind):
+    table = pd.DataFrame({"score": {"a": kind([50.0, 60.0, 76.0]), "b": kind([10.0, 40.0, 25.0])}})
+    axes, alt = drawn(viz.bars, table, "Title", "Two bars.", "points")
+    assert [bar.get_height() for bar in axes.patches] == [62, 25]
+    assert whiskers(axes) == [(0, 50, 76), (1, 10, 40)]
+    assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [("62", 76), ("25", 40)]
+    assert alt == f"Two bars. Bars are {SAID}"
+    assert axes.get_ylim()[1] > 76
+
+
+def test_shares_of_seeds_become_per_cent_one_by_one(drawn):
+    table = pd.DataFrame({"full": {"dev": [0.5, 0.75]}, "LoRA": {"dev": Spread([0.25, 0.75])}})
+    axes, alt = drawn(viz.compare, table, "Title", "Two bars.")
+    assert [bar.get_height() for bar in axes.patches] == [62.5, 50]
+    assert whiskers(axes) == [(-0.2, 50, 75), (0.2, 25, 75)]
+    assert "2 seeds" in alt
+
+
+def test_a_single_value_beside_seeds_has_no_whisker_and_the_words_say_so(drawn):
+    table = pd.DataFrame({"score": {"base": 20, "full": [70, 80], "LoRA": [60, 65, 70, 80, 90]}})
+    axes, alt = drawn(viz.bars, table, "Title", "Bars.", "points")
+    assert whiskers(axes) == [(1, 70, 80), (2, 60, 90)]
+    assert "means of 2 to 5 seeds" in alt and alt.endswith("Bars of a single value have none.")
+
+
+def test_without_seeds_nothing_is_added(drawn):
+    table = pd.DataFrame({"score": {"a": 1.5, "b": 2.5}})
+    for function in (viz.bars, viz.stacked):
+        axes, alt = drawn(function, table, "Title", "Bars.", "points")
+        assert alt == "Bars." and whiskers(axes) == []
+    axes, alt = drawn(viz.curves, {"a": ([1, 2], [3.0, 2.0])}, "Title", "A line.")
+    assert alt == "A line." and whiskers(axes) == []
+    assert axes.lines[0].get_marker() == "None"
+
+
+@pytest.mark.parametrize("function", [viz.bars, viz.compare, viz.stacked])
+def test_a_cell_that_is_missing_has_no_bar_and_no_number(drawn, function):
+    table = pd.DataFrame({"score": {"a": [0.5, 1.0], "b": None, "c": 1}})
+    axes, alt = drawn(function, table, "Title", "Bars.", "points")
+    assert [text.xy[0] for text in axes.texts] == [0, 2] and "2 seeds" in alt
+    assert 0 < axes.get_ylim()[1] < 113
+
+
+def test_a_bar_below_zero_is_shown_with_its_whisker(drawn):
+    table = pd.DataFrame({"gain": {"a": [-3.0, -1.0, -2.0], "b": 1.0}})
+    axes, _ = drawn(viz.bars, table, "Title", "Bars.", "points")
+    assert axes.get_ylim()[0] < -3 and whiskers(axes) == [(0, -3, -1)]
+
+
+def test_equal_seeds_have_a_whisker_of_no_length(drawn):
+    table = pd.DataFrame({"score": {"a": [0.1] * 3, "b": [0.7] * 3}})  # means are rounded up, down
+    axes, alt = drawn(viz.bars, table, "Title", "Bars.", "points")
+    assert whiskers(axes) == [(0, 0.1, 0.1), (1, 0.7, 0.7)] and "3 seeds" in alt
+
+
+def test_the_sum_of_layers_has_the_range_of_the_seeds_sums(drawn):
+    table = pd.DataFrame({"low": {"a": 1.0, "b": 2.0}, "high": {"a": [2.0, 4.0], "b": 3.0}})
+    table["top"] = pd.Series({"a": [3.0, 1.5], "b": 1.0})
+    axes, alt = drawn(viz.stacked, table, "Title", "Layers.", "bytes")
+    assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 3, 2.25, 1]
+    assert [bar.get_y() for bar in axes.patches] == [0, 0, 1, 2, 4, 5]
+    assert whiskers(axes) == [(0, 6, 6.5)]
+    assert [text.get_text() for text in axes.texts] == ["6.2", "6.0"]
+    assert "Sums are means of 2 seeds" in alt and "Sums of a single value have none." in alt
+    with pytest.raises(ValueError, match=r"same number of seeds.*found \[2, 3\]"):
+        viz.stacked(pd.DataFrame({"x": [[1, 2]], "y": [[1, 2, 3]]}), "T", "alt", "bytes")
+
+
+def test_a_few_points_of_a_line_have_whiskers_side_by_side(drawn):
+    series = {"a": ([1, 2], [[1, 2, 6], 5]), "b": ([1, 2], [Spread([4, 5, 6]), [0, 1, 2]])}
+    axes, alt = drawn(viz.curves, series, "Title", "Lines.")
+    assert whiskers(axes) == [(1, 1, 6), (1, 4, 6), (2, 0, 2)]
+    a, b = (container[0] for container in axes.containers)
+    assert a.get_ydata().tolist() == [3, 5] and a.get_marker() != b.get_marker()
+    pixels = [line.get_transform().transform((1, 1))[0] for line in (a, b)]
+    assert pixels[1] - pixels[0] == pytest.approx(5 / 72 * axes.figure.dpi)
+    lines = [container[2][0].get_transform() for container in axes.containers]
+    assert [line.transform((1, 1))[0] for line in lines] == pytest.approx(pixels)
+    assert alt == f"Lines. Points are {SAID} Points of a single value have none."
+
+
+def test_many_points_of_a_line_have_a_shading(drawn):
+    steps = range(13)
+    series = {"a": (steps, [[step, step + 2, step + 4] for step in steps]), "b": (steps, steps)}
+    axes, alt = drawn(viz.curves, series, "Title", "Lines.")
+    [shading] = axes.collections
+    [outline] = [path.vertices for path in shading.get_paths()]
+    assert outline[:, 1].min() == 0 and outline[:, 1].max() == 16
+    assert axes.lines[0].get_ydata()[0] == 2 and whiskers(axes) == []
+    assert "Lines are means of 3 seeds; the shading reaches from the least" in alt
+    at_most = {"a": (steps[:-1], series["a"][1][:-1])}
+    axes, alt = drawn(viz.curves, at_most, "Title", "Lines.")
+    assert len(whiskers(axes)) == 12 and "whiskers" in alt
+
+
+def test_limits_of_ones_own_are_shaded_and_must_be_explained(drawn):
+    series = {"a": ([1, 2], [3.0, 2.0], [2.0, 1.0], [4.0, 3.0])}
+    for alt in ("Mean and range of three seeds.", "With its 95 % interval."):
+        axes, said = drawn(viz.curves, series, "Title", alt)
+        [shading] = axes.collections
+        assert shading.get_paths()[0].vertices[:, 1].max() == 4 and said == alt
+    with pytest.raises(ValueError, match="the word 'range' or 'interval'.*found 'Arranged.'"):
+        viz.curves(series, "Title", "Arranged.")
+
+
+def test_a_single_value_may_be_nan_and_a_seed_may_not(drawn):
+    axes, _ = drawn(viz.curves, {"a": ([1, 2], [3.0, float("nan")])}, "Title", "A line.")
+    assert np.isnan(axes.lines[0].get_ydata()).tolist() == [False, True]
+    with pytest.raises(ValueError, match="finite number for each seed"):
+        viz.curves({"a": ([1], [[3.0, float("nan")]])}, "Title", "A line.")
+
+
+def test_a_scatter_says_that_its_small_marks_are_seeds(drawn):
+    points = {"a": ([1.0, 2.0, 3.0], Spread([1, 2, 3])), "cost known": (4.0, [5.0, 6.0, 7.0])}
+    axes, alt = drawn(viz.scatter, points, "Title", "Points.", "cost (s)", "score")
+    assert alt == "Points. Large marks are means of 3 seeds; small marks show each seed."
+    assert axes.collections[2].get_offsets().tolist() == [[4, 5], [4, 6], [4, 7]]
+    assert len(axes.lines) == 6  # from each mean to its seeds
+    with pytest.raises(ValueError, match="same number of seeds"):
+        viz.scatter({"a": ([1, 2], [1, 2, 3])}, "Title", "alt", "x", "y")
+
+
+# --- Colours and labels --------------------------------------------------------------------------
+
+
+def table_of(columns):
+    return pd.DataFrame({f"column {i}": [1.0, 2.0] for i in range(columns)})
+
+
+def lines_of(count):
+    return {f"line {i}": ([1, 2], [i, i + 1]) for i in range(count)}
+
+
+MANY = {
+    "curves": lambda n: viz.curves(lines_of(n), "T", "alt"),
+    "panels": lambda n: viz.panels({"A": lines_of(n)}, "T", "alt"),
+    "bars": lambda n: viz.bars(table_of(n), "T", "alt", "points"),
+    "compare": lambda n: viz.compare(table_of(n) / 2, "T", "alt"),
+    "stacked": lambda n: viz.stacked(table_of(n), "T", "alt", "points"),
+    "histogram": lambda n: viz.histogram({f"s {i}": [1, 2, i] for i in range(n)}, "T", "alt", "x"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_no_colour_is_used_for_two_series(monkeypatch, name):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    MANY[name](6)
+    axes = figures[0].axes[0]
+    marks = axes.lines if name in ("curves", "panels") else axes.patches
+    colours = {mark.get_edgecolor() if name == "histogram" else colour_of(mark) for mark in marks}
+    assert len(colours) == 6
+    with pytest.raises(ValueError, match="at most 6 series.*found 7"):
+        MANY[name](7)
+
+
+def colour_of(mark):
+    return mark.get_color() if hasattr(mark, "get_color") else mark.get_facecolor()
+
+
+@pytest.mark.parametrize(("count", "colours"), [(6, 6), (7, 1), (12, 1)])
+def test_many_names_in_a_scatter_share_one_colour_and_differ_in_shape(drawn, count, colours):
+    points = {f"name {i}": ([i], [i % 5]) for i in range(count)}
+    axes, _ = drawn(viz.scatter, points, "T", "alt", "x", "y")
+    assert len({tuple(marks.get_facecolor()[0][:3]) for marks in axes.collections}) == colours
+    shapes = {marks.get_paths()[0].vertices.tobytes() for marks in axes.collections[1::2]}
+    assert len(shapes) == count
+    assert [text.get_text() for text in axes.texts] == [*points]
+
+
+def test_a_long_name_in_a_scatter_is_wrapped(drawn):
+    axes, _ = drawn(viz.scatter, {"PPO on the reward model": (1, 1)}, "T", "alt", "x", "y")
+    assert axes.texts[0].get_text() == "PPO on the reward\nmodel"
+
+
+def test_a_thirteenth_name_or_a_name_without_room_is_refused():
+    points = {f"name {i}": ([i], [i]) for i in range(13)}
+    with pytest.raises(ValueError, match="at most 12 names, found 13"):
+        viz.scatter(points, "T", "alt", "x", "y")
+    with pytest.raises(ValueError, match="Expected room .*Show fewer"):
+        viz.scatter({"word " * 400: ([1], [1])}, "T", "alt", "x", "y")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_in_a_scatter_cover_no_mark_and_no_other_name(drawn, seed):
+    rng = random.Random(seed)
+    points = {}
+    for i in range(12):
+        x, y = rng.random(), rng.random() ** 4  # crowded at the bottom
+        points[f"finetuning method {i}"] = ([x, x + 0.1, x - 0.1], [y, y + 0.05, y - 0.1])
+    tall = "A title of several lines\n" * 6  # it makes the plot lower
+    axes, _ = drawn(viz.scatter, points, tall, "alt", "x", "y")
+    axes.figure.set_dpi(200)  # the labels stay where they are in a finer picture
+    axes.figure.draw_without_rendering()
+    boxes = [super(type(text), text).get_window_extent() for text in axes.texts]
+    marks = [at for drawn in axes.collections for at in drawn.get_offsets()]
+    marks += [line.get_xydata().mean(axis=0) for line in axes.lines]
+    for i, box in enumerate(boxes):
+        assert axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1)
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.contains(*axes.transData.transform(at)) for at in marks)
 
 
 def test_tokens_count_and_escape(tokenizer):

@@ -2,6 +2,7 @@
 
 | file | what it does |
 |---|---|
+| `spread` | `over_seeds`: one setting with several seeds; `Spread`: what they gave |
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
 | `failures` | trainings that go wrong on purpose (lesson 8) |
 | `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |
@@ -10,5 +11,6 @@
 
 from sftlib.experiments.diagnosis import diagnose
 from sftlib.experiments.logs import explain, table
+from sftlib.experiments.spread import Spread, over_seeds
 
-__all__ = ["diagnose", "explain", "table"]
+__all__ = ["Spread", "diagnose", "explain", "over_seeds", "table"]
