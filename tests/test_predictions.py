@@ -490,7 +490,7 @@ def test_no_lesson_is_said():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "expected"),
     [
-        XX
+        (("say", 1), {}, ValueError, r"\(ask, score\), found 'say'.*lesson.predict\('say'"),
         (("ask", 0), {}, ValueError, "1 to 3, found 0"),
         (("ask", 4), {}, ValueError, "1 to 3, found 4"),
         (("ask", True), {}, TypeError, "1 to 3, found True"),
