@@ -11,7 +11,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 \
 NOTEBOOKS := -m tools.notebooks
 export PORT
 
-.PHONY: help setup lab doctor teacher serving quick test test-all browser lint format run claims \
+.PHONY: help setup lab fresh doctor teacher serving quick test test-all browser lint format run claims \
 	new-lesson sections mutation bench threads gpu audit newest slides tiny-base sweeps real recording clean
 
 help: ## list the commands
@@ -73,6 +73,9 @@ run: setup ## execute the notebooks again and store their outputs (NB=01 for one
 
 claims: setup ## collect what the lessons claim into data/claims.json (RUN=1: run all lessons first)
 	@$(VENV) python -m tools.claims $(if $(RUN),--run) $(ARGS)
+
+fresh: setup ## copies of the lessons without outputs, in work/: nothing is given away
+	@$(VENV) python -m tools.fresh
 
 new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A title")
 	@$(VENV) python tools/new_lesson.py "$(NAME)" "$(TITLE)"

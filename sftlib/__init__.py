@@ -85,8 +85,8 @@ def _set(name: str, value: str) -> bool:
 
 
 _quiet()
+patches.bars_of_text()
 for _message in (
-    "IProgress not found",  # tqdm, without ipywidgets: it shows bars of text instead
     "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 calls the old name
     "`gradient_checkpointing` is deprecated",  # TRL 1.16 has it among its defaults
 ):

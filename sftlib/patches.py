@@ -35,6 +35,20 @@ def stop_telemetry() -> None:
         constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
+def bars_of_text() -> None:
+    """tqdm 4.70: bars in a notebook are lines of text, although ipywidgets is installed.
+
+    `tqdm.auto`, which Datasets and Transformers use, makes a widget of each bar if it finds
+    ipywidgets, which is here for predictions. Without the patch a saved notebook shows "Error
+    displaying widget" for each bar when it is opened again. `tqdm.auto` chooses at its import, so
+    the patch comes too late if another library has imported it before.
+    """
+    if "ipykernel.zmqshell" in sys.modules:
+        from tqdm import std
+
+        sys.modules.setdefault("tqdm.autonotebook", std)
+
+
 def score_learned_positions_alone() -> None:
     """TRL 1.16: compute the loss on a CPU only at the learned positions, as TRL does on a GPU.
 

@@ -67,6 +67,15 @@ def nothing_on_stderr(nb: NotebookNode, path: Path) -> list[str]:
     ]
 
 
+def no_widget_is_stored(nb: NotebookNode, path: Path) -> list[str]:
+    """Without its kernel a widget shows nothing, and GitHub, slides and HTML show text."""
+    return [
+        f"cell {i}: a stored widget. {AGAIN}"
+        for i, _, output in outputs(nb)
+        if any("jupyter.widget" in kind for kind in output.get("data", {}))
+    ]
+
+
 def claims_are_checked(nb: NotebookNode, path: Path) -> list[str]:
     """At least one cell checks what the text says."""
     checked = r"\bassert\b|\blesson\.claim\(|\bcheck_\w+\(|\bchecks\.\w+\("
@@ -284,6 +293,28 @@ def lesson_ends_with_its_versions(nb: NotebookNode, path: Path) -> list[str]:
     return ["the last cell does not print lesson.environment(). Add the cell `environment`"]
 
 
+def predictions_have_outcomes(nb: NotebookNode, path: Path) -> list[str]:
+    """Who predicts is told what came out, after the cell in which they chose."""
+    asked: dict[str, int] = {}
+    told: dict[str, int] = {}
+    problems = []
+    for i, cell in code_cells(nb):
+        for name in called_with(cell.source, "predict"):
+            if name in asked:
+                problems.append(f"cell {i}: the prediction {name!r} again. Give it another id")
+            asked.setdefault(name, i)
+        told |= {name: i for name in called_with(cell.source, "outcome")}
+    for name in asked | told:
+        if name not in asked:
+            problems.append(f"cell {told[name]}: no prediction {name!r}. Correct the id")
+        elif told.get(name, -1) <= asked[name]:
+            problems.append(
+                f"cell {asked[name]}: the prediction {name!r} without a later outcome. Add "
+                f"lesson.outcome({name!r}, …) to the cell that shows it"
+            )
+    return problems
+
+
 EXERCISE = re.compile(
     r"^### Exercise (\d+): .+\n+\*Difficulty [★☆]{3} · importance [★☆]{3} · \d+ minutes\*$", re.M
 )
@@ -370,6 +401,7 @@ RULES: list[Rule] = [
     printing_cells_have_output,
     errors_are_announced,
     nothing_on_stderr,
+    no_widget_is_stored,
     claims_are_checked,
     numbers_in_prose_are_printed,
     no_absolute_path,
@@ -385,6 +417,7 @@ RULES: list[Rule] = [
     lesson_and_solutions_are_twins,
     lesson_begins_itself,
     lesson_ends_with_its_versions,
+    predictions_have_outcomes,
     exercises_say_what_they_take,
 ]
 
@@ -630,6 +663,22 @@ def prints(source: str) -> bool:
         and (getattr(node.value.func, "id", "") in {"print", "display"} or calls_claim(node.value))
         for node in tree.body
     )
+
+
+def called_with(source: str, function: str) -> list[str]:
+    """The texts that come first in calls of `lesson.<function>`, in their order."""
+    try:
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE))
+    except SyntaxError:  # more of IPython's own syntax: no statement about it
+        return []
+    return [
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == f"lesson.{function}"
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    ]
 
 
 def described(nb: NotebookNode, i: int) -> bool:

@@ -30,8 +30,9 @@
       if (!scrolls && one.scrollWidth > one.clientWidth + 2)
         say(`${one.scrollWidth} pixels in a width of ${one.clientWidth}`);
     }
-    for (const one of all('.jp-OutputArea-output [style], .jp-MarkdownOutput *')) {
-      if (!one.textContent.trim() || one.children.length) continue;
+    const coloured = '.jp-OutputArea-output [style], .jp-MarkdownOutput *, .sft-prediction *';
+    for (const one of all(coloured)) {
+      if (!one.textContent.trim() || one.children.length || one.matches('style')) continue;
       const both = [light(getComputedStyle(one).color) ?? 0, behind(one)];
       const contrast = (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
       if (contrast < 4.5)

@@ -255,6 +255,158 @@ def look_through(page, name: str) -> tuple[int, int]:
     return len(figures), len(tokens)
 
 
+# --- Predictions ---------------------------------------------------------------------------------
+
+SET_UP = """import os
+from pathlib import Path
+
+from sftlib import lesson
+from sftlib.lesson import predictions
+
+for name in ("CI", "SFT_NO_BARS", "PYTEST_CURRENT_TEST"):  # somebody looks
+    os.environ.pop(name, None)
+predictions.KEPT = Path("../work/predictions.jsonl")
+lesson.begin("NAME")"""
+QUESTIONS = {
+    "setup": SET_UP,
+    "ask": 'lesson.predict("ask", "What will it say?", "the answer", "`42`", "no answer at all")',
+    "share": 'lesson.predict("share", "How often is it right?", number="%", low=0, high=100)',
+    "told": 'lesson.outcome("ask", 3)\nlesson.outcome("share", 97.3, tolerance=10)',
+}
+FOCUSED = "it => it == document.activeElement"
+RINGED = """it => {
+  const style = getComputedStyle(it);
+  return style.outlineStyle == 'solid' && parseFloat(style.outlineWidth) >= 2;
+}"""  # the focus can be seen
+
+
+@pytest.fixture
+def asking(chromium, jupyterlab: Lab, request):
+    """A page with two questions, whose set-up cell was run. It fetches nothing from elsewhere."""
+    name = request.node.name
+    cells = [
+        nbformat.v4.new_code_cell(text.replace("NAME", name), id=cell_id)
+        for cell_id, text in QUESTIONS.items()
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, jupyterlab.root / "notebooks" / f"{name}.ipynb")
+    kept = jupyterlab.root / "work" / "predictions.jsonl"
+    kept.unlink(missing_ok=True)
+    page = open_page(chromium, jupyterlab, f"notebooks/{name}.ipynb")
+    fetched: list[str] = []
+    page.on("request", lambda one: fetched.append(one.url))
+    wait_for("a kernel", lambda: kernel_is_idle(jupyterlab, name))
+    page.locator(".jp-CodeCell .jp-InputPrompt").first.click()
+    page.keyboard.press("Shift+Enter")
+    yield page
+    page.close()
+    there = ("data:", "blob:", jupyterlab.url)
+    assert not [url for url in fetched if not url.startswith(there)]
+
+
+def kept_by(jupyterlab: Lab) -> dict[str, tuple]:
+    """What is kept of each prediction: the answer, and whether it was right."""
+    path = jupyterlab.root / "work" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["id"]: (row["predicted"], row["right"]) for row in rows}
+
+
+def saved(page, jupyterlab: Lab, name: str) -> dict:
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(1500)
+    return jupyterlab.api(f"contents/notebooks/{name}.ipynb?content=1")["content"]
+
+
+def look_at_form(page, name: str) -> None:
+    """Nothing in it is cut off, and its text can be read."""
+    page.wait_for_timeout(1000)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}.png")
+    assert page.evaluate(SEEN)["wrong"] == []
+
+
+def tab_to(page, target, key: str = "Tab") -> None:
+    """Press the key until `target` has the focus; the cell's toolbar may lie between."""
+    for _ in range(8):
+        page.keyboard.press(key)
+        if target.evaluate(FOCUSED):
+            return
+    raise AssertionError(f"{target} cannot be reached by {key}")
+
+
+@pytest.mark.integration
+def test_a_prediction_is_made_by_mouse(asking, jupyterlab: Lab, request):
+    page = asking
+    page.keyboard.press("Shift+Enter")
+    page.get_by_role("button", name="1. the answer").click()
+    wait_for("the choice", lambda: kept_by(jupyterlab) == {"ask": ("the answer", None)})
+    page.get_by_role("button", name="2. 42").click()
+    wait_for("another choice", lambda: kept_by(jupyterlab) == {"ask": ("`42`", None)})
+    chosen = page.get_by_role("button", name="✓ 2. 42")
+    assert chosen.get_attribute("title") == "Predicted: What will it say?"
+    look_at_form(page, "prediction")
+    saved(page, jupyterlab, request.node.name)
+    jupyterlab.theme("JupyterLab Dark")
+    try:
+        page.reload()  # the kernel stays, and so does the form
+        chosen.wait_for(timeout=60_000)
+        look_at_form(page, "prediction-dark")
+    finally:
+        jupyterlab.theme("JupyterLab Light")
+    page.locator(".jp-CodeCell .jp-InputPrompt").nth(2).click()
+    page.keyboard.press("Shift+Enter")
+    field = page.get_by_role("textbox", name="A number from 0 to 100 %:")
+    field.fill("eighty")
+    page.locator(".jp-CodeCell .jp-InputPrompt").nth(3).click()
+    alert = page.get_by_role("alert").filter(has_text="found 'eighty'")
+    alert.wait_for(timeout=60_000)
+    field.fill("80 %")
+    page.locator(".jp-CodeCell .jp-InputPrompt").nth(3).click()
+    wait_for("the number", lambda: kept_by(jupyterlab).get("share") == (80, None))
+    page.keyboard.press("Shift+Enter")
+    page.get_by_text("You predicted 80 %; it was 97.3 %: wrong").wait_for(timeout=60_000)
+    assert page.get_by_text('You predicted "`42`"; it was "no answer at all": wrong.').count() == 1
+    assert kept_by(jupyterlab) == {"ask": ("`42`", False), "share": (80, False)}
+    assert chosen.is_disabled()  # loaded again, the page does not replace it
+    assert "widgets" not in saved(page, jupyterlab, request.node.name)["metadata"]
+
+
+@pytest.mark.integration
+def test_a_prediction_is_made_by_keyboard(asking, jupyterlab: Lab, request):
+    page = asking
+    page.keyboard.press("Control+Enter")  # the cell stays selected
+    first = page.get_by_role("button", name="1. the answer")
+    first.wait_for(timeout=60_000)
+    tab_to(page, first)
+    assert first.evaluate(RINGED)
+    page.keyboard.press("Enter")
+    wait_for("the choice", lambda: kept_by(jupyterlab) == {"ask": ("the answer", None)})
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    wait_for("another choice", lambda: kept_by(jupyterlab) == {"ask": ("no answer at all", None)})
+    third = page.get_by_role("button", name="✓ 3. no answer at all")
+    assert third.evaluate(FOCUSED) and third.evaluate(RINGED)
+    page.keyboard.press("ArrowDown")  # JupyterLab's: to the next cell
+    page.keyboard.press("Control+Enter")
+    field = page.get_by_role("textbox", name="A number from 0 to 100 %:")
+    field.wait_for(timeout=60_000)
+    tab_to(page, field)
+    assert field.evaluate(RINGED)
+    page.keyboard.type("90")
+    page.keyboard.press("Enter")
+    wait_for("the number", lambda: kept_by(jupyterlab).get("share") == (90, None))
+    tab_to(page, page.locator(".jp-Cell.jp-mod-active"), "Shift+Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Shift+Enter")
+    page.get_by_text("You predicted 90 %; it was 97.3 %: right").wait_for(timeout=60_000)
+    assert kept_by(jupyterlab) == {"ask": ("no answer at all", True), "share": (90, True)}
+    assert page.locator(".sft-prediction").count() == 0
+    stored = saved(page, jupyterlab, request.node.name)
+    assert "widget" not in json.dumps(stored) and "this counts" in json.dumps(stored)
+
+
 @pytest.mark.integration
 def test_a_claim_is_one_line_and_its_code_is_folded(chromium, jupyterlab: Lab):
     printed = nbformat.v4.new_output("stream", name="stdout", text="✓ Half of it is so: 50%\n")

@@ -245,6 +245,9 @@ B_C_D = ("/b", "/c", "/d")
         ("load(work / 'b', str(work / 'c' / 'd'))", {"load", "str", "work", *B_C_D}, set()),
         ("a = b / c", {"b", "c"}, {"a"}),
         ("'a sentence with a full stop.'", set(), set()),
+        ("lesson.predict('a', 'Which?', 'x', 'y')", {"lesson"}, {"?a"}),
+        ("lesson.outcome('a', b)", {"lesson", "b", "?a"}, set()),
+        ("model.predict(a)\nmodel.predict()", {"model", "a"}, set()),
         ("%%writefile ../work/a.py\nfrom b import c\nd(x / 'e.pt')", {"/b.py", "/e.pt"}, {"/a.py"}),
     ],
 )

@@ -92,6 +92,16 @@ def text(source: str) -> Callable[[NotebookNode], None]:
     return lambda nb: nb.cells[3].update(source=source)
 
 
+def asks(*ids: str, told: str = "") -> Callable[[NotebookNode], None]:
+    """A change: the first code cell asks for predictions, the second tells outcomes."""
+
+    def change(nb: NotebookNode) -> None:
+        nb.cells[1].source = "".join(f'lesson.predict("{id}", "?", "x", "y")\n' for id in ids)
+        nb.cells[2].source = "".join(f'lesson.outcome("{id}", 1)\n' for id in told)
+
+    return change
+
+
 def out(kind: str, value: str) -> NotebookNode:
     return new_output("display_data", data={kind: value})
 
@@ -116,6 +126,11 @@ BROKEN = [
     ),
     (rules.errors_are_announced, code("{}['x']", ERROR), "KeyError"),
     (rules.nothing_on_stderr, code("warn()", STDERR), "UserWarning"),
+    (
+        rules.no_widget_is_stored,
+        code("ask()", out("application/vnd.jupyter.widget-view+json", "{}")),
+        "widget",
+    ),
     (rules.claims_are_checked, code("print(2)"), "checks anything"),
     (rules.numbers_in_prose_are_printed, text("It gains 17 % here."), "17"),
     (rules.numbers_in_prose_are_printed, text("A loss of 2.1, then 2.0."), "2.1"),
@@ -169,6 +184,14 @@ BROKEN = [
     (rules.lesson_begins_itself, code('work = lesson.begin("02_sums")'), "01_sums"),
     (rules.lesson_begins_itself, code('lesson.begin("01_sums")'), "work = "),
     (rules.lesson_ends_with_its_versions, lambda nb: nb.cells.pop(5), "environment()"),
+    (rules.predictions_have_outcomes, asks("a"), "'a' without a later outcome"),
+    (rules.predictions_have_outcomes, asks("a", told="b"), "no prediction 'b'"),
+    (rules.predictions_have_outcomes, asks("a", "a", told="a"), "'a' again"),
+    (
+        rules.predictions_have_outcomes,
+        code('lesson.predict("a", "?", "x", "y")\nlesson.outcome("a", 1)'),
+        "'a' without a later outcome",
+    ),
     (
         rules.exercises_say_what_they_take,
         lambda nb: nb.cells[4].update(source="### Exercise 1: add (easy)\n\nAdd."),
@@ -237,6 +260,8 @@ def test_every_rule_was_broken_once():
                 "\n21 % ([Doe 2024](https://example.org/a))"
             ),
         ),
+        (rules.predictions_have_outcomes, asks("a", "b", told="ab")),
+        (rules.predictions_have_outcomes, code('model.predict("a")\nx.outcome("b")')),
         (rules.printing_cells_have_output, code("if False:\n    print(1)", STDERR)),
         (rules.claims_are_checked, code('lesson.claim("2 is 1 + 1", x == 2)')),
     ],

@@ -77,6 +77,25 @@ def test_the_hubs_client_still_does_not_hear_the_variable_after_its_import():
     assert python(code, **env).stdout == "False\n", ADVICE
 
 
+# --- tqdm: bars of text --------------------------------------------------------------------------
+
+BAR = "from tqdm.auto import tqdm; from tqdm.notebook import tqdm as widget; "
+BAR += "print(issubclass(tqdm, widget))"
+
+
+def test_a_bar_in_a_notebook_is_text():
+    assert python(f"import ipykernel.zmqshell, sftlib; {BAR}").stdout == "False\n"
+
+
+def test_tqdm_still_makes_widgets_of_bars():
+    assert python(f"import ipykernel.zmqshell; {BAR}").stdout == "True\n", ADVICE
+
+
+def test_outside_notebooks_tqdm_chooses():
+    code = "import sys, sftlib; print('tqdm' in sys.modules, 'tqdm.autonotebook' in sys.modules)"
+    assert python(code).stdout == "False False\n"
+
+
 # --- TRL: positions that are scored --------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sftlib import checks, progress_bar
 from sftlib.checks.progress import EXERCISES, exercise, progress
 from sftlib.checks.verdict import NOT_ATTEMPTED, right, wrong
+from sftlib.lesson import predictions
 
 import pytest
 
@@ -16,6 +17,7 @@ module = sys.modules["sftlib.checks.progress"]  # its function has the same name
 def solved(tmp_path, monkeypatch):
     """The file of solved exercises, in a folder that is not there yet."""
     monkeypatch.setattr(module, "SOLVED", tmp_path / "work" / "progress.jsonl")
+    monkeypatch.setattr(predictions, "KEPT", tmp_path / "work" / "predictions.jsonl")
     return module.SOLVED
 
 

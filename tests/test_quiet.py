@@ -122,6 +122,7 @@ def test_the_tokenizer_starts_no_threads(imports, expected):
         ),
         ("from sftlib.chat import render, encode", "torch transformers rapidfuzz numpy"),
         ("from sftlib.experiments import table, diagnose", "torch transformers peft"),
+        ("from sftlib import lesson", "ipywidgets IPython torch transformers numpy pandas"),
         ("from sftlib.models import load", "torch transformers deepspeed"),
         ("from sftlib.teacher import Teacher", "torch transformers"),
     ],

@@ -88,6 +88,12 @@ def test_of_a_claim_the_line_is_shown_and_not_its_code():
     assert shown == '<section><div class="output"><pre>✓ 2 is 1 + 1\n</pre></div></section>'
 
 
+def test_a_question_is_shown_as_a_list():
+    data = {"text/plain": "Which?\n1. a\n2. b", "text/markdown": "**Which?**\n\n1. a\n2. b"}
+    shown = slides.shown({"output_type": "display_data", "data": data})
+    assert "<strong>Which?</strong>" in shown and shown.count("<li>") == 2
+
+
 def test_a_picture_keeps_its_description():
     data = {"image/png": ["iVBORw0KGgo=\n"], "text/plain": ['A curve that "falls"']}
     shown = slides.shown({"output_type": "display_data", "data": data})

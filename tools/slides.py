@@ -116,6 +116,8 @@ def shown(output: dict) -> str:
         picture = data["image/png"].replace("\n", "")
         base64.b64decode(picture, validate=True)
         return f'<img src="data:image/png;base64,{picture}" alt="{plain}">'
+    if "text/markdown" in data:
+        return prose(data["text/markdown"])
     return data.get("text/html") or f"<pre>{plain}</pre>"
 
 

@@ -71,8 +71,11 @@ def _solved() -> dict[tuple[int, int], str]:
 def progress() -> pd.DataFrame:
     """What you have solved: one row per lesson, with its next open exercise.
 
-    The record is `work/progress.jsonl`; delete that file to start again.
+    With the first prediction that is judged there is a column for predictions. The records are
+    `work/progress.jsonl` and `work/predictions.jsonl`; delete them to start again.
     """
+    from sftlib.lesson.predictions import tally
+
     import pandas as pd
 
     solved, rows = _solved(), {}
@@ -83,4 +86,9 @@ def progress() -> pd.DataFrame:
             "solved": " ".join("○" if number in left else "✓" for number in numbers),
             "next": f"{left[0]}: {EXERCISES[lesson, left[0]]}" if left else "all done",
         }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    if judged := {
+        f"lesson {n}": f"{right} of {made} right" for n, (right, made) in tally().items()
+    }:
+        table["predictions"] = [judged.get(lesson, "") for lesson in table.index]
+    return table

@@ -2,6 +2,7 @@
 
 from sftlib.lesson.cells import begin
 from sftlib.lesson.claims import claim
+from sftlib.lesson.predictions import outcome, predict
 from sftlib.lesson.versions import environment
 
-__all__ = ["begin", "claim", "environment"]
+__all__ = ["begin", "claim", "environment", "outcome", "predict"]

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftlib.lesson import claims
+from sftlib.lesson import claims, predictions
 
 # Methods that change the object they are called on, in these lessons. All others only read it.
 CHANGING = set(
@@ -29,7 +29,10 @@ CHANGING = set(
 
 @dataclass(frozen=True)
 class Names:
-    """The global names of a piece of code. A file counts as a name, written `/` and its name."""
+    """The global names of a piece of code. A file counts as a name, written `/` and its name.
+
+    So does a question that a student predicts the answer to, written `?` and its id.
+    """
 
     used: frozenset[str]  # before the code itself makes them
     made: frozenset[str]
@@ -37,7 +40,7 @@ class Names:
 
 
 def names(source: str) -> Names:
-    """Which names and files a cell uses and makes, and which names it changes.
+    """Which names, files and predictions a cell uses and makes, and which names it changes.
 
     IPython's magics are understood. A cell that is not Python has no names.
     """
@@ -51,8 +54,8 @@ def names(source: str) -> Names:
     for statement in statements:
         symbols_used, symbols_made = _symbols(statement)
         files_read, files_written = _files(statement)
-        used |= (symbols_used | files_read) - made
-        made |= symbols_made | files_written
+        used |= (symbols_used | files_read | _calls("outcome", statement)) - made
+        made |= symbols_made | files_written | _calls("predict", statement)
         changed |= _changed(statement)
     return Names(frozenset(used), frozenset(made), frozenset(changed))
 
@@ -111,6 +114,13 @@ def _files(statement: ast.stmt) -> tuple[set[str], set[str]]:
         if "save" in called or "write" in called:
             written |= {name for part in ast.walk(node) for name in _file(part)}
     return read - written, written
+
+
+def _calls(function: str, statement: ast.stmt) -> set[str]:
+    """The ids in calls such as `lesson.predict("id", …)`, each written `?id`."""
+    calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call) and node.args]
+    named = [call for call in calls if getattr(call.func, "attr", "") == function]
+    return {"?" + _text(call.args[0]) for call in named if _text(call.args[0])}
 
 
 def _file(node: ast.AST) -> set[str]:
@@ -208,6 +218,7 @@ def begin(name: str) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     claims.start(name, work)
+    predictions.start(name)
     _run_first_what_is_needed(name)
     return work
 
