@@ -27,6 +27,7 @@ SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Options of `from_pretrained` that say where the files are, both for tokenizers and for models
 SOURCE_OPTIONS = {"cache_dir", "force_download", "gguf_file", "local_files_only", "proxies"}
 SOURCE_OPTIONS |= {"revision", "subfolder", "token"}
+loaded: list[str] = []  # the names that `load` has read in this process, in order
 
 
 def load(
@@ -63,6 +64,7 @@ def load(
     bars = patches.without_weight_bars() if name == DEFAULT else nullcontext()
     with bars, _clear_errors(name, source):
         model, tokenizer = _read(source, dtype, where | options)
+    loaded.append(name)
     place = device or ("cuda" if gpu else "cpu")
     if place != "cpu" and "quantization_config" not in options:
         model.to(place)
@@ -132,6 +134,11 @@ def chosen(name: str | os.PathLike | None = None) -> str:
     """The given name; else that in `SFT_MODEL`, also from a `.env` file; else `DEFAULT`."""
     _read_dotenv(os.getcwd())
     return str(name or os.environ.get("SFT_MODEL") or DEFAULT)
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a name means the base that the course ships: `tiny-base`, or its folder."""
+    return name == DEFAULT or Path(name).resolve() == TINY_BASE.resolve()
 
 
 @cache

@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftlib.lesson import claims
+
 # Methods that change the object they are called on, in these lessons. All others only read it.
 CHANGING = set(
     "add add_callback append clear extend insert load_adapter load_state_dict pop remove "
@@ -205,6 +207,7 @@ def begin(name: str) -> Path:
     work = Path("../work", name)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
+    claims.start(name, work)
     _run_first_what_is_needed(name)
     return work
 
@@ -225,11 +228,12 @@ def _run_first_what_is_needed(name: str) -> None:
     ran: set[int] = set()
 
     def before(info) -> None:
-        index = cells.find(getattr(info, "cell_id", None), info.raw_cell)
-        if index is None:
-            return
-        if missing := cells.needed(index, info.raw_cell, ran):
+        cell_id = getattr(info, "cell_id", None)
+        index = cells.find(cell_id, info.raw_cell)
+        if index is not None and (missing := cells.needed(index, info.raw_cell, ran)):
             _run(shell, [(cells.ids[i], cells.sources[i]) for i in missing])
+        # last, since the cells that were run first have claims of their own
+        claims.enter(cells.ids[index] if index is not None else cell_id or "")
 
     def after(result) -> None:  # also called for cells that `before` runs, and for the set-up cell
         index = cells.find(getattr(result.info, "cell_id", None), result.info.raw_cell)
