@@ -8,11 +8,11 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The timeout notices a dead kernel and nothing else: a busy machine takes three times as long.
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg
-NOTEBOOKS := tools/notebooks.py
+NOTEBOOKS := -m tools.notebooks
 export PORT
 
-.PHONY: help setup lab doctor teacher serving quick test test-all browser lint format run new-lesson \
-	sections mutation bench threads gpu audit newest slides tiny-base sweeps real recording clean
+.PHONY: help setup lab doctor teacher serving quick test test-all browser lint format run claims \
+	new-lesson sections mutation bench threads gpu audit newest slides tiny-base sweeps real recording clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -66,9 +66,13 @@ format: setup ## repair what `make lint` complains about, as far as that is auto
 	@$(VENV) python $(NOTEBOOKS) clean
 	@$(VENV) python tools/glossary.py
 	@$(VENV) python tools/readme_table.py
+	@$(VENV) python -m tools.claims page
 
 run: setup ## execute the notebooks again and store their outputs (NB=01 for one lesson)
 	@$(VENV) python $(NOTEBOOKS) run $(NB)
+
+claims: setup ## collect what the lessons claim into data/claims.json (RUN=1: run all lessons first)
+	@$(VENV) python -m tools.claims $(if $(RUN),--run) $(ARGS)
 
 new-lesson: setup ## begin a lesson from the template (NAME=10_topic TITLE="A title")
 	@$(VENV) python tools/new_lesson.py "$(NAME)" "$(TITLE)"
@@ -95,7 +99,7 @@ audit: setup ## known vulnerabilities of the pinned packages (asks the index abo
 		$(addprefix --requirement=,constraints.txt $(wildcard requirements-*.txt))
 
 newest: setup ## which lessons break with the newest releases (KEEP="torch" stays at its pin)
-	@$(VENV) python tools/newest.py $(KEEP)
+	@$(VENV) python -m tools.newest $(KEEP)
 
 tiny-base: setup ## build data/ and the tiny base model again (eleven minutes on two cores)
 	@$(VENV) python -m tools.tiny_base.build

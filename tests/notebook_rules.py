@@ -2,6 +2,7 @@
 
 A rule takes a notebook and its path, and returns a sentence for each problem: where it is, and what
 to do. `RULES` lists them all; tests/test_notebooks.py applies them, and breaks each of them once.
+`RULES_OF_THE_SECOND_EDITION` apply to the notebooks in `CONVERTED`, by tests/test_claim_rules.py.
 """
 
 import ast
@@ -11,11 +12,13 @@ from copy import deepcopy
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from sftlib.lesson.cells import names
+
 import nbformat
 from nbformat import NotebookNode
 from nbstripout import strip_output
 
-from tools.notebooks import EXTRA_KEYS
+from tools.notebooks import EXTRA_KEYS, calls_claim, holds_claims_alone
 
 Rule = Callable[[NotebookNode, Path], list[str]]
 AGAIN = "Run: make run"
@@ -64,12 +67,11 @@ def nothing_on_stderr(nb: NotebookNode, path: Path) -> list[str]:
 
 
 def claims_are_checked(nb: NotebookNode, path: Path) -> list[str]:
-    """At least one cell asserts what the text says."""
-    if any(
-        re.search(r"\bassert\b|\bcheck_\w+\(|\bchecks\.\w+\(", c.source) for _, c in code_cells(nb)
-    ):
+    """At least one cell checks what the text says."""
+    checked = r"\bassert\b|\blesson\.claim\(|\bcheck_\w+\(|\bchecks\.\w+\("
+    if any(re.search(checked, cell.source) for _, cell in code_cells(nb)):
         return []
-    return ["no cell asserts anything. Assert each claim in the cell after it"]
+    return ["no cell checks anything. Add a cell with lesson.claim after each result"]
 
 
 # --- What must not stand in it -------------------------------------------------------------------
@@ -325,6 +327,126 @@ RULES: list[Rule] = [
 ]
 
 
+# --- The second edition --------------------------------------------------------------------------
+
+
+def claims_stand_alone(nb: NotebookNode, path: Path) -> list[str]:
+    """A claim is a line below a result; how it is checked is folded away, and nothing else is."""
+    problems, cells = [], list(code_cells(nb))
+    for place, (i, cell) in enumerate(cells):
+        where, tagged = f"cell {i}, {cell.get('id')}", "claim" in cell.metadata.get("tags", [])
+        if not any(map(calls_claim, walked(cell.source))):
+            problems += [f"{where}: tagged claim, and makes none. Remove the tag"] if tagged else []
+            continue
+        if not holds_claims_alone(cell.source):
+            problems.append(f"{where}: it does more than claim. Give claims a cell of their own")
+        elif not tagged or not cell.metadata.get("jupyter", {}).get("source_hidden"):
+            problems.append(f"{where}: a claim that is not tagged and folded. Run: make format")
+        made = names(cell.source).made
+        for _, later in cells[place + 1 :]:
+            if found := made & names(later.source).used:
+                it = f"{', '.join(sorted(found))}, which {later.get('id')} uses"
+                problems.append(f"{where}: it computes {it}. Compute it in a cell that is seen")
+            made -= names(later.source).made
+    return problems
+
+
+def no_guard_for_the_small_model(nb: NotebookNode, path: Path) -> list[str]:
+    """A claim knows what to do with another model; no cell asks for the model's size."""
+    return [
+        f"cell {i}, {cell.get('id')}: the name `tiny`. Write lesson.claim(…), without a condition"
+        for i, cell in code_cells(nb)
+        if any(isinstance(node, ast.Name) and node.id == "tiny" for node in walked(cell.source))
+    ]
+
+
+def nothing_is_asserted(nb: NotebookNode, path: Path) -> list[str]:
+    """Who reads `assert` learns nothing from it; a claim says what holds, and what was measured."""
+    return [
+        f"cell {i}, {cell.get('id')}: an assert. Write lesson.claim(text, condition, measured)"
+        for i, cell in code_cells(nb)
+        if any(isinstance(node, ast.Assert) for node in walked(cell.source))
+    ]
+
+
+# Words that give a cause. "So that we see it" and "so that it can be read" give a purpose, "because
+# we ask" a choice of ours, "that is what tutorials do" a comparison: none says what a model does.
+PURPOSE = (
+    r"(?:we|you|nobody|everyone)\b|(?:[\w'-]+ ){1,6}?(?:can|cannot|could|may|need|must|should)\b"
+)
+CAUSES = (
+    "makes?|made|keeps?|kept|lets?|stops?|gives?|gave|costs?|helps?|hurts?|saves?|turns?|moves?"
+)
+REASON = re.compile(
+    rf"\b(?:because(?! (?:we|you)\b)|so that(?! (?:{PURPOSE}))|(?:this|that|which) is why"
+    rf"|(?:this|that) is what (?:{CAUSES}|causes?|drives?|explains?))\b",
+    re.IGNORECASE,
+)
+APART = re.compile(r"(?:Set-up|Exercise|Pitfall|Summary)")  # headings of sections without results
+NO_SENTENCE = re.compile(
+    r"```.*?```|`[^`\n]*`|\]\([^)]*\)"  # code, and where links lead
+    r"|^#.*$|^\|.*\|\n(?=\|[-:| ]+\|$)"  # headings, also those of tables
+    r"|^(?:>\s*)?\*\*Predict\.?\*\*.*?(?=\n\s*\n|\Z)",  # what is asked before a run
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def reasons_have_a_control(nb: NotebookNode, path: Path) -> list[str]:
+    """A sentence beside a result that says why it is so has a control, or a source.
+
+    Beside a result is the first text cell after code that shows a number, a table or a picture, or
+    after the claims that follow it. Its section must hold a claim of the kind control, a run
+    in which only the supposed cause differs; or the cell links to a source.
+    """
+    problems = []
+    for heading, cells in in_sections(nb):
+        if APART.match(heading) or any(claims_a_control(cell) for cell in cells):
+            continue
+        result = False
+        for cell in cells:
+            if cell.cell_type == "code":
+                is_claim = "claim" in cell.metadata.get("tags", [])
+                result = (result or bool(cell.outputs)) if is_claim else shows_a_result(cell)
+                continue
+            said = (
+                reasons(cell.source)
+                if result and not re.search(r"\bhttps?://", cell.source)
+                else []
+            )
+            problems += [
+                f'{cell.get("id")}: {sentence[:90]!r} says why. Add a claim with kind="control" to '
+                "the section, link a source, or say only what was measured"
+                for sentence in said
+            ]
+            result = False
+    return problems
+
+
+def solutions_are_accepted(nb: NotebookNode, path: Path) -> list[str]:
+    """Each check in the solutions says ✓ in its stored output."""
+    said = {
+        cell.get("id"): "\n".join(map(readable, cell.outputs))
+        for _, cell in code_cells(nb)
+        if path.parent.name == "solutions" and "checks.check_" in cell.source
+    }
+    return [
+        f"{name}: its check does not say ✓. Correct the solution or the check. {AGAIN}"
+        for name, text in said.items()
+        if "✓" not in text or re.search("[✗○]", text)
+    ]
+
+
+RULES_OF_THE_SECOND_EDITION: list[Rule] = [
+    claims_stand_alone,
+    no_guard_for_the_small_model,
+    nothing_is_asserted,
+    reasons_have_a_control,
+    solutions_are_accepted,
+]
+# Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
+CONVERTED: set[str] = set()
+
+
 # --- Walking through a notebook ------------------------------------------------------------------
 
 
@@ -333,6 +455,50 @@ def code_cells(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "code" and cell.source.strip():
             yield i, cell
+
+
+def in_sections(nb: NotebookNode) -> Iterator[tuple[str, list[NotebookNode]]]:
+    """Each section's heading and cells; a text cell with headings inside is divided at them."""
+    heading, cells = "", []
+    for cell in nb.cells:
+        if cell.cell_type != "markdown":
+            cells.append(cell)
+            continue
+        before, *parts = re.split(r"(?m)^(?=## )", cell.source)
+        if before.strip():
+            cells.append(NotebookNode(cell | {"source": before}))
+        for part in parts:
+            yield heading, cells
+            heading = part.splitlines()[0].removeprefix("## ")
+            cells = [NotebookNode(cell | {"source": part})]
+    yield heading, cells
+
+
+def claims_a_control(cell: NotebookNode) -> bool:
+    """Whether a cell makes a claim of the kind `control`."""
+    calls = walked(cell.source) if cell.cell_type == "code" else ()
+    return any(
+        keyword.arg == "kind" and getattr(keyword.value, "value", None) == "control"
+        for call in calls
+        if calls_claim(call)
+        for keyword in call.keywords
+    )
+
+
+def shows_a_result(cell: NotebookNode) -> bool:
+    """Whether an output of a cell shows a picture, a table or a number."""
+    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+    return any(kind.startswith(("image/", "text/html")) for kind in kinds) or any(
+        re.search(r"\d", readable(output)) for output in cell.outputs
+    )
+
+
+def reasons(markdown: str) -> list[str]:
+    """The sentences that say why something is so; questions do not."""
+    prose = NO_SENTENCE.sub(" ", markdown)
+    sentences = re.split(r"(?<=[.!?:])\s+|\n\s*\n|\n(?=[-*|>\d])", prose)
+    plain = (" ".join(sentence.split()) for sentence in sentences)
+    return [one for one in plain if REASON.search(one) and not one.rstrip("*_ ").endswith("?")]
 
 
 def outputs(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode, NotebookNode]]:
@@ -360,6 +526,13 @@ def readable(output: NotebookNode) -> str:
     return re.sub(r"data:image/[^\"')\s]+", "", "\n".join(data))
 
 
+def walked(source: str) -> Iterator[ast.AST]:
+    """Each node of a cell's code; IPython's magics are understood."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    yield from ast.walk(ast.parse(TransformerManager().transform_cell(source)))
+
+
 def prints(source: str) -> bool:
     """Whether the cell, in any case, prints or displays something."""
     try:
@@ -369,7 +542,7 @@ def prints(source: str) -> bool:
     return any(
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Call)
-        and getattr(node.value.func, "id", "") in {"print", "display"}
+        and (getattr(node.value.func, "id", "") in {"print", "display"} or calls_claim(node.value))
         for node in tree.body
     )
 

@@ -256,6 +256,22 @@ def look_through(page, name: str) -> tuple[int, int]:
 
 
 @pytest.mark.integration
+def test_a_claim_is_one_line_and_its_code_is_folded(chromium, jupyterlab: Lab):
+    printed = nbformat.v4.new_output("stream", name="stdout", text="✓ Half of it is so: 50%\n")
+    claim = nbformat.v4.new_code_cell("lesson.claim('Half of it is so', share == 0.5)")
+    claim.outputs = [printed]
+    seen = nbformat.v4.new_code_cell("share = 1 / 2")
+    notebook = nbformat.v4.new_notebook(cells=[seen, claim])
+    assert notebooks.fold(notebook) == [claim.id]
+    nbformat.write(notebook, jupyterlab.root / "notebooks" / "folded.ipynb")
+    page = open_page(chromium, jupyterlab, "notebooks/folded.ipynb")
+    page.get_by_text("✓ Half of it is so: 50%").wait_for(timeout=60_000)
+    code = page.locator(".jp-CodeCell .jp-InputArea-editor:visible")
+    assert "share = 1 / 2" in code.all_inner_texts()[0] and code.count() == 1
+    page.close()
+
+
+@pytest.mark.integration
 def test_the_server_asks_for_its_token(jupyterlab: Lab):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{jupyterlab.url}/api/contents", timeout=10)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sftlib.lesson.claims import read_ledger
+
 import nbformat
 import pytest
 
 from tests import notebook_rules as rules
-from tools import copies, notebooks
+from tools import claims, copies, notebooks
 from tools.new_lesson import main, new_lesson, with_check
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,10 @@ def test_a_new_lesson_runs_and_obeys_the_rules(course: Path):
         subprocess.run([*notebooks.NBCONVERT, *store], env=settings, check=True)
         assert notebooks.clean([path]) == 0
         nb = nbformat.read(path, 4)
-        problems = {rule.__name__: rule(nb, path) for rule in rules.RULES}
+        every = rules.RULES + rules.RULES_OF_THE_SECOND_EDITION
+        problems = {rule.__name__: rule(nb, path) for rule in every}
         assert not {name: found for name, found in problems.items() if found}
+    claimed = read_ledger(course / "work" / "claims.jsonl")
+    assert claimed and claims.problems(written[0], claimed) == []
     style = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml")]
     subprocess.run([*style, *map(str, written)], check=True)

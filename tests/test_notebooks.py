@@ -106,12 +106,17 @@ BROKEN = [
     (rules.printing_cells_have_output, lambda nb: nb.cells[1].update(outputs=[]), "it prints"),
     (
         rules.printing_cells_have_output,
+        lambda nb: nb.cells[1].update(source='lesson.claim("a", True)', outputs=[]),
+        "it prints",
+    ),
+    (
+        rules.printing_cells_have_output,
         lambda nb: [nb.cells[i].update(outputs=[]) for i in (1, 2, 5)],
         "no cell has a stored output",
     ),
     (rules.errors_are_announced, code("{}['x']", ERROR), "KeyError"),
     (rules.nothing_on_stderr, code("warn()", STDERR), "UserWarning"),
-    (rules.claims_are_checked, code("print(2)"), "asserts"),
+    (rules.claims_are_checked, code("print(2)"), "checks anything"),
     (rules.numbers_in_prose_are_printed, text("It gains 17 % here."), "17"),
     (rules.numbers_in_prose_are_printed, text("A loss of 2.1, then 2.0."), "2.1"),
     (rules.no_absolute_path, code("open('/home/me/a')"), "/home"),
@@ -233,6 +238,7 @@ def test_every_rule_was_broken_once():
             ),
         ),
         (rules.printing_cells_have_output, code("if False:\n    print(1)", STDERR)),
+        (rules.claims_are_checked, code('lesson.claim("2 is 1 + 1", x == 2)')),
     ],
 )
 def test_a_rule_does_not_cry_wolf(rule, change, lesson: Path):

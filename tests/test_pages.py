@@ -16,6 +16,7 @@ LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 PAGES = [
     FOLDER / "glossary.md",
     FOLDER / "pitfalls.md",
+    FOLDER / "claims.md",
     *sorted((ROOT / "instructor").glob("*.md")),
 ]
 GLOSSARY = (FOLDER / "glossary.md").read_text(encoding="utf-8")

@@ -21,8 +21,9 @@ def notebook(*cells: dict) -> dict:
     return {"cells": [title, *cells]}
 
 
-def code(source: str, *outputs: dict) -> dict:
-    return {"cell_type": "code", "id": "x", "source": [source], "outputs": list(outputs)}
+def code(source: str, *outputs: dict, tags: tuple[str, ...] = ()) -> dict:
+    cell = {"cell_type": "code", "id": "x", "source": [source], "outputs": list(outputs)}
+    return cell | {"metadata": {"tags": list(tags)}}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,13 @@ def test_an_output_waits_for_the_next_key():
     ((first, second),) = slides.slides(notebook(code("print('<2>')", printed))["cells"], {})
     assert "Lesson 1" in first and "fragment" not in first
     assert '<div class="output fragment"><pre>&lt;2&gt;' in second
+
+
+def test_of_a_claim_the_line_is_shown_and_not_its_code():
+    printed = {"output_type": "stream", "name": "stdout", "text": ["✓ 2 is 1 + 1\n"]}
+    cell = code("lesson.claim('2 is 1 + 1', 1 + 1 == 2)", printed, tags=("claim",))
+    ((_, shown),) = slides.slides(notebook(cell)["cells"], {})
+    assert shown == '<section><div class="output"><pre>✓ 2 is 1 + 1\n</pre></div></section>'
 
 
 def test_a_picture_keeps_its_description():

@@ -1,8 +1,10 @@
 """Which lessons break with the newest releases of the pinned packages; `make newest` says.
 
 It makes an environment of its own under `work/newest`, installs the newest release of each package
-of requirements.txt, and runs every lesson in it without comparing outputs. Names given as arguments
-stay at their pins: `make newest KEEP="torch deepspeed"`. The course's environment is not touched.
+of requirements.txt, and runs every lesson in it without comparing outputs. At the end it says which
+claims of the lessons hold, and which measured values are not those of the ledger. Names given as
+arguments stay at their pins: `make newest KEEP="torch deepspeed"`. The course's environment is not
+touched.
 """
 
 import os
@@ -11,6 +13,10 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
+
+from sftlib.lesson.claims import LEDGER, read_ledger
+
+from tools import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "work" / "newest"
@@ -73,10 +79,20 @@ def main(*keep: str) -> int:
     changed = changes(pinned, frozen.stdout) or ["Each pin is the newest release"]
     print(*changed, sep="\n", flush=True)
 
-    broken = 0
+    return int(run_lessons(python) > 0)
+
+
+def run_lessons(python: str | Path) -> int:
+    """Run every lesson with this Python; say which break and what becomes of their claims.
+
+    Returns:
+        how many lessons break.
+    """
+    broken, ledger = 0, PLACE / LEDGER
     path = f"{PLACE / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    settings = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    for lesson in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    settings = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "SFT_LEDGER": str(ledger)}
+    lessons = claims.lessons(ROOT)
+    for lesson in lessons:
         done = subprocess.run(
             [*command(python), str(lesson)], cwd=ROOT, env=settings, capture_output=True, text=True
         )
@@ -84,7 +100,9 @@ def main(*keep: str) -> int:
         why = first_failure(done.stdout) or (done.stdout + done.stderr)[-300:]
         print(f"✗ {lesson.stem} {why}" if done.returncode else f"✓ {lesson.stem}", flush=True)
     print(f"{broken} lessons break" if broken else "Every lesson runs with the newest releases")
-    return int(broken > 0)
+    ran = [lesson.stem for lesson in lessons]
+    print("", *claims.difference(claims.stored(ROOT), read_ledger(ledger), ran), sep="\n")
+    return broken
 
 
 if __name__ == "__main__":

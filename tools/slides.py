@@ -1,9 +1,9 @@
 """Slides of the lessons, each a single HTML file that opens without a network; `make slides`.
 
 A text cell is a slide, and so is a code cell, whose output appears with the next key, after the
-class has predicted it. Sections go to the right, their slides down. The key S opens the speaker's
-view, with what the instructor's page says of the section and of each question. The files lie in
-`build/slides/`.
+class has predicted it. Of a cell with claims only the lines that it prints are shown. Sections go
+to the right, their slides down. The key S opens the speaker's view, with what the instructor's page
+says of the section and of each question. The files lie in `build/slides/`.
 """
 
 import base64
@@ -147,9 +147,11 @@ def slides(cells: list[dict], notes: dict[str, str]) -> list[list[str]]:
                 found[-1].append(slide(prose(part), said))
                 said = []
         elif source.strip():
-            code = highlight(source, PythonLexer(), FORMATTER)
+            is_claim = "claim" in cell["metadata"].get("tags", [])
+            code = "" if is_claim else highlight(source, PythonLexer(), FORMATTER)
             given = "\n".join(map(shown, cell["outputs"]))
-            given = f'<div class="output fragment">{given}</div>' if given else ""
+            kind = "output" if is_claim else "output fragment"
+            given = f'<div class="{kind}">{given}</div>' if given else ""
             found[-1].append(slide(code + given, said))
     return found
 

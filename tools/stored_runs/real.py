@@ -6,7 +6,8 @@ not mention it. Before and after it is asked about entities that training never 
 content are counted apart: one is taught in minutes, the other the model knows or does not.
 
 Then lessons 1, 3, 4 and 6 run on the same model, which takes longer; `--no-lessons` leaves them
-out. It goes on where it was interrupted; to begin anew, delete `work/real`.
+out. At the end it says which of their claims hold with this model, too, and which values differ
+from those in the ledger. It goes on where it was interrupted; to begin anew, delete `work/real`.
 """
 
 import json
@@ -21,8 +22,10 @@ from pathlib import Path
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.evaluate import Answer, answers
 from sftlib.experiments.sweep import machine
+from sftlib.lesson.claims import LEDGER, read_ledger
 from sftlib.models import SMOLLM2, load
 
+from tools import claims
 from tools.notebooks import NBCONVERT
 
 ROOT = Path(__file__).parents[2]
@@ -119,9 +122,10 @@ def run_lesson(number: str) -> dict:
     """A lesson from top to bottom on this model; each cell that fails is said."""
     source = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
     command = [*NBCONVERT, "--allow-errors", "--output-dir", str(WORK.absolute()), str(source)]
+    settings = {"SFT_MODEL": SMOLLM2, "SFT_LEDGER": str((WORK / LEDGER).absolute())}
     began = time.monotonic()
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"SFT_MODEL": SMOLLM2}, capture_output=True, text=True
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"Lesson {number} was not run to its end: {done.stderr[-2000:]}")
@@ -169,6 +173,9 @@ def main() -> None:
     found = {"model": SMOLLM2, "machine": machine(), **once("taught", teach)}
     if "--no-lessons" not in sys.argv:
         found["lessons"] = [once(number, partial(run_lesson, number)) for number in LESSONS]
+        rows = read_ledger(WORK / LEDGER, SMOLLM2)
+        ran = [one["lesson"] for one in found["lessons"]]
+        print(*claims.difference(claims.stored(ROOT), rows, ran), sep="\n")
     write_json(STORED, found)
 
 
