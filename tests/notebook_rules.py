@@ -444,7 +444,7 @@ RULES_OF_THE_SECOND_EDITION: list[Rule] = [
     solutions_are_accepted,
 ]
 # Notebooks that keep these rules, such as "01_what_is_sft" and "solutions/01_what_is_sft"
-CONVERTED: set[str] = {"07_trl_preferences", "08_metrics"}
+CONVERTED: set[str] = {"07_trl_preferences", "08_metrics", "09_llama3"}
 
 
 # --- Walking through a notebook ------------------------------------------------------------------
