@@ -190,7 +190,7 @@ def begin(name: str) -> Path:
     Each call starts with an empty folder and an empty record of the cells that were run. So a cell
     that reads a file first runs the cell that writes it. After a restart a later cell lacks
     nothing, and nothing is left of an older run. Put files that you want to keep into another
-    folder.
+    folder. The record of the lesson's claims begins anew, too.
 
     Args:
         name: the notebook's name without its ending. The notebook is read from the working
