@@ -546,6 +546,9 @@ CONVERTED: set[str] = {
     "04_lora_vs_full",
     "05_deepspeed",
     "06_trl_sft",
+    "07_trl_preferences",
+    "08_metrics",
+    "09_llama3",
 }
 
 
