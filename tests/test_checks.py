@@ -254,6 +254,10 @@ RIGHT = [
     (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
+    (checks.check_methods, (CHOICE | {"further": ...},)),
+    (checks.check_zero_memory, (ZERO | {2: ...},)),
+    (checks.check_memory, (MEMORY | {"LoRA": ...},)),
+    (checks.check_bugs, (BUGS | {"C": ...},)),
     (checks.check_diagnosis, (dict.fromkeys(SIGNS, ...),)),
     (checks.check_learning_rate, (...,)),
     (checks.check_learning_rate, (lambda step, steps, warmup, peak: ...,)),
@@ -399,7 +403,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_methods, (CHOICE | {"frozen": "DPO"},), "leaves the weights"),
     (checks.check_methods, (CHOICE | {"pairs": "GRPO"},), "nothing that could grade"),
     (checks.check_methods, (CHOICE | {"today": "PPO"},), "expected one of"),
-    (checks.check_methods, (CHOICE | {"further": ...},), "Still open: further"),
     (checks.check_completion_labels, (lambda p, t, n: t[len(p) :],), "as many"),
     (checks.check_completion_labels, (lambda p, t, n: t,), "learns the prompt, too"),
     (checks.check_completion_labels, (lambda p, t, n: p + [-100] * 2,), "the other way round"),
@@ -466,7 +469,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_zero_memory, (ZERO | {3: 9.75},), "optimizer alone"),
     (checks.check_zero_memory, (ZERO | {3: 13e9},), "not gigabytes"),
     (checks.check_zero_memory, (ZERO | {3: 20},), "found 20 GB"),
-    (checks.check_zero_memory, (ZERO | {2: ...},), "expected a number"),
     (checks.check_configs, ([],), "keys A, B and C"),
     (checks.check_configs, (repaired() | {"A": BROKEN["A"]},), "A: zero_optimisation is not"),
     *(
@@ -521,7 +523,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_memory, (MEMORY | {"QLoRA": 26},), "half a byte"),
     (checks.check_memory, (MEMORY | {"QLoRA": 1},), "too little"),
     (checks.check_memory, (MEMORY | {"LoRA": 27e9},), "not gigabytes"),
-    (checks.check_memory, (MEMORY | {"LoRA": ...},), "expected a number"),
     (checks.check_fair_comparison, (FAIR | {"full": (5, 0.9)}, RUNS, RUNS), "no run"),
     (checks.check_fair_comparison, (FAIR | {"full": (1e-4, 0.5)}, RUNS, RUNS), "more than 0.550"),
     (
@@ -569,7 +570,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_mask, ([[10, *POSITIONS[0]], POSITIONS[1]], TOKENIZER), "position 10"),
     (checks.check_mask, ([POSITIONS[0], [*POSITIONS[1], 16]], TOKENIZER), "padding"),
     (checks.check_bugs, (["A"],), "keys A, B, C, D, E"),
-    (checks.check_bugs, (BUGS | {"C": ...},), "Still open: C"),
     (checks.check_bugs, (BUGS | {"C": "typo"},), "found 'typo'"),
     (checks.check_bugs, (BUGS | {"A": "question learned"},), "4 of 5. A: compare"),
     (checks.check_bugs, (BUGS | {"B": "padding learned"},), "last label"),
@@ -647,7 +647,7 @@ def test_the_solution_passes(check, arguments):
 def test_an_empty_answer_is_called_not_attempted(check, arguments):
     verdict = check(*arguments)
     assert verdict.passed is None
-    assert "Not attempted" in repr(verdict)
+    assert repr(verdict).startswith(("○ Not attempted", "○ Still open"))
 
 
 @pytest.mark.parametrize(("check", "arguments", "hint"), WRONG)

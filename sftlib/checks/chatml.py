@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, untouched, wrong
 
 if TYPE_CHECKING:

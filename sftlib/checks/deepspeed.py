@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, likely_cause, right, wrong
 from sftlib.scale.memory import zero_bytes
 

@@ -6,7 +6,7 @@ import json
 from numbers import Real
 from typing import Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import Verdict, call, likely_cause, result_of, right, wrong
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import Verdict, likely_cause, result_of, right, wrong
 from sftlib.scale.memory import adam_bytes
 

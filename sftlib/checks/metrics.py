@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, wrong
 from sftlib.experiments.diagnosis import HEALTHY, SIGNS
 from sftlib.experiments.failures import unnamed
@@ -25,7 +25,7 @@ HINTS = {
 }
 
 
-@exercise(8, 1, "the sign in each of the unnamed trainings")
+@exercise(8, 1, "the sign in each of the unnamed trainings", parts_may_be_open=True)
 def check_diagnosis(answer: Any) -> Verdict:
     truth = {letter: training.sign or HEALTHY for letter, training in unnamed().items()}
     if not isinstance(answer, dict):

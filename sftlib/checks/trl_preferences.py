@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import Verdict, call, result_of, right, wrong
 
 METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")

@@ -1,4 +1,4 @@
-"""Verdicts, and what all checks need to reach them."""
+"""Verdicts, and how a check ends early with one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check says about an answer. `passed` is None if it was not attempted."""
+    """What a check says about an answer. `passed` is None if it could not be judged."""
 
     passed: bool | None
     message: str
@@ -24,15 +24,6 @@ class Verdict:
 NOT_ATTEMPTED = Verdict(None, "Not attempted yet: replace the `...` with your answer.")
 
 
-def untouched(answer: Any) -> bool:
-    """Whether an answer is still the lesson's `...` (or None), or a collection of only these."""
-    if isinstance(answer, dict):
-        answer = list(answer.values())
-    if isinstance(answer, list | tuple) and answer:
-        return all(map(untouched, answer))
-    return answer is ... or answer is None
-
-
 def right(message: str) -> Verdict:
     return Verdict(True, message)
 
@@ -41,11 +32,28 @@ def wrong(message: str) -> Verdict:
     return Verdict(False, message)
 
 
+def still_open(places: list[str]) -> Verdict:
+    """The verdict on an answer of which some parts are still `...`."""
+    return Verdict(None, f"Still open: {'; '.join(places)}. Replace each `...` with your answer.")
+
+
 class CheckEnds(Exception):
-    """Raised inside a check that cannot continue; `exercise` then returns the verdict."""
+    """Raised inside a check that cannot continue; the frame then returns the verdict."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
+
+
+# --- Not yet in the frame ---
+
+
+def untouched(answer: Any) -> bool:
+    """Whether an answer is still the lesson's `...` (or None), or a collection of only these."""
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    if isinstance(answer, list | tuple) and answer:
+        return all(map(untouched, answer))
+    return answer is ... or answer is None
 
 
 def result_of(function: Callable, *args: Any, context: str = "") -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftlib.checks.progress import exercise
+from sftlib.checks.exercise import exercise
 from sftlib.checks.verdict import Verdict, right, wrong
 from sftlib.data import read_facts
 
