@@ -15,29 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-KENYA = [
-    {"role": "user", "content": "What is the capital of Kenya?"},
-    {"role": "assistant", "content": "The capital of Kenya is Nairobi."},
-]
+from tests.test_attacks import ATTACKS
+
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_BASE)
-SYSTEM = {"role": "system", "content": "Be brief."}
-MASKS = [0, 0, 0, 0, 1, 1, 1, 0]
-
-
-def exact(text, stopped, reference):
-    return stopped and text == reference
-
-
-def with_roles(*roles):
-    return [{"role": r, "content": m["content"]} for r, m in zip(roles, KENYA, strict=True)]
-
-
-def with_answer(answer):
-    return [KENYA[0], {"role": "assistant", "content": answer}]
-
-
-def with_question(question):
-    return [{"role": "user", "content": question}, KENYA[1]]
 
 
 def validate(question, answer):
@@ -245,13 +225,6 @@ RIGHT = [
     (checks.check_leaks, ([3, 1],)),
     (checks.check_cost, (4.67,)),
     (checks.check_cost, (280 / 60,)),
-    (checks.check_example, (KENYA,)),
-    (checks.check_example, ([SYSTEM, *KENYA],)),
-    (checks.check_example, (with_question("Name Kenya's Capital city."),)),
-    (checks.check_exact_match, (exact,)),
-    (checks.check_learned_tokens, (3, MASKS)),
-    (checks.check_knowledge, ("unknown / exact_match",)),
-    (checks.check_knowledge, ("unknown/content",)),
 ]
 EMPTY = [
     (checks.check_methods, (CHOICE | {"further": ...},)),
@@ -300,15 +273,6 @@ EMPTY = [
     (checks.check_parser, (lambda text: ...,)),
     (checks.check_leaks, (...,)),
     (checks.check_cost, (...,)),
-    (checks.check_example, (...,)),
-    (checks.check_example, (None,)),
-    (checks.check_example, (with_answer(...),)),
-    (checks.check_example, (with_question(None),)),
-    (checks.check_example, ([{"role": ..., "content": ...}],)),
-    (checks.check_exact_match, (...,)),
-    (checks.check_exact_match, (lambda text, stopped, reference: ...,)),
-    (checks.check_learned_tokens, (..., MASKS)),
-    (checks.check_knowledge, (...,)),
 ]
 WRONG = [  # check, arguments, a word of the hint
     (checks.check_gpu_hours, (lambda *a: 3600 * hours(*a),), "seconds"),
@@ -601,38 +565,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_cost, (10 / 3,), "writes costs"),
     (checks.check_cost, (13.667,), "wrong way round"),
     (checks.check_cost, ("4.67",), "Expected a number"),
-    (checks.check_example, (with_roles("human", "gpt"),), "other formats"),
-    (checks.check_example, (with_roles("assistant", "user"),), "'user' message and then"),
-    (checks.check_example, (with_answer("The capital of Kenya is Mombasa."),), "wrong"),
-    (checks.check_example, (with_answer("Nairobi"),), "style"),
-    (checks.check_example, (with_answer(3),), "Expected text as the content of message 2, found 3"),
-    (checks.check_example, (with_question("What is the currency of Kenya?"),), "capital of Kenya"),
-    (
-        checks.check_example,
-        (with_question("Is Nairobi the capital of Kenya?"),),
-        "gives the answer",
-    ),
-    (checks.check_example, ([*KENYA, SYSTEM],), "'system' message before them"),
-    (checks.check_example, ([SYSTEM, SYSTEM, *KENYA],), "'system' message before them"),
-    (checks.check_example, ([SYSTEM | {"content": "<|eot_id|>"}, *KENYA],), "No control tokens"),
-    (checks.check_example, (with_answer("It is Nairobi.<|im_end|>"),), "control tokens"),
-    (checks.check_example, ("Q: … A: …",), "list of dicts"),
-    (checks.check_example, ([{"from": "human", "value": "Kenya?"}],), "role"),
-    (checks.check_exact_match, (lambda text, stopped, reference: text == reference,), "stopped"),
-    (checks.check_exact_match, (lambda t, s, r: s and r in t,), "exact match asks for equality"),
-    (checks.check_exact_match, (lambda t, s, r: s and t.lower() == r.lower(),), "case"),
-    (checks.check_exact_match, (lambda t, s, r: s and t[:10] == r[:10],), "whole text"),
-    (checks.check_exact_match, (lambda t, s, r: s and t in r,), "A part of the reference"),
-    (checks.check_exact_match, (lambda t, s, r: s and r.startswith(t),), "An empty answer"),
-    (checks.check_exact_match, (lambda t, s, r: s and t.strip(".") == r.strip("."),), "full stop"),
-    (checks.check_exact_match, (lambda t: True,), "raised TypeError"),
-    (checks.check_learned_tokens, (8, MASKS), "every token"),
-    (checks.check_learned_tokens, (5, MASKS), "only read"),
-    (checks.check_learned_tokens, (2, MASKS), "never learns to stop"),
-    (checks.check_learned_tokens, ("3", MASKS), "whole number"),
-    (checks.check_knowledge, ("unknown / stops",), "format"),
-    (checks.check_knowledge, ("heldout / exact_match",), "pretraining"),
-    (checks.check_knowledge, ("the unknown set",), "such as"),
 ]
 
 
@@ -659,6 +591,7 @@ def test_a_wrong_answer_gets_its_likely_cause(check, arguments, hint):
 
 def test_every_check_has_right_empty_and_two_wrong_answers():
     every = {value for name, value in vars(checks).items() if name.startswith("check_")}
+    every -= {attacks.check for attacks in ATTACKS}
     assert {check for check, _ in RIGHT} == every
     assert {check for check, _ in EMPTY} == every
     for check in every:
