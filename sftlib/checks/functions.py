@@ -167,7 +167,7 @@ def compare(
         draw: makes the random inputs, from a generator and a size.
         mistakes: hint → a function with that mistake. The hint is given if the student's function
             answers as this one does on all inputs.
-        read: makes of a student's answer what is compared; it may raise `Unread`.
+        read: makes of an answer what is compared; it may raise `Unread`.
         relative, absolute: tolerances for floats.
         sizes: of the random inputs.
 
@@ -237,7 +237,7 @@ def _fault(
     if outcome.value is None and expected is not None:
         return f"expected {wanted}, found None: did a branch end without `return`?"
     try:
-        if not same(read(outcome.value), expected, relative, absolute):
+        if not same(read(outcome.value), read(expected), relative, absolute):
             return f"expected {wanted}, found {shown(outcome.value)}"
     except Unread as unread:
         return str(unread).rstrip(".")

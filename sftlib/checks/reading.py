@@ -98,6 +98,18 @@ def sequence(value: Any, where: str = "", what: str = "a list", ordered: bool = 
     return items
 
 
+def unique(
+    value: Any, where: str = "", what: str = "whole numbers", among: Collection[int] = ()
+) -> set[int]:
+    """Whole numbers among the given ones, in any order, each at most once."""
+    items = [whole(item, where) for item in sequence(value, where, what, ordered=False)]
+    if odd := [item for item in items if item not in among]:
+        raise Unread(f"expected {what}, found {odd[0]}.", where)
+    if twice := [item for item in items if items.count(item) > 1]:
+        raise Unread(f"{twice[0]} is given twice: each counts once.", where)
+    return set(items)
+
+
 def mapping(value: Any, keys: Collection, where: str = "") -> dict:
     """A dictionary (or a Series) with exactly these keys, in their order."""
     wanted = ", ".join(map(str, keys))
