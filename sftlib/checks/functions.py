@@ -156,6 +156,7 @@ def compare(
     relative: float = 1e-6,
     absolute: float = 1e-9,
     sizes: Sequence[int] = SIZES,
+    subject: str = "your function",
 ) -> None:
     """End the check with the likely cause unless a function does what the right one does.
 
@@ -170,13 +171,16 @@ def compare(
         read: makes of an answer what is compared; it may raise `Unread`.
         relative, absolute: tolerances for floats.
         sizes: of the random inputs.
+        subject: how messages call what the student wrote.
 
     Raises:
         CheckEnds: with the verdict, if the function is not right.
     """
     names = list(inspect.signature(right_one).parameters)
     _refuse_other_arguments(function, names)
-    judge = functools.partial(_fault, read=read, relative=relative, absolute=absolute)
+    judge = functools.partial(
+        _fault, read=read, relative=relative, absolute=absolute, subject=subject
+    )
     inputs = [*edges, *(("", given) for given in (random_inputs(draw, sizes) if draw else ()))]
     trials = []
     for why, given in inputs:
@@ -222,6 +226,7 @@ def _fault(
     read: Callable[[Any], Any],
     relative: float,
     absolute: float,
+    subject: str,
 ) -> str:
     """What is wrong with an outcome; empty if nothing is."""
     wanted = f"a {expected.kind.__name__}" if isinstance(expected, Raises) else shown(expected)
@@ -233,7 +238,7 @@ def _fault(
         if isinstance(expected, Raises) and isinstance(outcome.error, expected.kind):
             return ""
         error = f"{type(outcome.error).__name__}: {outcome.error}"
-        return f"expected {wanted}, but your function raised {error}{outcome.line}"
+        return f"expected {wanted}, but {subject} raised {error}{outcome.line}"
     if outcome.value is None and expected is not None:
         return f"expected {wanted}, found None: did a branch end without `return`?"
     try:
@@ -244,7 +249,7 @@ def _fault(
     if outcome.changed and names:
         changed = ", ".join(names[number] for number in outcome.changed)
         return (
-            f"the answer is right, but your function changes its argument {changed} in place, and "
+            f"the answer is right, but {subject} changes its argument {changed} in place, and "
             "whoever called it still needs the old one: work on a copy"
         )
     return ""
