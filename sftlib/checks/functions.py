@@ -243,6 +243,9 @@ def _fault(
         return f"expected {wanted}, found None: did a branch end without `return`?"
     try:
         if not same(read(outcome.value), read(expected), relative, absolute):
+            shapes = [tuple(getattr(value, "shape", ())) for value in (expected, outcome.value)]
+            if all(shapes) and shapes[0] != shapes[1]:
+                return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
             return f"expected {wanted}, found {shown(outcome.value)}"
     except Unread as unread:
         return str(unread).rstrip(".")

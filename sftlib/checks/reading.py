@@ -130,11 +130,14 @@ def same(found: Any, expected: Any, relative: float = 1e-6, absolute: float = 1e
 
     Args:
         expected: a number (ints are compared exactly, floats within the tolerances), a text, True
-            or False, None, a list or tuple (any sequence equals it), a set, or a dictionary.
+            or False, None, a list, tuple, array or tensor (any sequence may equal it), a set, or a
+            dictionary.
 
     Raises:
         Unread: the answer is of another kind.
     """
+    if hasattr(expected, "tolist"):
+        expected = expected.tolist()
     if isinstance(expected, bool):
         return truth(found) is expected
     if isinstance(expected, int):
