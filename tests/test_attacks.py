@@ -27,6 +27,10 @@ def answers(kind: str) -> list:
     ]
 
 
+def _all_dots(answer: object) -> bool:
+    return isinstance(answer, tuple) and set(answer) == {...}
+
+
 def judged(attacks: Attacks, answer: object) -> list[Verdict]:
     """The verdicts with each seed; the answer must stay as it was."""
     before = repr(answer)
@@ -61,4 +65,4 @@ def test_an_open_answer_is_not_judged(attacks, answer):
 def test_each_exercise_has_eight_wrong_and_four_unusual_right_answers(attacks):
     assert len(attacks.wrong) >= 8
     assert len(attacks.right) >= 5  # the usual one, and four
-    assert any(answer is ... for answer in attacks.untouched)
+    assert ... in attacks.untouched or any(map(_all_dots, attacks.untouched))

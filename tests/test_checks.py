@@ -192,15 +192,6 @@ RIGHT = [
     (checks.check_advantages, (advantages,)),
     (checks.check_advantages, (lambda r, m: advantages(r, m, correction=0),)),
     (checks.check_methods, (CHOICE,)),
-    (checks.check_completion_labels, (completion_labels,)),
-    (checks.check_training_steps, (1221, 37)),
-    (checks.check_modern_call, (CONFIG, TRAINER)),
-    (checks.check_modern_call, (CONFIG | {"output_dir": "out"}, TRAINER | {"model": "model"})),
-    (checks.check_modern_call, (CONFIG | AS_BEFORE, TRAINER)),
-    (
-        checks.check_modern_call,
-        (CONFIG | {"packing_strategy": "wrapped", "use_cpu": True}, TRAINER),
-    ),
 ]
 EMPTY = [
     (checks.check_methods, (CHOICE | {"further": ...},)),
@@ -218,10 +209,6 @@ EMPTY = [
     (checks.check_advantages, (lambda rewards, method: ...,)),
     (checks.check_methods, (...,)),
     (checks.check_methods, (dict.fromkeys(CHOICE, ...),)),
-    (checks.check_completion_labels, (...,)),
-    (checks.check_completion_labels, (lambda prompt, together, max_length: ...,)),
-    (checks.check_training_steps, (..., 37)),
-    (checks.check_modern_call, (..., ...)),
 ]
 WRONG = [  # check, arguments, a word of the hint
     (checks.check_gpu_hours, (lambda *a: 3600 * hours(*a),), "seconds"),
@@ -316,63 +303,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_methods, (CHOICE | {"frozen": "DPO"},), "leaves the weights"),
     (checks.check_methods, (CHOICE | {"pairs": "GRPO"},), "nothing that could grade"),
     (checks.check_methods, (CHOICE | {"today": "PPO"},), "expected one of"),
-    (checks.check_completion_labels, (lambda p, t, n: t[len(p) :],), "as many"),
-    (checks.check_completion_labels, (lambda p, t, n: t,), "learns the prompt, too"),
-    (checks.check_completion_labels, (lambda p, t, n: p + [-100] * 2,), "the other way round"),
-    (checks.check_completion_labels, (lambda p, t, n: [0] * len(p) + t[len(p) :],), "0 is a token"),
-    (
-        checks.check_completion_labels,
-        (lambda p, t, n: [-100] * len(p) + t[len(p) :],),
-        "learn from where the two lists differ",
-    ),
-    (
-        checks.check_completion_labels,
-        (lambda p, t, n: completion_labels(p, t, 99),),
-        "with max_length=4, expected [-100, -100, -100, 8]",
-    ),
-    (
-        checks.check_completion_labels,
-        (lambda p, t, n: completion_labels(p, t, n) or [-100] * n,),
-        "expected None",
-    ),
-    (
-        checks.check_completion_labels,
-        (lambda p, t, n: [-100 if x in p else x for x in t][:n],),
-        "come again in the answer",
-    ),
-    (
-        checks.check_completion_labels,
-        (lambda p, t, n: [-100 if p[i : i + 1] == [x] else x for i, x in enumerate(t)][:n],),
-        "begins at the first difference",
-    ),
-    (checks.check_completion_labels, (lambda prompt: [],), "raised TypeError"),
-    (checks.check_completion_labels, (lambda p, t, n: len(t),), "list of labels, found int"),
-    (checks.check_training_steps, (407, 13), "one epoch"),
-    (checks.check_training_steps, (1219, 37), "round up before"),
-    (checks.check_training_steps, (4878, 147), "without the accumulation"),
-    (checks.check_training_steps, (9753, 293), "one GPU"),
-    (checks.check_training_steps, (1221, 36), "rounds the fraction up"),
-    (checks.check_training_steps, (1221, 122), "is not 122"),
-    (checks.check_training_steps, ("1221", 37), "two numbers"),
-    (checks.check_modern_call, (CONFIG, []), "two dictionaries"),
-    (checks.check_modern_call, (CONFIG, TRAINER | {"packing": True}), "moved to SFTConfig"),
-    (checks.check_modern_call, (CONFIG | {"warmup_ratio": 0.03}, TRAINER), "now called warmup"),
-    (checks.check_modern_call, (CONFIG, TRAINER | {"tokenizer": "tokenizer"}), "processing_class"),
-    (
-        checks.check_modern_call,
-        (CONFIG | {"evaluation_strategy": "epoch"}, TRAINER),
-        "eval_strateg",
-    ),
-    (
-        checks.check_modern_call,
-        (CONFIG | {"max_seq_length": 512}, TRAINER),
-        "now called max_length",
-    ),
-    (checks.check_modern_call, (without(CONFIG, "packing"), TRAINER), "packing is missing"),
-    (checks.check_modern_call, (CONFIG | {"max_length": 64}, TRAINER), "should be 512"),
-    (checks.check_modern_call, (CONFIG, without(TRAINER, "eval_dataset")), "eval_dataset is"),
-    (checks.check_modern_call, (CONFIG | {"bf16": True}, TRAINER), "not in the old call"),
-    (checks.check_modern_call, (CONFIG | {"packing_strategy": "bfd"}, TRAINER), "not in the old"),
 ]
 
 

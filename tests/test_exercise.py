@@ -307,7 +307,7 @@ def test_a_right_function_passes_whatever_number_it_returns(function):
     [
         (lambda n: None, "returns None: did you forget `return`?"),
         (lambda n: print(2 * n), "prints its answer ('6') and returns None: write `return` in pl"),
-        (lambda n: 2 * n if n else None, "Nothing twice. For n=0: expected 0, found None: did a b"),
+        (lambda n: 2 * n if n else None, "Nothing twice. For n=0: expected 0, found None. Did a b"),
         (lambda n: n * n, "That is the square. For n=3: expected 6, found 9."),
         (lambda n: n + 2, "That adds 2. For n=3: expected 6, found 5."),
         (lambda n: 6, "Your function always returns 6. Nothing twice. For n=0: expected 0"),

@@ -53,7 +53,7 @@ def check_template(template: Any) -> Verdict:
         _draw_conversation,
         subject="your template",
     )
-    return right("The same text and the same marks as Llama 3's, on every conversation tried.")
+    return right("The same text and the same marks as Llama 3's, on many turns.")
 
 
 def _rendered(

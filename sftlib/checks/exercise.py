@@ -97,10 +97,8 @@ def _open(
     """The verdict on an answer that is open, in all its parts or in some; None if it is not."""
     given = {name: value for name, value in options.items() if name != "seed"}
     named = inspect.signature(check).bind(*args, **given).arguments
-    of_student = dict(list(named.items())[:answers])
+    of_student = {n: ... if value is None else value for n, value in list(named.items())[:answers]}
     whole = of_student if answers > 1 else next(iter(of_student.values()))
-    if whole is None:
-        return NOT_ATTEMPTED
     places, filled = open_parts(whole, none_is_open)
     if not places or (filled and parts_may_be_open):
         return None

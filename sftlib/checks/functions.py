@@ -240,7 +240,7 @@ def _fault(
         error = f"{type(outcome.error).__name__}: {outcome.error}"
         return f"expected {wanted}, but {subject} raised {error}{outcome.line}"
     if outcome.value is None and expected is not None:
-        return f"expected {wanted}, found None: did a branch end without `return`?"
+        return f"expected {wanted}, found None"
     try:
         if not same(read(outcome.value), read(expected), relative, absolute):
             shapes = [tuple(getattr(value, "shape", ())) for value in (expected, outcome.value)]
@@ -285,10 +285,20 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
         cause = f"Your function always returns {shown(outcomes[0].value)}. {shows.why}"
     else:
         cause = shows.why or "Right for the stated inputs, not in general."
-    printed = shows.outcome.printed.strip()
-    note = f"(It printed {shown(printed, 120)}.)" if printed else ""
     seen = f"For {_shown_inputs(shows.inputs, names)}: {shows.fault}."
-    return " ".join(filter(None, (cause.strip(), seen, note)))
+    return " ".join(filter(None, (cause.strip(), seen, _remark(shows, trials))))
+
+
+def _remark(shows: Trial, trials: Sequence[Trial]) -> str:
+    """What else helps to understand an answer."""
+    printed = shows.outcome.printed.strip()
+    if printed:
+        return f"(It printed {shown(printed, 120)}.)"
+    values = [trial.outcome.value for trial in trials if trial.outcome.error is None]
+    none_is_right = any(trial.expected is None for trial in trials)
+    if values and shows.outcome.value is None and not shows.outcome.error and not none_is_right:
+        return "Did a branch end without `return`?" if any(v is not None for v in values) else ""
+    return ""
 
 
 def _no_return(outcomes: Sequence[Outcome]) -> str:

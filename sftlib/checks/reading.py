@@ -66,7 +66,7 @@ def truth(value: Any, where: str = "") -> bool:
 def text(value: Any, where: str = "") -> str:
     """A text."""
     if isinstance(value, str):
-        return str(value)
+        return str.__str__(value)  # str(value) of an Enum would be its name
     raise Unread(f"expected a text, found {described(value)}.", where)
 
 

@@ -162,7 +162,7 @@ EXACT = Attacks(
         (lambda t, s, r: str(exact(t, s, r)), "Expected True or False, found the text"),
         (lambda t, s, r: [exact(t, s, r)], "Expected True or False, found list"),
         (lambda t, s, r: None, "did you forget `return`?"),
-        (with_branches, "did a branch end without `return`?"),
+        (with_branches, "Did a branch end without `return`?"),
         (prints, "write `return` in place of `print`"),
         (lambda t, s, r: t.equals(r), "your function raised AttributeError"),
         (lambda t, s, r: raises(SystemExit()), "raised SystemExit"),
