@@ -3,6 +3,8 @@
 import importlib
 from pathlib import Path
 
+from sftlib import checks
+from sftlib.checks.trl_preferences import CASES, METHODS
 from sftlib.checks.verdict import Verdict
 
 import pytest
@@ -66,3 +68,11 @@ def test_each_exercise_has_eight_wrong_and_four_unusual_right_answers(attacks):
     assert len(attacks.wrong) >= 8
     assert len(attacks.right) >= 5  # the usual one, and four
     assert ... in attacks.untouched or any(map(_all_dots, attacks.untouched))
+
+
+def test_a_hint_about_methods_does_not_name_the_answer():
+    solution = {task: method for task, (method, _) in CASES.items()}
+    for task, method in solution.items():
+        other = next(name for name in METHODS if name != method)
+        message = checks.check_methods(solution | {task: other}).message
+        assert f"Look again at {task}" in message and method.lower() not in message.lower()

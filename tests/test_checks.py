@@ -188,13 +188,8 @@ RIGHT = [
     (checks.check_gpu_hours, (hours,)),
     (checks.check_schedule, (schedule,)),
     (checks.check_form_and_content, (form_and_content,)),
-    (checks.check_dpo_loss, (dpo_loss,)),
-    (checks.check_advantages, (advantages,)),
-    (checks.check_advantages, (lambda r, m: advantages(r, m, correction=0),)),
-    (checks.check_methods, (CHOICE,)),
 ]
 EMPTY = [
-    (checks.check_methods, (CHOICE | {"further": ...},)),
     (checks.check_diagnosis, (dict.fromkeys(SIGNS, ...),)),
     (checks.check_learning_rate, (...,)),
     (checks.check_learning_rate, (lambda step, steps, warmup, peak: ...,)),
@@ -203,12 +198,6 @@ EMPTY = [
     (checks.check_gpu_hours, (lambda *_: ...,)),
     (checks.check_schedule, (lambda *_: (..., ...),)),
     (checks.check_form_and_content, (lambda *_: (..., ...),)),
-    (checks.check_dpo_loss, (...,)),
-    (checks.check_dpo_loss, (lambda *logps: ...,)),
-    (checks.check_advantages, (...,)),
-    (checks.check_advantages, (lambda rewards, method: ...,)),
-    (checks.check_methods, (...,)),
-    (checks.check_methods, (dict.fromkeys(CHOICE, ...),)),
 ]
 WRONG = [  # check, arguments, a word of the hint
     (checks.check_gpu_hours, (lambda *a: 3600 * hours(*a),), "seconds"),
@@ -259,50 +248,6 @@ WRONG = [  # check, arguments, a word of the hint
     (checks.check_train_output, (4000, 31, 180), "rows_per_step: 31 does not agree"),
     (checks.check_train_output, (4000, ..., 180), "rows_per_step is still open"),
     (checks.check_train_output, ("4000", 32, 180), "found '4000'"),
-    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, 0, 0, b),), "the reference"),
-    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, 1),), "β is missing"),
-    (checks.check_dpo_loss, (lambda c, r, rc, rr, b: dpo_loss(r, c, rr, rc, b),), "way round"),
-    (checks.check_dpo_loss, (lambda *a: -dpo_loss(*a),), "never negative"),
-    (checks.check_dpo_loss, (lambda *a: dpo_loss(*a).neg().exp(),), "is σ of the margin"),
-    (checks.check_dpo_loss, (lambda *a: 0.75,), "That is the margin"),
-    (checks.check_dpo_loss, (lambda *a: 7,), "found 7.0000"),
-    (checks.check_dpo_loss, (lambda *a: "x",), "one number"),
-    (checks.check_dpo_loss, (lambda a: 1,), "raised TypeError"),
-    (
-        checks.check_dpo_loss,
-        (lambda c, r, rc, rr, b: -math.log(1 / (1 + math.exp(-b * (c - rc - r + rr)))),),
-        "OverflowError",
-    ),
-    *(
-        (checks.check_dpo_loss, (lambda c, r, rc, rr, b, f=f: f(b * (c - rc - r + rr)),), hint)
-        for f, hint in (
-            (lambda m: -math.log(sigmoid(m) + 1e-10), "of -4999 expected 4999, found 23.0"),
-            (lambda m: -math.log(sigmoid(min(max(m, -20.0), 20.0))), "found 19.99"),
-            (lambda m: -torch.tensor(m).sigmoid().log().nan_to_num(), "found 3.4"),
-            (lambda m: -torch.tensor(m).sigmoid().log().nan_to_num(neginf=0.0), "found -0.0"),
-            (lambda m: math.nan if m < -1000 else -math.log(sigmoid(m)), "found nan"),
-            (lambda m: math.log(1 + math.exp(m)) - m, "of 4999 expected 0, found OverflowError"),
-            (lambda m: torch.tensor(m).exp().log1p() - m, "of 4999 expected 0, found inf"),
-        )
-    ),
-    (
-        checks.check_advantages,
-        (lambda r, m: torch.tensor(r) - torch.tensor(r).mean(),),
-        "RLOO: the mean is over the *other*",
-    ),
-    (
-        checks.check_advantages,
-        (lambda r, m: advantages(r, "RLOO") * (1 if m == "RLOO" else 0.75),),
-        "GRPO: divide by",
-    ),
-    (checks.check_advantages, (lambda r, m: advantages(r, m, 0),), "expected zeros"),
-    (checks.check_advantages, (lambda r, m: r,), "expected [0.8333"),
-    (checks.check_advantages, (lambda r, m: 3,), "a list of numbers, found 3"),
-    (checks.check_advantages, (lambda r: [],), "RLOO: Your function raised TypeError"),
-    (checks.check_methods, (["DPO"],), "keys frozen, pairs, today, further"),
-    (checks.check_methods, (CHOICE | {"frozen": "DPO"},), "leaves the weights"),
-    (checks.check_methods, (CHOICE | {"pairs": "GRPO"},), "nothing that could grade"),
-    (checks.check_methods, (CHOICE | {"today": "PPO"},), "expected one of"),
 ]
 
 
