@@ -312,9 +312,9 @@ def test_a_right_function_passes_whatever_number_it_returns(function):
         (lambda n: n + 2, "That adds 2. For n=3: expected 6, found 5."),
         (lambda n: 6, "Your function always returns 6. Nothing twice. For n=0: expected 0"),
         (lambda n: 6 if n == 3 else 0, "Right for the stated inputs, not in general. For n="),
-        (lambda n: 2 * n + math.nan, "For n=3: Expected a number, found NaN"),
-        (lambda n: "6", "Expected a number, found the text '6'"),
-        (lambda n: [2 * n], "Expected a number, found list [6]"),
+        (lambda n: 2 * n + math.nan, "For n=3: expected a number, found NaN"),
+        (lambda n: "6", "expected a number, found the text '6'"),
+        (lambda n: [2 * n], "expected a number, found list [6]"),
         (lambda n: ValueError("no"), "found ValueError"),
         (lambda: 6, "function of (n), found one of ()"),
         (lambda n, m: 6, "function of (n), found one of (n, m)"),
@@ -329,6 +329,10 @@ def test_a_wrong_function_gets_its_likely_cause(function, words):
     verdict = doubling(function)
     assert verdict.passed is False
     assert words in verdict.message
+
+
+def test_a_right_answer_of_the_checks_cannot_be_reached_past_its_guard():
+    assert double(3) == 6 and not hasattr(double, "__wrapped__")
 
 
 @pytest.mark.parametrize("open_answer", [lambda n: ..., lambda n: (..., ...), lambda n: [...]])
@@ -438,7 +442,7 @@ def test_answers_may_be_read_before_they_are_compared():
 
     assert finds(lambda n: ["problem"] if n > 1 else ())
     assert finds(lambda n: (word for word in ["problem"] if n > 1))
-    assert "Expected a list, found 3" in finds(lambda n: 3).message
+    assert "expected a list, found 3" in finds(lambda n: 3).message
 
 
 def test_a_function_whose_arguments_python_does_not_tell_is_called():

@@ -85,10 +85,7 @@ def check_configs(repaired: Any) -> Verdict:
         config = mapping(repaired, BROKEN)[name]
         if not isinstance(config, Mapping):
             raise Unread(f"expected a dict, found {described(config)}.", name)
-        for key in BATCH:
-            if isinstance(config.get(key), str | bool):
-                found = described(config[key])
-                raise Unread(f"expected a whole number as {key}, found {found}.", name)
+        _refuse_other_types(config, name)
         read, ignored = _as_deepspeed_reads(config, name)
         if ignored:
             keys = ", ".join(ignored)
@@ -96,6 +93,17 @@ def check_configs(repaired: Any) -> Verdict:
         if cause := fault(read, config):
             return wrong(f"{name}: {cause}")
     return right("One letter, one factor, one stage: none of them needs more.")
+
+
+def _refuse_other_types(config: Mapping, name: str) -> None:
+    """Raise where DeepSpeed would stop at an error about Python alone."""
+    for key in BATCH:
+        if isinstance(config.get(key), str | bool):
+            found = described(config[key])
+            raise Unread(f"expected a whole number as {key}, found {found}.", name)
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), Mapping):
+            raise Unread(f"expected a dict as {key}, found {described(config[key])}.", name)
 
 
 class _Recorded(dict):
@@ -147,8 +155,11 @@ def _as_deepspeed_reads(config: Mapping, name: str, ranks: int = 8) -> tuple[Any
         said = str(error)
         if isinstance(error, ValidationError):  # only what is wrong first
             first = error.errors()[0]
-            said = f"{error.title}, {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise Unread(f"DeepSpeed refuses it: {said}.", name) from error
+            key, what = ".".join(map(str, first["loc"])), first["msg"]
+            if first["type"] == "extra_forbidden":
+                what = "there is no such key. Misspelt?"
+            said = f"{error.title}, {key}: {what}"
+        raise Unread(f"DeepSpeed refuses it: {said.rstrip('.')}.", name) from error
     return read, sorted(set(config) - recorded.asked)
 
 

@@ -7,6 +7,7 @@ smallest input on which they differ.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -58,6 +59,8 @@ def reference(function: Callable) -> Callable:
             called.append(getattr(function, "__name__", "the answer"))
         return function(*args, **options)
 
+    vars(guarded)["__signature__"] = inspect.signature(function)
+    del vars(guarded)["__wrapped__"]  # the way past the guard
     return guarded
 
 
@@ -137,6 +140,7 @@ class Trial:
     expected: Any
     outcome: Outcome
     fault: str
+    unread: bool = False  # the answer is of another kind than expected
 
 
 @dataclass(frozen=True)
@@ -178,15 +182,17 @@ def compare(
     """
     names = list(inspect.signature(right_one).parameters)
     _refuse_other_arguments(function, names)
-    judge = functools.partial(
-        _fault, read=read, relative=relative, absolute=absolute, subject=subject
-    )
+    judge = functools.partial(_fault, subject, read, relative, absolute)
     inputs = [*edges, *(("", given) for given in (random_inputs(draw, sizes) if draw else ()))]
     trials = []
     for why, given in inputs:
-        expected = _result(right_one, given)
-        outcome = call(function, *given)
-        trials.append(Trial(why, given, expected, outcome, judge(outcome, expected, names=names)))
+        expected, outcome = _result(right_one, given), call(function, *given)
+        try:
+            fault, unread = judge(outcome, expected) or _in_place(outcome, names, subject), False
+        except Unread as error:
+            said = str(error).rstrip(".")
+            fault, unread = said[0].lower() + said[1:], True
+        trials.append(Trial(why, given, expected, outcome, fault, unread))
     if any(trial.fault for trial in trials):
         hint = _mistake(trials, mistakes or {}, judge)
         raise CheckEnds(wrong(_message(trials, hint, names)))
@@ -219,16 +225,18 @@ def _result(right_one: Callable, given: Inputs) -> Any:
 
 
 def _fault(
-    outcome: Outcome,
-    expected: Any,
-    names: Sequence[str] = (),
-    *,
+    subject: str,
     read: Callable[[Any], Any],
     relative: float,
     absolute: float,
-    subject: str,
+    outcome: Outcome,
+    expected: Any,
 ) -> str:
-    """What is wrong with an outcome; empty if nothing is."""
+    """What is wrong with an outcome; empty if nothing is.
+
+    Raises:
+        Unread: it is of another kind than expected.
+    """
     wanted = f"a {expected.kind.__name__}" if isinstance(expected, Raises) else shown(expected)
     if isinstance(expected, Raises) or outcome.error is not None:
         if outcome.error is None:
@@ -241,30 +249,35 @@ def _fault(
         return f"expected {wanted}, but {subject} raised {error}{outcome.line}"
     if outcome.value is None and expected is not None:
         return f"expected {wanted}, found None"
-    try:
-        if not same(read(outcome.value), read(expected), relative, absolute):
-            shapes = [tuple(getattr(value, "shape", ())) for value in (expected, outcome.value)]
-            if all(shapes) and shapes[0] != shapes[1]:
-                return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
-            return f"expected {wanted}, found {shown(outcome.value)}"
-    except Unread as unread:
-        return str(unread).rstrip(".")
-    if outcome.changed and names:
-        changed = ", ".join(names[number] for number in outcome.changed)
-        return (
-            f"the answer is right, but {subject} changes its argument {changed} in place, and "
-            "whoever called it still needs the old one: work on a copy"
-        )
-    return ""
+    if same(read(outcome.value), read(expected), relative, absolute):
+        return ""
+    shapes = [tuple(getattr(value, "shape", ())) for value in (expected, outcome.value)]
+    if all(shapes) and shapes[0] != shapes[1]:
+        return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
+    return f"expected {wanted}, found {shown(outcome.value)}"
+
+
+def _in_place(outcome: Outcome, names: Sequence[str], subject: str) -> str:
+    """What is wrong with a right answer that changed its arguments; empty if it did not."""
+    if not outcome.changed:
+        return ""
+    changed = ", ".join(names[number] for number in outcome.changed)
+    return (
+        f"the answer is right, but {subject} changes its argument {changed} in place, and whoever "
+        "called it still needs the old one: work on a copy"
+    )
 
 
 def _mistake(
     trials: Sequence[Trial], mistakes: Mapping[str, Callable], judge: Callable[..., str]
 ) -> str:
     """The hint of the first mistake that explains the student's answers to all inputs."""
+    if any(trial.unread for trial in trials):
+        return ""
     for hint, mistaken in mistakes.items():
-        if all(not judge(trial.outcome, _result(mistaken, trial.inputs)) for trial in trials):
-            return hint
+        with contextlib.suppress(Unread):
+            if all(not judge(t.outcome, _result(mistaken, t.inputs)) for t in trials):
+                return hint
     return ""
 
 
@@ -275,7 +288,7 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
     stated = next((trial for trial in failed if trial.why), None)
     shows = smallest if stated is None or hint else stated
     outcomes = [trial.outcome for trial in trials]
-    if all(outcome.error for outcome in outcomes):
+    if all(trial.unread or trial.outcome.error for trial in trials):
         cause = ""  # a hint for one input would lead astray
     elif all(outcome.error is None and outcome.value is None for outcome in outcomes):
         cause = _no_return(outcomes)

@@ -52,7 +52,8 @@ def _normal(rng: random.Random, shapes: tuple[tuple[int, int], ...]) -> list[Ten
 @exercise(4, 1, "the output of an adapted layer")
 def check_adapted_layer(function: Any) -> Verdict:
     shapes = ((5, 4), (3, 4), (2, 4), (3, 2))  # five inputs, W of 3 × 4, rank 2
-    first = ("Mind the transposes: x @ W.T.", (*_normal(random.Random(0), shapes), 6))
+    formula = "Expected x Wᵀ + (α / r) x Aᵀ Bᵀ: mind the transposes."
+    first = (formula, (*_normal(random.Random(0), shapes), 6))
     close = 1e-4  # float32
     compare(function, adapted, [first], _draw_layer, LAYER_MISTAKES, relative=close, absolute=close)
     return right("W and, α / r times, B A.")

@@ -81,7 +81,7 @@ LAYER = Attacks(
             lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).T,
             "(5, 3), found shape (3, 5)",
         ),
-        (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).sum(), "Expected a list, found"),
+        (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).sum(), "expected a list, found"),
         (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha) * float("nan"), "found NaN"),
         (merges_in_place, "changes its argument W in place"),
         (for_one_shape, "not in general. For x="),
