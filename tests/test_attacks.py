@@ -4,12 +4,7 @@ import importlib
 from pathlib import Path
 
 from sftlib import checks
-from sftlib.chat import CHATML, encode
-from sftlib.checks import chatml
-from sftlib.checks.trl_preferences import CASES, METHODS
-from sftlib.checks.verdict import Verdict
-from sftlib.experiments.diagnosis import HEALTHY
-from sftlib.experiments.failures import unnamed
+from sftlib.checks import Verdict
 
 import pytest
 
@@ -77,36 +72,3 @@ def test_each_exercise_has_eight_wrong_and_four_unusual_right_answers(attacks):
     assert len(attacks.wrong) >= 8
     assert len(attacks.right) >= 5  # the usual one, and four
     assert ... in attacks.untouched or any(map(_all_dots, attacks.untouched))
-
-
-def test_a_hint_about_methods_does_not_name_the_answer():
-    solution = {task: method for task, (method, _) in CASES.items()}
-    for task, method in solution.items():
-        other = next(name for name in METHODS if name != method)
-        message = checks.check_methods(solution | {task: other}).message
-        assert f"Look again at {task}" in message and method.lower() not in message.lower()
-
-
-def test_signs_may_be_named_one_by_one():
-    signs = {letter: training.sign or HEALTHY for letter, training in unnamed().items()}
-    verdict = checks.check_diagnosis(signs | {"C": ..., "D": ...})
-    assert verdict.passed is None
-    assert "16 of 18 are right. Still open: C, D." in verdict.message
-
-
-def test_each_batch_of_lesson_3_has_the_bug_of_its_letter(tokenizer):
-    tokenizer.chat_template = CHATML
-    found = checks.broken_batches(tokenizer)
-    whole = encode([chatml.QUESTION, chatml.ANSWER], tokenizer)
-    ids, mask = whole["input_ids"], whole["assistant_masks"]
-    learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
-    seen = {
-        letter: [label for label in batch["labels"] if label != -100]
-        for letter, batch in found.items()
-    }
-    assert all(len(batch["input_ids"]) == len(batch["labels"]) for batch in found.values())
-    assert seen["A"] == learned and found["A"]["labels"].index(learned[0]) == mask.index(1) - 1
-    assert seen["B"] == learned[:-1] and seen["C"] == learned and seen["E"] == ids
-    assert found["C"]["input_ids"][-len(learned) :] == found["C"]["labels"][-len(learned) :]
-    assert tokenizer.decode(found["C"]["input_ids"]).count("<|im_start|>user") == 2
-    assert seen["D"] == learned + [tokenizer.pad_token_id] * 3

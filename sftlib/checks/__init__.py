@@ -2,6 +2,16 @@
 
 A check is the last line of a cell, which shows its verdict. An exercise that was not attempted (the
 answer is still `...`) says so and is no error, so a notebook with open exercises runs to its end.
+
+| file | what it does |
+|---|---|
+| `exercise` | `@exercise`, the frame of all checks: open answers, errors, seeds |
+| `reading` | answers of any type as plain Python values |
+| `functions` | `compare`: a student's function against a right one, on many inputs |
+| `causes` | why a student found this number |
+| `verdict`, `progress` | what a check says, and what is solved |
+
+The checks stand in one file per lesson, named after it.
 """
 
 from sftlib.checks.chatml import (
