@@ -36,14 +36,16 @@ Edges = Sequence[tuple[str, Inputs]]
 """Stated inputs, each with the hint for an answer that is wrong there."""
 
 
+def current_seed() -> str:
+    """The argument `seed` of the check that runs, else the environment's `SFT_CHECK_SEED`, or 0."""
+    return SEED.get() or os.environ.get("SFT_CHECK_SEED") or "0"
+
+
 def random_inputs(
     draw: Callable[[random.Random, int], Inputs], sizes: Sequence[int] = SIZES
 ) -> Iterator[Inputs]:
-    """Inputs of each size; the same seed gives the same ones.
-
-    The seed is the argument `seed` of the check, else the environment's `SFT_CHECK_SEED`, else 0.
-    """
-    seed = SEED.get() or os.environ.get("SFT_CHECK_SEED") or "0"
+    """Inputs of each size; the same seed gives the same ones."""
+    seed = current_seed()
     for size in sizes:
         for number in range(ROUNDS):
             yield draw(random.Random(f"{seed}/{size}/{number}"), size)
