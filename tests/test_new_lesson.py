@@ -22,17 +22,20 @@ INIT = (ROOT / "sftlib/checks/__init__.py").read_text(encoding="utf-8")
 @pytest.fixture
 def course(tmp_path: Path) -> Path:
     """A copy of what a new lesson touches, and links to what it uses."""
-    return copies.course(tmp_path, "notebooks", "sftlib")
+    return copies.course(tmp_path, "notebooks", "sftlib", "tests")
 
 
 def test_the_title_and_the_names_stand_where_they_belong(course: Path):
-    lesson, solutions, checks, known = new_lesson("10_big_data", 'The "big" \\ one', course)
+    lesson, solutions, checks, attacks, known = new_lesson(
+        "10_big_data", 'The "big" \\ one', course
+    )
     first = json.loads(lesson.read_text())["cells"][0]["source"][0]
     assert first == '# Lesson 10: The "big" \\ one\n'
     assert 'lesson.begin("10_big_data")' in lesson.read_text().replace('\\"', '"')
     assert "check_big_data" in solutions.read_text() and "def check_big_data" in checks.read_text()
     assert "@exercise(10, 1, " in checks.read_text()
-    for path in (lesson, solutions, checks):
+    assert attacks == course / "tests/attacks/lesson_10.py"
+    for path in (lesson, solutions, checks, attacks):
         assert not {"NUMBER", "TITLE", "STEM", "TOPIC"} & set(path.read_text().split())
     assert "from sftlib.checks.big_data import check_big_data" in known.read_text()
 
@@ -86,3 +89,6 @@ def test_a_new_lesson_runs_and_obeys_the_rules(course: Path):
     assert claimed and claims.problems(written[0], claimed) == []
     style = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml")]
     subprocess.run([*style, *map(str, written)], check=True)
+    tried = [sys.executable, "-m", "pytest", "-q", "tests/test_attacks.py", "-k", "counting"]
+    done = subprocess.run(tried, cwd=course, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 from sftlib import checks, progress_bar
-from sftlib.checks.progress import EXERCISES, exercise, progress
-from sftlib.checks.verdict import NOT_ATTEMPTED, right, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.progress import EXERCISES, progress
+from sftlib.checks.verdict import right, wrong
 from sftlib.lesson import predictions
 
 import pytest
@@ -116,16 +117,6 @@ def test_a_damaged_line_costs_no_other(two, solved, somebody_comes):
 
 def test_help_on_a_check_names_its_lesson(two):
     assert two[1].__doc__ == "Lesson 1, exercise 2: find the number 2."
-
-
-@pytest.mark.parametrize("answer", [..., None, {"a": ...}, [..., (..., ...)]])
-def test_an_answer_that_was_not_touched_is_no_attempt(two, answer):
-    assert two[0](answer) is NOT_ATTEMPTED
-
-
-@pytest.mark.parametrize("answer", [[], {}, 0, "", [..., 1], {"a": {"b": 1}}])
-def test_what_was_changed_is_an_attempt(two, answer):
-    assert two[0](answer).passed is False
 
 
 def test_each_check_of_the_lessons_has_its_place():

@@ -1,7 +1,8 @@
 """Begin a lesson from the template: `make new-lesson NAME=10_topic TITLE="A title"`.
 
-It writes the lesson, its solutions and the checks of its exercises, from `tools/template/`, and
-makes the checks known to `sftlib.checks`. Nothing that exists is changed otherwise.
+It writes the lesson, its solutions, the checks of its exercises and answers that try these checks,
+from `tools/template/`, and makes the checks known to `sftlib.checks`. Nothing that exists is
+changed otherwise.
 """
 
 import json
@@ -41,6 +42,7 @@ def new_lesson(name: str, title: str, root: Path = ROOT) -> list[Path]:
         "lesson.ipynb": root / "notebooks" / f"{name}.ipynb",
         "solutions.ipynb": root / "notebooks" / "solutions" / f"{name}.ipynb",
         "checks.py": module,
+        "attacks.py": root / "tests" / "attacks" / f"lesson_{int(number)}.py",
     }
     words = {"NUMBER": str(int(number)), "TITLE": title.strip(), "STEM": name, "TOPIC": topic}
     for source, target in targets.items():

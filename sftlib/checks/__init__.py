@@ -2,6 +2,17 @@
 
 A check is the last line of a cell, which shows its verdict. An exercise that was not attempted (the
 answer is still `...`) says so and is no error, so a notebook with open exercises runs to its end.
+
+| file | what it does |
+|---|---|
+| `exercise` | `@exercise`, the frame of all checks: open answers, errors, seeds |
+| `reading` | answers of any type as plain Python values |
+| `functions` | `compare`: a student's function against a right one, on many inputs |
+| `causes` | why a student found this number |
+| `held_out` | `beats`: what a student's rows or model score on held-out questions |
+| `verdict`, `progress` | what a check says, and what is solved |
+
+The checks stand in one file per lesson, named after it.
 """
 
 from sftlib.checks.chatml import (
@@ -12,6 +23,7 @@ from sftlib.checks.chatml import (
     check_template,
 )
 from sftlib.checks.deepspeed import check_configs, check_stages, check_zero_memory
+from sftlib.checks.held_out import beats
 from sftlib.checks.llama3 import check_form_and_content, check_gpu_hours, check_schedule
 from sftlib.checks.lora_vs_full import (
     check_adapted_layer,
@@ -40,6 +52,7 @@ __all__ = [
     "NOT_ATTEMPTED",
     "Verdict",
     "batch_to_mask",
+    "beats",
     "broken_batches",
     "check_adapted_layer",
     "check_advantages",

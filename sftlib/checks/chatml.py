@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+import random
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, untouched, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import compare, reference
+from sftlib.checks.reading import mapping, sequence, text, unique
+from sftlib.checks.verdict import Verdict, right, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# --- Write a template ----------------------------------------------------------------------------
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -25,21 +31,29 @@ CONVERSATION = [
 
 @exercise(3, 1, "Llama 3's chat template, with `{% generation %}`")
 def check_template(template: Any) -> Verdict:
-    if not isinstance(template, str):
-        return wrong(f"Expected the template as a text, found {type(template).__name__}.")
+    template = text(template, "The template")
     try:
-        text = _rendered(CONVERSATION, template)[0]
+        whole = _rendered(CONVERSATION, template)[0]
         asked = _rendered(CONVERSATION[:2], template, add_generation_prompt=True)[0]
     except Exception as error:
         return wrong(f"Jinja cannot use it: {type(error).__name__}: {error}")
-    if cause := _wrong_text(text, asked):
+    if cause := _wrong_text(whole, asked):
         return wrong(cause)
     if not marks_the_assistant(template):
         return wrong(
             "The text is right. Now mark what the assistant says, with {% generation %} and "
             "{% endgeneration %}."
         )
-    return _marks(template)
+    if cause := _wrong_marks(template):
+        return wrong(cause)
+    compare(
+        lambda messages, add_generation_prompt: _parts(messages, template, add_generation_prompt),
+        llama3_parts,
+        CONVERSATIONS,
+        _draw_conversation,
+        subject="your template",
+    )
+    return right("The same text and the same marks as Llama 3's, on many turns.")
 
 
 def _rendered(
@@ -49,54 +63,95 @@ def _rendered(
     return render_marked(messages, template, add_generation_prompt, bos_token="<|begin_of_text|>")
 
 
-def _wrong_text(text: str, asked: str) -> str:
+def _parts(messages: list[dict], template: str, add_generation_prompt: bool) -> dict[str, Any]:
+    """The text of a conversation, and the parts of it that the template marks."""
+    whole, spans = _rendered(messages, template, add_generation_prompt)
+    return {"text": whole, "marked": [whole[start:end] for start, end in spans]}
+
+
+@reference
+def llama3_parts(messages: list[dict], add_generation_prompt: bool) -> dict[str, Any]:
+    return _parts(messages, LLAMA3, add_generation_prompt)
+
+
+def _turns(*contents: str, system: str = "") -> list[dict]:
+    """Messages of the user and the assistant in turn, perhaps after one of the system."""
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [{"role": role, "content": said} for role, said in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + turns
+
+
+def _draw_conversation(rng: random.Random, size: int) -> tuple[list[dict], bool]:
+    """A conversation of some turns, often without a system message, and whether to ask for more."""
+    said = ["Hi", " two  spaces ", "1\n\n2\n", "a <b> & 'c'", "{{ x }}", "Lomé\t", '"', "user"]
+    system = rng.choice(["", "", "Be brief.", " Rhyme.\n"])
+    return _turns(*rng.choices(said, k=size), system=system), rng.random() < 0.5
+
+
+CONVERSATIONS = [
+    ("The conversation of the exercise.", (CONVERSATION, False)),
+    (
+        "A conversation may have no system message: add none, ask for none, and test "
+        "`message['role']` in place of counting messages.",
+        (_turns("Hi!", "Hello.", "Bye.", "Bye."), False),
+    ),
+    ("A conversation may have many messages.", (_turns(*"abcdefghijkl"), False)),
+    (
+        "Only the spaces around a text go: those inside of it stay.",
+        (_turns("two  spaces", "1\n\n2"), False),
+    ),
+    ("The system's text is trimmed, too.", (_turns("Hi!", "Hello.", system=" Be brief. "), False)),
+    ("One message alone, and the prompt for its answer.", (_turns("Hi!"), True)),
+]
+
+
+def _wrong_text(whole: str, asked: str) -> str:
     """Why the texts differ from Llama 3's; empty if they do not.
 
     Args:
-        text: the whole conversation as the student's template renders it.
+        whole: the whole conversation as the student's template renders it.
         asked: its first two messages with the generation prompt.
     """
     expected = render(CONVERSATION, LLAMA3)
     prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    if text == expected and asked == render(CONVERSATION[:2], LLAMA3, add_generation_prompt=True):
+    if whole == expected and asked == render(CONVERSATION[:2], LLAMA3, add_generation_prompt=True):
         return ""
-    if "<|begin_of_text|>" not in text:
+    if "<|begin_of_text|>" not in whole:
         return "Write <|begin_of_text|> first."
-    if text.count("<|begin_of_text|>") > 1:
+    if whole.count("<|begin_of_text|>") > 1:
         return "Write <|begin_of_text|> once, before the loop over messages."
-    if " Hi! " in text or " Hello.\n" in text:
+    if " Hi! " in whole or " Hello.\n" in whole:
         return "The content keeps the spaces around it: remove them with `| trim`."
-    if "<|eot_id|>\n" in text:
+    if "<|eot_id|>\n" in whole:
         return "Nothing stands between <|eot_id|> and the next message."
-    if "<|end_header_id|>\n\n" not in text:
+    if "<|end_header_id|>\n\n" not in whole:
         return "Write two line breaks after <|end_header_id|>."
-    if text == expected + prompt:
+    if whole == expected + prompt:
         return (
             "The generation prompt is always written. Do it only `{% if add_generation_prompt %}`."
         )
-    if text == expected:
+    if whole == expected:
         return f"With add_generation_prompt=True, the text must end with {prompt!r}."
-    n = len(os.path.commonprefix([text, expected]))
+    n = len(os.path.commonprefix([whole, expected]))
     return (
         f"After {expected[:n][-30:]!r} expected {expected[n : n + 30]!r}, "
-        f"found {text[n : n + 30]!r}."
+        f"found {whole[n : n + 30]!r}."
     )
 
 
-def _marks(template: str) -> Verdict:
-    """The verdict on a template that renders the right text: does it mark the right parts?"""
-    text, spans = _rendered(CONVERSATION, template)
-    marked = [text[start:end] for start, end in spans]
+def _wrong_marks(template: str) -> str:
+    """Why a template that renders the right text marks the wrong parts; empty if it does not."""
+    marked = _parts(CONVERSATION, template, False)["marked"]
     expected = ["Hello.<|eot_id|>", "Bye.<|eot_id|>"]
     if marked == expected:
-        return right("The same text and the same marks as Llama 3's, on many turns.")
-    if marked == [text.removesuffix("<|eot_id|>") for text in expected]:
-        return wrong("<|eot_id|> stands outside of the mark: the model would never learn to stop.")
-    if any("header" in text for text in marked):
-        return wrong("The header is marked as well. But the template writes it, not the model.")
+        return ""
+    if marked == [part.removesuffix("<|eot_id|>") for part in expected]:
+        return "<|eot_id|> stands outside of the mark: the model would never learn to stop."
+    if any("header" in part for part in marked):
+        return "The header is marked as well. But the template writes it, not the model."
     if len(marked) > len(expected):
-        return wrong("Messages of others are also marked: test `message['role']`.")
-    return wrong(f"Expected the marks around {expected}, found them around {marked}.")
+        return "Messages of others are also marked: test `message['role']`."
+    return f"Expected the marks around {expected}, found them around {marked}."
 
 
 # --- Mask a batch --------------------------------------------------------------------------------
@@ -127,22 +182,18 @@ def batch_to_mask(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 @exercise(3, 2, "for each row, the positions that the model learns from")
 def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
-    if not isinstance(positions, list | tuple) or len(positions) != 2:
-        return wrong("Expected two lists of positions, one for each row of the batch.")
+    rows = sequence(positions, what="two lists of positions, one for each row of the batch")
     ids = batch_to_mask(tokenizer)
-    for number, (row, messages) in enumerate(zip(positions, TO_MASK, strict=True)):
-        if untouched(row):
-            return NOT_ATTEMPTED
+    if len(rows) != len(ids):
+        return wrong(f"Expected two lists of positions, one for each row; found {len(rows)}.")
+    for number, (row, messages) in enumerate(zip(rows, TO_MASK, strict=True)):
+        last = len(ids[number]) - 1
+        found = unique(row, f"Row {number + 1}", f"positions from 0 to {last}", range(last + 1))
         mask = _encoded(tokenizer, messages)["assistant_masks"]
         expected = {p for p, learned in enumerate(mask) if learned}
-        if not isinstance(row, list | tuple | set | range) or not all(
-            isinstance(p, int) and 0 <= p < len(ids[number]) for p in row
-        ):
-            return wrong(f"Row {number + 1}: expected positions from 0 to {len(ids[number]) - 1}.")
-        if set(row) != expected:
-            return wrong(
-                f"Row {number + 1}: {_wrong_mask(set(row), expected, ids[number], mask, tokenizer)}"
-            )
+        if found != expected:
+            cause = _wrong_mask(found, expected, ids[number], mask, tokenizer)
+            return wrong(f"Row {number + 1}: {cause}")
     return right("Both answers of the first row, each with its end; nothing of the padding.")
 
 
@@ -212,11 +263,11 @@ def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, li
 
 @exercise(3, 3, "the bug of each batch, by its letter")
 def check_bugs(named: Any) -> Verdict:
-    if not isinstance(named, dict) or set(named) != set(BUGS):
-        return wrong(f"Expected a dict with the keys {', '.join(BUGS)}.")
-    if left := [letter for letter, name in named.items() if name is ...]:
-        return wrong(f"Still open: {', '.join(left)}.")
-    for letter, name in named.items():
+    given = {
+        letter: " ".join(text(name, letter).lower().split())
+        for letter, name in mapping(named, BUGS).items()
+    }
+    for letter, name in given.items():
         if name not in BUGS.values():
             return wrong(f"{letter}: expected one of {sorted(BUGS.values())}, found {name!r}.")
     hints = {
@@ -226,7 +277,7 @@ def check_bugs(named: Any) -> Verdict:
         "padding learned": "look at the end of the row.",
         "question learned": "where does the first label stand?",
     }
-    missed = [letter for letter, bug in BUGS.items() if named[letter] != bug]
+    missed = [letter for letter, bug in BUGS.items() if given[letter] != bug]
     if missed:
         return wrong(f"{len(BUGS) - len(missed)} of 5. {missed[0]}: {hints[BUGS[missed[0]]]}")
     return right("All five. None of them would have raised an error.")

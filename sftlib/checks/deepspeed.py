@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import copy
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, likely_cause, right, wrong
+from sftlib.checks.causes import likely_cause, near
+from sftlib.checks.exercise import exercise
+from sftlib.checks.reading import Unread, described, mapping, number, whole
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.scale.memory import zero_bytes
+
+# --- Predict memory ------------------------------------------------------------------------------
 
 
 @exercise(5, 1, "what a rank keeps of 13 billion parameters on 16 ranks")
 def check_zero_memory(gigabytes: Any) -> Verdict:
-    if not isinstance(gigabytes, dict) or set(gigabytes) != {1, 2, 3}:
-        return wrong("Expected a dict with the keys 1, 2 and 3.")
-    for stage, found in gigabytes.items():
-        if not isinstance(found, Real) or isinstance(found, bool):
-            return wrong(f"Stage {stage}: expected a number, found {found!r}.")
-        if cause := _memory_fault(stage, found):
+    for stage, value in mapping(gigabytes, (1, 2, 3)).items():
+        if cause := _memory_fault(stage, number(value, f"Stage {stage}")):
             return wrong(f"Stage {stage}: {cause}")
     return right("62, 37 and 13 GB: three quarters of the saving is the optimizer's.")
 
@@ -27,7 +30,8 @@ def _memory_fault(stage: int, found: float) -> str:
     n = 13.0  # billion parameters, so that n · bytes per parameter are gigabytes
     parts = vars(zero_bytes(13_000_000_000, 16, stage)).values()
     weights, gradients, optimizer = (part / 1e9 for part in parts)
-    if abs(found / (weights + gradients + optimizer) - 1) < 0.02:
+    expected = weights + gradients + optimizer
+    if near(found, expected, tolerance=0.02):
         return ""
     causes = {
         16 * n: "that is stage 0: nothing is divided.",
@@ -36,20 +40,19 @@ def _memory_fault(stage: int, found: float) -> str:
         2 * n + 2 * n + 8 * n / 16: "the optimizer has 12 bytes per parameter: two moments, and "
         "the weights in float32.",
         2 * n + (2 + 8) * n / 16: "the optimizer has 12 bytes per parameter.",
+        16 * expected: "that is of all 16 ranks together.",
         **{
             zero_bytes(13_000_000_000, 16, other).total / 1e9: f"that is stage {other}."
             for other in {1, 2, 3} - {stage}
         },
     }
-    if cause := likely_cause(found, causes, tolerance=0.02):
-        return cause
-    if found > 1e6:
-        return "bytes, not gigabytes?"
-    return (
+    return likely_cause(found, expected, causes, unit="gigabytes", tolerance=0.02) or (
         f"expected 2 + 2 + 12 bytes per parameter, with a 16th of each part that stage {stage} "
         f"divides; found {found:g} GB."
     )
 
+
+# --- Repair three configurations -----------------------------------------------------------------
 
 BROKEN = {
     "A": {
@@ -71,112 +74,167 @@ BROKEN = {
 """The configurations of exercise 2, as the lesson gives them."""
 
 
-@exercise(5, 2, "three DeepSpeed configurations, repaired")
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@exercise(5, 2, "three DeepSpeed configurations, repaired", none_is_open=False)
 def check_configs(repaired: Any) -> Verdict:
     if repaired == BROKEN:
         return NOT_ATTEMPTED
-    if not isinstance(repaired, dict) or set(repaired) != set(BROKEN):
-        return wrong("Expected a dict with the keys A, B and C.")
     for name, fault in {"A": _fault_a, "B": _fault_b, "C": _fault_c}.items():
-        config = repaired[name]
-        if not isinstance(config, dict) or not isinstance(
-            config.get("zero_optimization", {}), dict
-        ):
-            return wrong(f"{name}: expected a dict, with a dict as zero_optimization.")
-        if cause := _unknown(config) or fault(config):
+        config = mapping(repaired, BROKEN)[name]
+        if not isinstance(config, Mapping):
+            raise Unread(f"expected a dict, found {described(config)}.", name)
+        _refuse_other_types(config, name)
+        read, ignored = _as_deepspeed_reads(config, name)
+        if ignored:
+            keys = ", ".join(ignored)
+            return wrong(f"{name}: {keys}: DeepSpeed ignores what it does not know. Misspelt?")
+        if cause := fault(read, config):
             return wrong(f"{name}: {cause}")
     return right("One letter, one factor, one stage: none of them needs more.")
 
 
-def _unknown(config: dict) -> str:
-    """A key that is misspelt or not needed; empty without any."""
-    known = {key for given in BROKEN.values() for key in given} - {"zero_optimisation"}
-    known |= {"zero_optimization", "fp16", "gradient_clipping", "optimizer", "scheduler"}
-    if unknown := sorted(set(config) - known):
-        return (
-            f"{', '.join(unknown)} is not needed here, or misspelt: DeepSpeed silently ignores "
-            "top-level keys that it does not know."
-        )
-    offload = config.get("zero_optimization", {}).get("offload_param")
-    if isinstance(offload, dict) and (more := sorted(set(offload) - {"device", "pin_memory"})):
-        return f"{', '.join(more)} is not needed in offload_param, or misspelt."
-    known = {"stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "overlap_comm"}
-    if unknown := sorted(set(config.get("zero_optimization", {})) - known):
-        return f"{', '.join(unknown)} is not needed in zero_optimization, or misspelt."
-    return ""
+def _refuse_other_types(config: Mapping, name: str) -> None:
+    """Raise where DeepSpeed would stop at an error about Python alone."""
+    for key in BATCH:
+        if isinstance(config.get(key), str | bool):
+            found = described(config[key])
+            raise Unread(f"expected a whole number as {key}, found {found}.", name)
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), Mapping):
+            raise Unread(f"expected a dict as {key}, found {described(config[key])}.", name)
 
 
-def _enabled(config: dict, precision: str) -> bool:
-    part = config.get(precision, {})
-    return isinstance(part, dict) and part.get("enabled") is True
+class _Recorded(dict):
+    """A configuration that notes at the top which keys it is asked for."""
+
+    def __init__(self, config: Mapping) -> None:
+        super().__init__(copy.deepcopy(dict(config)))
+        self.asked: set = set()
+
+    def __copy__(self) -> _Recorded:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:  # DeepSpeed also asks `key in config.keys()`
+        return self
 
 
-def _fault_a(config: dict) -> str:
-    if _stage(config) != 2:
-        return f"it trains with stage {_stage(config)}, not 2."
-    if no_batch := _no_batch(config):
-        return no_batch
-    if not _enabled(config, "bf16") or _enabled(config, "fp16"):
-        return "bfloat16 was wanted, without fp16."
-    return ""
+def _as_deepspeed_reads(config: Mapping, name: str, ranks: int = 8) -> tuple[Any, list[str]]:
+    """DeepSpeed's own reading of a configuration, and the keys that it never asks for.
+
+    Raises:
+        Unread: DeepSpeed refuses the configuration; the message says why.
+    """
+    from pydantic import ValidationError
+
+    with _quiet_deepspeed():
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+    class ForRanks(DeepSpeedConfig):
+        def _configure_train_batch_size(self) -> None:
+            self.world_size = ranks  # which DeepSpeed asks the launcher for
+            super()._configure_train_batch_size()
+
+    recorded = _Recorded(config)
+    try:
+        read = ForRanks(recorded)
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, ValidationError):  # only what is wrong first
+            first = error.errors()[0]
+            key, what = ".".join(map(str, first["loc"])), first["msg"]
+            if first["type"] == "extra_forbidden":
+                what = "there is no such key. Misspelt?"
+            said = f"{error.title}, {key}: {what}"
+        raise Unread(f"DeepSpeed refuses it: {said.rstrip('.')}.", name) from error
+    return read, sorted(set(config) - recorded.asked)
 
 
-def _no_batch(config: dict) -> str:
-    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
+@contextmanager
+def _quiet_deepspeed() -> Generator[None]:
+    """DeepSpeed prints a line at its import if it finds no GPU and was not told so."""
+    import torch
+
+    told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
+    if not told:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    yield
+    if not told:
+        del os.environ["DS_ACCELERATOR"]
+
+
+def _fault_a(read: Any, config: Mapping) -> str:
+    if read.train_micro_batch_size_per_gpu != 4:
+        return "keep the batch size, 4 rows at a time."
+    if read.zero_optimization_stage != 2:
+        return f"it trains with stage {read.zero_optimization_stage}, not 2."
+    return "" if read.bfloat16_config.enabled else "bfloat16 was wanted."
+
+
+def _fault_b(read: Any, config: Mapping) -> str:
+    if read.zero_optimization_stage != 2:
+        return f"keep stage 2: now it trains with stage {read.zero_optimization_stage}."
+    if (read.train_batch_size, read.train_micro_batch_size_per_gpu) == (64, 4):
         return ""
-    return "keep the batch size: without one DeepSpeed does not start."
-
-
-def _fault_b(config: dict) -> str:
-    if _stage(config) != 2:
-        return f"keep stage 2: now it trains with stage {_stage(config)}."
-    rows, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
-    accumulation = config.get("gradient_accumulation_steps")
-    if micro not in (4, None) or rows not in (64, None):
-        return "64 rows per step and 4 at a time were wanted: change the third number."
-    if [rows, micro, accumulation].count(None) > 1:
+    if sum(key in config for key in BATCH) < 2:
         return "leave at least two of the three batch settings, or DeepSpeed assumes the rest."
-    rows, micro = rows or 64, micro or 4
-    accumulation = accumulation or rows // (micro * 8)
-    if rows != micro * accumulation * 8:
-        return f"{micro} rows × {accumulation} micro-batches × 8 GPUs are not {rows}."
-    return ""
+    return (
+        "64 rows per step and 4 at a time were wanted: change the third number. Now "
+        f"{read.train_micro_batch_size_per_gpu} rows × {read.gradient_accumulation_steps} "
+        f"micro-batches × 8 GPUs are {read.train_batch_size}."
+    )
 
 
-def _fault_c(config: dict) -> str:
-    offload = config.get("zero_optimization", {}).get("offload_param")
-    if not isinstance(offload, dict) or offload.get("device") != "cpu":
+def _fault_c(read: Any, config: Mapping) -> str:
+    if read.train_micro_batch_size_per_gpu != 4:
+        return "keep the batch size, 4 rows at a time."
+    offload = read.zero_config.offload_param
+    if offload is None or offload.device != "cpu":
         return "the weights should be in the CPU's memory: keep offload_param."
-    if no_batch := _no_batch(config):
-        return no_batch
-    if _stage(config) != 3:
+    if read.zero_optimization_stage != 3:
         return "offload_param works only with stage 3: below it, each rank keeps all weights."
     return ""
 
 
-def _stage(config: dict) -> Any:
-    return config.get("zero_optimization", {}).get("stage", 0)
+# --- Choose a stage ------------------------------------------------------------------------------
+
+# name → billions of parameters, GPUs, the lowest stage that fits
+MODELS = {
+    "small": (1.2, 8, 0),
+    "accumulating": (7, 8, 1),
+    "wide": (13, 8, 2),
+    "large": (34, 64, 3),
+}
+COSTS = {
+    1: "it gathers the updated weights after each step",
+    2: "it sends gradients after each micro-batch",
+    3: "it gathers the weights in each forward and backward pass",
+}
 
 
 @exercise(5, 3, "the lowest stage that fits")
 def check_stages(stages: Any) -> Verdict:
-    # name → billions of parameters, GPUs, the lowest stage that fits
-    models = {
-        "small": (1.2, 8, 0),
-        "accumulating": (7, 8, 1),
-        "wide": (13, 8, 2),
-        "large": (34, 64, 3),
-    }
-    if not isinstance(stages, dict) or set(stages) != set(models):
-        return wrong(f"Expected a dict with the keys {', '.join(models)}.")
-    for name, (billions, gpus, best) in models.items():
-        found = stages[name]
-        if found not in (0, 1, 2, 3) or isinstance(found, bool):
-            return wrong(f"{name}: expected a stage from 0 to 3, found {found!r}.")
+    for name, given in mapping(stages, MODELS).items():
+        billions, gpus, best = MODELS[name]
+        found = whole(given, name)
+        if found not in (0, 1, 2, 3):
+            return wrong(f"{name}: expected a stage from 0 to 3, found {found}.")
         needs = zero_bytes(round(billions * 1e9), gpus, found).total / 1e9
         if found < best:
             return wrong(f"{name}: stage {found} keeps {needs:.0f} GB per GPU; 64 are free.")
         if found > best:
-            why = "sends gradients each time" if best == 1 else "has to gather weights"
-            return wrong(f"{name}: stage {found} fits, but {why}; a lower stage also fits.")
+            return wrong(f"{name}: stage {found} fits, but {COSTS[found]}. A lower one fits, too.")
     return right("As little ZeRO as fits.")

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from numbers import Real
+import random
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import Verdict, call, likely_cause, result_of, right, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import compare, reference
+from sftlib.checks.reading import Unread, number, sequence, shown
+from sftlib.checks.verdict import Verdict, right
+
+# --- GPU hours -----------------------------------------------------------------------------------
 
 
-@exercise(9, 1, "hours of one GPU, from operations, peak and utilisation")
-def check_gpu_hours(function: Any) -> Verdict:
-    cases = [
-        (8e9, 24e6, 989.0, 0.4, "full"),
-        (8e9, 24e6, 989.0, 0.4, "lora"),
-        (7e10, 1e8, 312.0, 0.3, "full"),
-    ]
-    for case in cases:
-        found = result_of(function, *case, context=f"For {case}: ")
-        expected = gpu_hours(*case)
-        if not isinstance(found, Real):
-            return wrong(f"For {case}: expected a number of hours, found {found!r}.")
-        if abs(found / expected - 1) > 1e-6:
-            return wrong(
-                _cause_of_hours(found / expected, case[3], case[4]) or _other_hours(case, found)
-            )
-    return right("An hour or two for 8B: the budget is for the runs that you repeat.")
-
-
+@reference
 def gpu_hours(
     parameters: float, tokens: float, peak: float, utilisation: float, method: str
 ) -> float:
@@ -37,78 +24,202 @@ def gpu_hours(
     return operations / (peak * 1e12 * utilisation) / 3600
 
 
-def _cause_of_hours(ratio: float, utilisation: float, method: str) -> str:
-    """Why the hours differ by this ratio from the right ones; empty if it is not known."""
-    causes = {
-        3600.0: "Those are seconds: an hour has 3,600.",
-        1e12: "`peak` is in TFLOP/s: 10¹² operations per second.",
-        utilisation: "No GPU reaches its peak: divide by the utilisation, too.",
-        utilisation**2: "Divide by the utilisation: a GPU that is used less needs longer.",
-        2 / 6 if method == "full" else 2 / 4: "2 · N · D is the forward pass alone.",
-        1.5 if method == "lora" else 2 / 3: "6 · N · D for full finetuning, 4 · N · D for LoRA.",
-    }
-    return likely_cause(ratio, causes, tolerance=1e-6)
+def _draw_training(rng: random.Random, size: int) -> tuple[float, float, float, float, str]:
+    """A model, its data and a GPU, of any size."""
+    parameters, tokens = rng.randint(1, 70) * 1e9, rng.randint(1, 10**size) * 1e5
+    peak, used = rng.choice([125.0, 312.0, 989.0, 60]), rng.choice([0.2, 0.35, 0.5, 1.0])
+    return parameters, tokens, peak, used, rng.choice(["full", "lora"])
 
 
-def _other_hours(case: tuple, found: float) -> str:
-    names = ("parameters", "tokens", "peak", "utilisation", "method")
-    given = ", ".join(f"{name} {value}" for name, value in zip(names, case, strict=True))
-    return f"With {given}: expected {gpu_hours(*case):.4g} hours, found {found:.4g}."
+@exercise(9, 1, "hours of one GPU, from operations, peak and utilisation")
+def check_gpu_hours(function: Any) -> Verdict:
+    full = ("Operations divided by operations per second.", (8e9, 24e6, 989.0, 0.4, "full"))
+    lora = ("LoRA computes no gradients of frozen weights.", (8e9, 24e6, 989.0, 0.4, "lora"))
+    compare(function, gpu_hours, [full, lora], _draw_training, HOUR_MISTAKES, relative=1e-5)
+    return right("An hour or two for 8B: the budget is for the runs that you repeat.")
+
+
+def _times(factor: Any) -> Any:
+    """Hours that are wrong by a factor, which may depend on utilisation and method."""
+    return lambda parameters, tokens, peak, utilisation, method: (
+        gpu_hours(parameters, tokens, peak, utilisation, method) * factor(utilisation, method)
+    )
+
+
+HOUR_MISTAKES = {
+    "Those are seconds: an hour has 3,600.": _times(lambda used, method: 3600),
+    "Those are minutes: an hour has 60.": _times(lambda used, method: 60),
+    "Those are days: give hours.": _times(lambda used, method: 1 / 24),
+    "`peak` is in TFLOP/s: 10¹² operations per second.": _times(lambda used, method: 1e12),
+    "No GPU reaches its peak: divide by the utilisation, too.": _times(lambda used, method: used),
+    "Divide by the utilisation: a GPU that is used less needs longer.": (
+        _times(lambda used, method: used**2)
+    ),
+    "2 · N · D is the forward pass alone.": (
+        _times(lambda used, method: 2 / {"full": 6, "lora": 4}[method])
+    ),
+    "6 · N · D for full finetuning, 4 · N · D for LoRA.": (
+        _times(lambda used, method: 1.5 if method == "lora" else 1)
+    ),
+    "4 · N · D is LoRA's; full finetuning has 6 · N · D.": (
+        _times(lambda used, method: 1 if method == "lora" else 2 / 3)
+    ),
+    "6 · N · D for full finetuning, 4 · N · D for LoRA: it is the other way round.": (
+        _times(lambda used, method: 1.5 if method == "lora" else 2 / 3)
+    ),
+}
+
+
+# --- The same batch on other GPUs ----------------------------------------------------------------
+
+
+@reference
+def schedule(conversations: int, batch: int, gpus: int, rows: int) -> tuple[int, int]:
+    accumulation, left = divmod(batch, gpus * rows)
+    if left or not accumulation:
+        raise ValueError(f"{gpus} GPUs with {rows} rows each cannot see exactly {batch}.")
+    return accumulation, -(-conversations // batch)
+
+
+def _draw_schedule(rng: random.Random, size: int) -> tuple[int, int, int, int]:
+    """Numbers with which the batch can mostly be met."""
+    gpus, rows = rng.randint(1, size), rng.randint(1, 2 * size)
+    batch = gpus * rows * rng.randint(1, size) + (rng.random() < 0.2)
+    conversations = batch * rng.randint(0, 5) + rng.choice([0, 1, batch // 3, batch - 1])
+    return max(1, conversations), batch, gpus, rows
+
+
+def _whole_numbers(found: Any) -> list[int]:
+    """Accumulation and steps, which must be ints: TrainingArguments refuses 8.0."""
+    items = sequence(found, what="(accumulation, steps)")
+    if len(items) != 2:
+        raise Unread(f"expected (accumulation, steps), found {shown(found)}.")
+    values = [number(v, n) for n, v in zip(("accumulation", "steps"), items, strict=True)]
+    for name, value in zip(("accumulation", "steps"), values, strict=True):
+        if not isinstance(value, int):
+            raise Unread(f"expected {name} as an int, found {value!r}: `//` gives one, `/` not.")
+    return [int(value) for value in values]
 
 
 @exercise(9, 2, "accumulation and steps that keep the batch on other GPUs")
 def check_schedule(function: Any) -> Verdict:
-    cases = {(1000, 64, 1, 8): (8, 16), (1000, 64, 8, 8): (1, 16), (1024, 128, 4, 2): (16, 8)}
-    for case, expected in cases.items():
-        found = result_of(function, *case, context=f"For {case}: ")
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            return wrong(f"For {case}: expected (accumulation, steps), found {found!r}.")
-        accumulation, steps = found
-        conversations, batch, gpus, rows = case
-        if accumulation == batch / rows != expected[0]:
-            return wrong(f"{gpus} GPUs see {gpus} × {rows} at once: also divide by the GPUs.")
-        if steps == conversations // batch != expected[1]:
-            return wrong("The last, smaller step also counts: round up.")
-        if tuple(found) != expected:
-            return wrong(
-                f"{conversations} conversations, {batch} in a step, {gpus} GPUs with room for "
-                f"{rows}: expected {expected}, found {tuple(found)}."
-            )
-    for case in ((1000, 64, 3, 8), (1000, 8, 4, 4)):
-        found = call(function, *case)
-        if not isinstance(found, ValueError):
-            return wrong(
-                f"{case[2]} GPUs with room for {case[3]} cannot see exactly {case[1]}: expected a "
-                f"ValueError, found {found!r}."
-            )
+    sizes = (1, 2, 4, 8, 16)
+    compare(
+        function, schedule, BATCHES, _draw_schedule, BATCH_MISTAKES, _whole_numbers, sizes=sizes
+    )
     return right("The same steps on any number of GPUs, and the learning rate holds.")
+
+
+BATCHES = [
+    ("One GPU sees 8 of 64, and the last, smaller step counts.", (1000, 64, 1, 8)),
+    ("Also divide by the GPUs.", (1000, 64, 8, 8)),
+    ("Where the last step is full, none is added.", (1024, 128, 4, 2)),
+    ("The last step also counts, however small: round up.", (1025, 128, 4, 2)),
+    ("Even one conversation takes a step.", (1, 64, 1, 8)),
+    ("3 GPUs with room for 8 cannot see exactly 64.", (1000, 64, 3, 8)),
+    ("4 GPUs with room for 4 see more than 8.", (1000, 8, 4, 4)),
+]
+BATCH_MISTAKES = {
+    "The GPUs work at the same time: also divide by the GPUs.": (
+        lambda conversations, batch, gpus, rows: (batch // rows, -(-conversations // batch))
+    ),
+    "The last, smaller step also counts: round up.": (
+        lambda conversations, batch, gpus, rows: (
+            schedule(conversations, batch, gpus, rows)[0],
+            conversations // batch,
+        )
+    ),
+    "The last, smaller step also counts: round up, not to the nearest.": (
+        lambda conversations, batch, gpus, rows: (
+            schedule(conversations, batch, gpus, rows)[0],
+            round(conversations / batch),
+        )
+    ),
+    "A last step is added even if the one before it was full: round up instead.": (
+        lambda conversations, batch, gpus, rows: (
+            schedule(conversations, batch, gpus, rows)[0],
+            conversations // batch + 1,
+        )
+    ),
+}
+
+
+# --- Form and content, apart ---------------------------------------------------------------------
+
+KEYS = ["subject", "relation", "answer"]
+KENYA = {"subject": "Kenya", "relation": "capital", "answer": "Nairobi"}
+
+
+@reference
+def form_and_content(answer: str, value: str) -> tuple[bool, bool]:
+    fields: Any = None
+    with contextlib.suppress(ValueError):
+        fields = json.loads(answer)
+    form = isinstance(fields, dict) and list(fields) == KEYS
+    form = form and all(isinstance(field, str) for field in fields.values())
+    said = fields["answer"] if form else answer
+    return form, value.lower() in said.lower()
+
+
+def _draw_score(rng: random.Random, size: int) -> tuple[str, str]:
+    """An answer that has the form, or nearly has it, and perhaps the right value."""
+    value = rng.choice(["Nairobi", "Lomé", "+254", "Port-au-Prince", "C"])
+    said = rng.choice([value, value, value.upper(), f"It is {value.lower()}.", "Mombasa", "", "No"])
+    fields: dict[str, Any] = {"subject": "Kenya", "relation": "capital", "answer": said}
+    key, odd = rng.choice(KEYS), rng.choice([7, None, True, [value], {"is": value}, 0.5])
+    written = json.dumps(fields, ensure_ascii=False)
+    texts = [
+        *[written] * 4,
+        json.dumps(fields, ensure_ascii=False, indent=size),
+        json.dumps(fields | {"subject": value, "relation": value.lower()}, ensure_ascii=False),
+        json.dumps(fields | {key: odd}, ensure_ascii=False),
+        json.dumps({k: v for k, v in fields.items() if k != key}, ensure_ascii=False),
+        json.dumps(fields | {"note": value}, ensure_ascii=False),
+        json.dumps(dict(rng.sample(list(fields.items()), 3)), ensure_ascii=False),
+        json.dumps([fields] * size, ensure_ascii=False),
+        json.dumps(rng.choice([said, odd]), ensure_ascii=False),
+        f"Sure! {written}",
+        f"{written}\nIt is {said}.",
+        f"```json\n{written}\n```",
+        str(fields),
+        written[:-2],
+        f"The capital of Kenya is {said}.",
+        said * size,
+    ]
+    return rng.choice(texts), value
 
 
 @exercise(9, 3, "whether an answer has the form, and whether it is right")
 def check_form_and_content(function: Any) -> Verdict:
-    full = {"subject": "Kenya", "relation": "capital", "answer": "Nairobi"}
-    cases = [
-        (json.dumps(full), (True, True), "the form, and the right value"),
-        (json.dumps(full | {"answer": "Mombasa"}), (True, False), "the form, and a wrong value"),
-        (
-            json.dumps(full | {"subject": "Nairobi", "answer": "Mombasa"}),
-            (True, False),
-            "the right value in another field",
-        ),
-        (json.dumps(full | {"answer": "NAIROBI"}), (True, True), "the value in capitals"),
-        ("The capital of Kenya is Nairobi.", (False, True), "no form, the right value"),
-        ("Sure! " + json.dumps(full), (False, True), "text before the object"),
-        (json.dumps(full | {"note": "x"}), (False, True), "a fourth key"),
-        (json.dumps(dict(reversed(full.items()))), (False, True), "the keys in another order"),
-        (json.dumps([full]), (False, True), "a list with the object in it"),
-        (json.dumps(full | {"answer": 7}), (False, False), "a number in place of text"),
-        ("42", (False, False), "a number alone"),
-    ]
-    for text, expected, what in cases:
-        found = result_of(function, text, "Nairobi", context=f"{what} ({text}): ")
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            return wrong(f"Expected (form, content), found {found!r}.")
-        for name, truth, given in zip(("form", "content"), expected, found, strict=True):
-            if bool(given) is not truth:
-                return wrong(f"{what} ({text}): expected {name} {truth}, found {given}.")
-    return right(f"All {len(cases)} answers, those that were meant to mislead included.")
+    edges = [(why[0].upper() + why[1:], (answer, "Nairobi")) for answer, why in ANSWERS.items()]
+    compare(function, form_and_content, edges, _draw_score, sizes=(1, 2, 3, 4, 5, 6, 7))
+    return right(f"All {len(edges)} answers, those that were meant to mislead included.")
+
+
+def _json(**changed: Any) -> str:
+    return json.dumps(KENYA | changed)
+
+
+ANSWERS = {  # answer → what is special about it
+    _json(): "the form, and the right value.",
+    _json(answer="Mombasa"): "the form, and a wrong value.",
+    _json(subject="Nairobi", answer="Mombasa"): "the right value in another field.",
+    _json(answer="NAIROBI"): "the value in capitals: upper and lower case count as the same.",
+    _json(answer="It is Nairobi."): "the value in a sentence in the field: look with `in`.",
+    "The capital of Kenya is Nairobi.": "no form, the right value.",
+    "the capital of kenya is nairobi.": "no form, the value in small letters.",
+    "Sure! " + _json(): "text before the object.",
+    _json() + " I hope it helps.": "text after the object.",
+    _json(note="x"): "a fourth key.",
+    json.dumps({"subject": "Kenya", "answer": "Nairobi"}): "a key is missing.",
+    json.dumps(dict(reversed(KENYA.items()))): "the keys in another order.",
+    json.dumps([KENYA]): "a list with the object in it.",
+    str(KENYA): "single quotation marks are Python, no JSON: use `json.loads`.",
+    _json(answer=7): "all fields must be text: the answer is a number.",
+    _json(subject=None): "all fields must be text: the subject is null.",
+    _json(relation=["capital"]): "all fields must be text: the relation is a list.",
+    "42": "a number alone.",
+    "null": "null alone.",
+    '"Nairobi"': "a text alone, in quotation marks.",
+    "": "an empty answer.",
+}

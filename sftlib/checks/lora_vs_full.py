@@ -2,65 +2,119 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import random
 from typing import TYPE_CHECKING, Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import Verdict, likely_cause, result_of, right, wrong
+from sftlib.checks.causes import likely_cause, near
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import compare, reference
+from sftlib.checks.reading import mapping, number, sequence, shown
+from sftlib.checks.verdict import Verdict, right, wrong
 from sftlib.scale.memory import adam_bytes
 
 if TYPE_CHECKING:
     import pandas
+    from torch import Tensor
+
+# --- Write LoRA ----------------------------------------------------------------------------------
+
+
+@reference
+def adapted(x: Tensor, W: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    return _with_scale(alpha / len(A))(x, W, A, B, alpha)
+
+
+def _with_scale(scale: float) -> Any:
+    return lambda x, W, A, B, alpha: x @ W.T + scale * (x @ A.T @ B.T)  # (n, outputs)
+
+
+def _scaled(scale: Any) -> Any:
+    """A layer whose adapter counts `scale(alpha, r)` times."""
+    return lambda x, W, A, B, alpha: _with_scale(scale(alpha, len(A)))(x, W, A, B, alpha)
+
+
+def _draw_layer(rng: random.Random, size: int) -> tuple:
+    """`size` inputs, a matrix of some shape, and an adapter of some rank and strength."""
+    inputs, outputs, r = rng.randint(2, 5), rng.randint(2, 5), rng.randint(1, 4)
+    shapes = (size, inputs), (outputs, inputs), (r, inputs), (outputs, r)
+    return *_normal(rng, shapes), rng.choice([1, 3, 5, 8, 16, 0.5])
+
+
+def _normal(rng: random.Random, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    import torch
+
+    return [
+        torch.tensor([[rng.gauss(0, 1) for _ in range(columns)] for _ in range(rows)])
+        for rows, columns in shapes
+    ]
 
 
 @exercise(4, 1, "the output of an adapted layer")
 def check_adapted_layer(function: Any) -> Verdict:
-    import torch
+    shapes = ((5, 4), (3, 4), (2, 4), (3, 2))  # five inputs, W of 3 × 4, rank 2
+    formula = "Expected x Wᵀ + (α / r) x Aᵀ Bᵀ: mind the transposes."
+    first = (formula, (*_normal(random.Random(0), shapes), 6))
+    close = 1e-4  # float32
+    compare(function, adapted, [first], _draw_layer, LAYER_MISTAKES, relative=close, absolute=close)
+    return right("W and, α / r times, B A.")
 
-    # 5 inputs, W of 4 × 3, rank 2
-    generator, shapes = torch.Generator().manual_seed(0), ((5, 4), (3, 4), (2, 4), (3, 2))
-    x, w, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
-    alpha = 6
-    found = result_of(function, x, w, a, b, alpha, context="Mind the transposes: x @ W.T. ")
-    if not isinstance(found, torch.Tensor) or found.shape != (5, 3):
-        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        return wrong(f"Expected a tensor of shape (5, 3) for 5 inputs, found {shape}.")
-    base, product = x @ w.T, x @ a.T @ b.T  # (5, 3)
-    causes = {
-        "That is the frozen layer alone.": base,
-        "That is the adapter alone: add the frozen layer's output.": alpha / 2 * product,
-        "α is missing: the product counts α / r times.": base + product,
-        "Divide α by the rank, which is the number of rows of A.": base + alpha * product,
-        "Divide α by the rank, not by its square root (that is rsLoRA).": base
-        + alpha / 2**0.5 * product,
-        "The product is multiplied by r / α: it is the other way round.": base
-        + 2 / alpha * product,
-    }
-    if torch.allclose(found, base + alpha / 2 * product, atol=1e-5):
-        return right("W and, α / r times, B A.")
-    for cause, output in causes.items():
-        if torch.allclose(found, output, atol=1e-5):
-            return wrong(cause)
-    return wrong("Expected x Wᵀ + (α / r) x Aᵀ Bᵀ, found other numbers.")
+
+LAYER_MISTAKES = {
+    "That is the frozen layer alone.": _scaled(lambda alpha, r: 0),
+    "That is the adapter alone: add the frozen layer's output.": (
+        lambda x, W, A, B, alpha: alpha / len(A) * (x @ A.T @ B.T)
+    ),
+    "α is missing: the product counts α / r times.": _scaled(lambda alpha, r: 1),
+    "α is divided by nothing: divide it by the rank, the number of rows of A.": (
+        _scaled(lambda alpha, r: alpha)
+    ),
+    "Divide α by the rank, not by its square root (that is rsLoRA).": (
+        _scaled(lambda alpha, r: alpha / r**0.5)
+    ),
+    "The product is multiplied by r / α: it is the other way round.": (
+        _scaled(lambda alpha, r: r / alpha)
+    ),
+    "The rank is the number of rows of A, and not always 2.": _scaled(lambda alpha, r: alpha / 2),
+    "The product counts α / r times, which is not always 3.": _scaled(lambda alpha, r: 3),
+    "α / r need not be a whole number: `/`, not `//`.": _scaled(lambda alpha, r: alpha // r),
+    "Divide α by the rank, the number of rows of A; those of B are the outputs.": (
+        lambda x, W, A, B, alpha: _with_scale(alpha / len(B))(x, W, A, B, alpha)
+    ),
+    "Divide α by the rank, the number of rows of A; its columns are the inputs.": (
+        lambda x, W, A, B, alpha: _with_scale(alpha / A.shape[1])(x, W, A, B, alpha)
+    ),
+}
+
+
+# --- Count on paper ------------------------------------------------------------------------------
 
 
 @exercise(4, 2, "LoRA's parameters on two matrices of Llama 3 8B")
 def check_trainable(trainable: Any) -> Verdict:
-    if not isinstance(trainable, Real):
-        return wrong(f"Expected a number, found {type(trainable).__name__}.")
+    found = number(trainable)
     query, value, r, layers = 4096 + 4096, 4096 + 1024, 8, 32
-    if trainable == r * (query + value) * layers:
+    expected = r * (query + value) * layers
+    if found == expected:
         return right("3.4 million of 8 billion: 0.04 %.")
     causes = {
         r * (query + value): "That is one layer: there are 32.",
         (query + value) * layers: "That is r = 1: multiply by r.",
         r * 2 * query * layers: "v_proj has fewer outputs, 1024: keys and values share heads.",
-        r * query * layers: "That is q_proj alone.",
-        r * value * layers: "That is v_proj alone.",
+        r * query * layers: "That is q_proj alone, or A alone: both matrices have an A and a B.",
+        r * value * layers: "That is v_proj alone, or B alone: both matrices have an A and a B.",
         (4096 * 4096 + 4096 * 1024) * layers: "Those are the frozen weights themselves.",
+        expected * 2: "Twice as many: A is r × inputs, and B outputs × r.",
+        expected / 1e6: "That is in millions. Give the number.",
+        expected * 4: "That is bytes, in float32. Give the number of parameters.",
     }
-    fallback = f"Expected r · (inputs + outputs) for both, in 32 layers; found {trainable:,}."
-    return wrong(causes.get(trainable, fallback))
+    if found in causes:
+        return wrong(causes[found])
+    if near(found, expected, tolerance=0.01):
+        return wrong(f"Nearly: give the exact number, not {found:,}.")
+    return wrong(f"Expected r · (inputs + outputs) for both, in 32 layers; found {found:,}.")
+
+
+# --- Will it fit? --------------------------------------------------------------------------------
 
 
 @exercise(4, 3, "what a 13B model keeps in memory in three ways of training")
@@ -71,45 +125,68 @@ def check_memory(gigabytes: Any) -> Verdict:
         "LoRA": adam_bytes(adapter, base, frozen_dtype="bfloat16").total / 1e9,
         "QLoRA": adam_bytes(adapter, base, frozen_dtype="nf4").total / 1e9,
     }
-    if not isinstance(gigabytes, dict) or set(gigabytes) != set(expected):
-        return wrong(f"Expected a dict with the keys {', '.join(expected)}.")
-    hints = {
-        "full": {
-            4 * 13: "that is 4 bytes, the weights in float32: gradients and moments are missing.",
-            2 * 13: "that is the weights alone: gradients and the optimizer are missing.",
-            8 * 13: "that is bfloat16 throughout: mixed precision keeps 12 bytes in float32.",
-        },
-        "LoRA": {
-            16 * 13: "the frozen weights have neither gradients nor moments.",
-            4 * 13: "the base is stored in bfloat16, 2 bytes.",
-        },
-        "QLoRA": {
-            2 * 13: "NF4 is about half a byte per weight.",
-            16 * 13: "the frozen weights have neither gradients nor moments.",
-        },
-    }
-    for name, value in expected.items():
-        found = gigabytes[name]
-        if not isinstance(found, Real):
-            return wrong(f"{name}: expected a number, found {found!r}.")
-        if abs(found / value - 1) > 0.04:
-            size = "bytes, not gigabytes?" if found > 1e6 else "too much."
-            size = size if found > value else "too little."
-            return wrong(f"{name}: {likely_cause(found, hints[name], tolerance=0.06) or size}")
+    for name, found in mapping(gigabytes, expected).items():
+        size, value = number(found, name), expected[name]
+        if not near(size, value, tolerance=0.006):
+            cause = likely_cause(size, value, MEMORY_CAUSES[name], unit="gigabytes")
+            direction = "too much." if size > value else "too little."
+            return wrong(f"{name}: {cause or direction}")
     return right("208, 27 and 7.7 GB: three, one and a small part of an 80 GB card.")
+
+
+FOUR_BITS = (
+    "that is 4 bits per weight alone: NF4 with double quantisation also has a scale of 8 bits per "
+    "64 weights, and one of 32 bits per 256 of these, 4.127 bits in all."
+)
+FROZEN = "the frozen weights have neither gradients nor moments."
+MEMORY_CAUSES = {
+    "full": {
+        4 * 13: "that is 4 bytes, the weights in float32: gradients and moments are missing.",
+        2 * 13: "that is the weights alone: gradients and the optimizer are missing.",
+        8 * 13: "that is bfloat16 throughout: mixed precision keeps 12 bytes in float32.",
+        12 * 13: "that is 12 bytes, the optimizer: weights and gradients are missing.",
+        14 * 13: "that is 14 bytes: weights, gradients and the optimizer have 2 + 2 + 12.",
+        18 * 13: "that is 18 bytes: gradients are in bfloat16, too; 2 + 2 + 12.",
+        20 * 13: "that is 20 bytes: weights and gradients are in bfloat16, 2 + 2 + 12.",
+    },
+    "LoRA": {
+        16 * 13: FROZEN,
+        16 * 13 + 0.96: FROZEN,
+        4 * 13 + 0.96: "the base is stored in bfloat16, 2 bytes.",
+        26: "that is the base alone: the adapter's 60 million have 16 bytes each.",
+        26 + 0.06 * 2: "the adapter has 16 bytes per parameter: gradients and moments, too.",
+        26 + 0.06 * 4: "that is the adapter's weights alone: gradients and moments are missing.",
+        26 + 0.06 * 8: "the adapter has 16 bytes per parameter: the moments are missing.",
+        26 + 0.06 * 12: "the adapter has 16 bytes per parameter: the gradients are missing.",
+        0.96: "that is the adapter alone: the base stays in memory, too.",
+    },
+    "QLoRA": {
+        16 * 13: FROZEN,
+        2 * 13 + 0.96: "NF4 is about half a byte per weight.",
+        26: "NF4 is about half a byte per weight.",
+        13 + 0.96: "that is 8 bits per weight: NF4 is about half a byte.",
+        6.5: f"the adapter's 60 million have 16 bytes each, and {FOUR_BITS}",
+        6.5 + 0.96: FOUR_BITS,
+        7.5: FOUR_BITS,
+        13 * 4.5 / 8 + 0.96: "that is 4.5 bits per weight, NF4 without double quantisation.",
+        6.706: "that is the base alone: the adapter's 60 million have 16 bytes each.",
+        0.96: "that is the adapter alone: the base stays in memory, too.",
+    },
+}
+
+
+# --- The unfair comparison -----------------------------------------------------------------------
 
 
 @exercise(4, 4, "the best learning rate by dev, and its held-out score, for each")
 def check_fair_comparison(fair: Any, full: pandas.DataFrame, lora: pandas.DataFrame) -> Verdict:
-    if not isinstance(fair, dict) or set(fair) != {"full", "LoRA"}:
-        return wrong("Expected a dict with the keys full and LoRA.")
-    for name, runs in (("full", full), ("LoRA", lora)):
-        pair = fair[name]
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            return wrong(f"{name}: expected (learning rate, held-out score), found {pair!r}.")
-        if not all(isinstance(value, Real) for value in pair):
-            return wrong(f"{name}: expected two numbers, found {pair!r}.")
-        if cause := _unfair(*pair, runs):
+    swept = {"full": full, "LoRA": lora}
+    for name, pair in mapping(fair, swept).items():
+        values = sequence(pair, name, "(learning rate, held-out score)")
+        if len(values) != 2:
+            return wrong(f"{name}: expected (learning rate, held-out score), found {shown(pair)}.")
+        rate, score = (number(value, name) for value in values)
+        if cause := _unfair(rate, score, swept[name]):
             return wrong(f"{name}: {cause}")
     return right("Tuned on dev, reported on heldout: the difference is gone.")
 
@@ -117,16 +194,36 @@ def check_fair_comparison(fair: Any, full: pandas.DataFrame, lora: pandas.DataFr
 def _unfair(rate: float, score: float, runs: pandas.DataFrame) -> str:
     """What is wrong with a rate and its score; empty when nothing is."""
     means = runs.groupby("learning_rate")[["dev", "heldout"]].mean()
-    by_rate = means[(means.index / rate - 1).map(abs) < 1e-6] if rate else means[:0]
-    if by_rate.empty:
-        return f"there is no run with a learning rate of {rate}; take one of {list(means.index)}."
-    dev, heldout = by_rate.iloc[0]
+    rates = [known for known in means.index if near(rate, known, tolerance=1e-6)]
+    if not rates:
+        swapped = any(near(score, known, tolerance=1e-6) for known in means.index)
+        if swapped:
+            return "the learning rate comes first, then the score."
+        return f"there is no run with a learning rate of {rate:g}; take one of {list(means.index)}."
+    dev, heldout = means.loc[rates[0]]
     if dev < means.dev.max() - 1e-9:
         if heldout >= means.heldout.max() - 1e-9:
             return "that is the best on heldout. Choose by dev: heldout is only for the final test."
         return f"another learning rate has more than {dev:.3f} on dev."
-    if abs(score - heldout) > 0.006:
-        if abs(score - dev) <= 0.001:
-            return "that score is dev's. Report heldout, by which the rate was not chosen."
-        return f"expected the mean of the seeds on heldout, found {score}."
+    if abs(score - heldout) > SCORE:
+        return _wrong_score(score, dev, heldout, runs[runs.learning_rate == rates[0]])
     return ""
+
+
+SCORE = 0.0006  # a mean that is given to three decimals
+
+
+def _wrong_score(score: float, dev: float, heldout: float, runs: pandas.DataFrame) -> str:
+    """Why a score is not the mean of the seeds on heldout."""
+    if cause := likely_cause(score, heldout, unit="share"):
+        return cause
+    if abs(score - dev) <= SCORE:
+        return "that score is dev's. Report heldout, by which the rate was not chosen."
+    for value, which in ((runs.heldout.max(), "best"), (runs.heldout.min(), "worst")):
+        if abs(score - value) <= SCORE:
+            return f"that is the {which} seed's score. Report the mean of the seeds on heldout."
+    if any(abs(score - value) <= SCORE for value in runs.heldout):
+        return "that is one seed's score. Report the mean of the seeds on heldout."
+    if abs(score - heldout) <= 0.006:
+        return f"give the mean of the seeds on heldout to three decimals; {score:g} is too coarse."
+    return f"expected the mean of the seeds on heldout, found {score:g}."

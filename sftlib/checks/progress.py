@@ -1,50 +1,33 @@
-"""Which exercises are solved: each check records it, and `progress()` shows it."""
+"""Which exercises are solved: each right answer is noted, and `progress()` shows it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftlib import progress_bars
-from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, untouched
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SOLVED = Path(__file__).parents[2] / "work" / "progress.jsonl"
 EXERCISES: dict[tuple[int, int], str] = {}  # (lesson, number) → what the exercise asks for
-Check = Callable[..., Verdict]
 
 
-def exercise(lesson: int, number: int, task: str) -> Callable[[Check], Check]:
-    """A decorator for the check of an exercise: it handles `...`, and records a right answer."""
+def enter(lesson: int, number: int, task: str) -> None:
+    """Make an exercise known."""
+    EXERCISES[lesson, number] = task
 
-    def enter(check: Check) -> Check:
-        EXERCISES[lesson, number] = task
-        check.__doc__ = f"Lesson {lesson}, exercise {number}: {task}."
 
-        @functools.wraps(check)
-        def recording(*args, **options) -> Verdict:
-            if args and untouched(args[0]):
-                return NOT_ATTEMPTED
-            try:
-                verdict = check(*args, **options)
-            except CheckEnds as end:
-                return end.verdict
-            if verdict and progress_bars():  # a person works here, it is not a test
-                with contextlib.suppress(OSError, ValueError):  # the record may fail, not the check
-                    _record(lesson, number)
-            return verdict
-
-        return recording
-
-    return enter
+def note(lesson: int, number: int) -> None:
+    """Record that an exercise is solved; nothing is recorded in tests and stored notebooks."""
+    if progress_bars():  # a person works here
+        with contextlib.suppress(OSError, ValueError):  # the record may fail, not the check
+            _record(lesson, number)
 
 
 def _record(lesson: int, number: int) -> None:

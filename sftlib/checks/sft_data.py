@@ -2,106 +2,205 @@
 
 from __future__ import annotations
 
+import json
+import random
+import re
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import Verdict, likely_cause, result_of, right, wrong
+from sftlib.checks.causes import likely_cause, near
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import compare, reference
+from sftlib.checks.reading import number, sequence, text, unique
+from sftlib.checks.verdict import Verdict, right, wrong
+
+# --- Write a validator ---------------------------------------------------------------------------
+
+QUESTION, ANSWER = "What is the capital of Niger?", "The capital of Niger is Niamey."
+
+
+@reference
+def problems(question: str, answer: str) -> list[str]:
+    asked, given = question.strip().lower(), answer.strip().lower()
+    found = {
+        "empty": not given,
+        "repeats the question": asked == given,
+        "control token": "<|" in question or "<|" in answer,
+    }
+    return [problem for problem, holds in found.items() if holds]
+
+
+def _draw_pair(rng: random.Random, size: int) -> tuple[str, str]:
+    """A question of some words and an answer, sound or with one problem."""
+    words = rng.choices(["which", "capital", "Niger", "2 < 3", "a|b", "it's", "Lomé"], k=size + 1)
+    question = " ".join(words) + "?"
+    answers = [
+        *[" ".join(rng.choices(words, k=size)) + "."] * 3,
+        question.rstrip("?"),
+        rng.choice(words),
+        question[: len(question) // 2] + "!",
+        f"{question} {question}",
+        "x" * len(question),
+        rng.choice(["", " ", "\n\t "]),
+        rng.choice(["", " ", "\n"]) + question.swapcase() + rng.choice(["", "  "]),
+    ]
+    texts = [question, rng.choice(answers)]
+    if rng.random() < 0.3:  # a control token anywhere in either text
+        side, name = rng.randrange(2), rng.choice(["im_end", "eot_id", "end", "x_7", "begin"])
+        at = rng.randint(0, len(texts[side]))
+        texts[side] = f"{texts[side][:at]}<|{name}|>{texts[side][at:]}"
+    return texts[0], texts[1]
+
+
+def _any_problem(found: Any) -> bool:
+    listed = sequence(found, what="a list of problems", ordered=False)
+    return bool([text(problem, "A problem in the list") for problem in listed])
 
 
 @exercise(2, 1, "`function(question, answer) -> list of problems`")
 def check_validator(function: Any) -> Verdict:
-    question, answer = "What is the capital of Niger?", "The capital of Niger is Niamey."
-    cases = [
-        (question, answer, False, "There is nothing wrong with a true, plain pair."),
-        (question, "", True, "An empty answer is a problem."),
-        (question, " \n ", True, "An answer of spaces and line breaks is empty too: `strip()` it."),
-        (question, question, True, "An answer that is the question is a problem."),
-        (
-            question,
-            " what is the CAPITAL of Niger? ",
-            True,
-            "The question repeated in other case, with spaces around, is still the question: "
-            "compare `strip()`ped, `lower()`ed texts.",
-        ),
-        (
-            question,
-            f"You ask: {question} It is Niamey.",
-            False,
-            "An answer may quote the question and go on: ask whether they are equal, not `in`.",
-        ),
-        (question, answer + "<|im_end|>", True, "A control token in the answer is a problem."),
-        ("<|im_start|>" + question, answer, True, "Look for control tokens in the question too."),
-        (
-            question,
-            answer + "<|eot_id|>",
-            True,
-            "`<|eot_id|>` is a control token too, of another model: look for `<|`, not for names.",
-        ),
-        ("Is 2 < 3?", "Yes: 2 < 3, and 3 > 2.", False, "`<` alone is no control token; `<|` is."),
-    ]
-    for *texts, expected, why in cases:
-        found = result_of(function, *texts)
-        if not isinstance(found, list):
-            return wrong(f"Expected a list of problems, found {type(found).__name__}.")
-        if bool(found) is not expected:
-            return wrong(why + (f" You found: {found}" if found else ""))
+    compare(function, problems, PAIR_EDGES, _draw_pair, read=_any_problem)
     return right("It finds what is broken, and leaves what is well.")
+
+
+PAIR_EDGES = [
+    ("There is nothing wrong with a true, plain pair.", (QUESTION, ANSWER)),
+    ("An empty answer is a problem.", (QUESTION, "")),
+    ("An answer of spaces and line breaks is empty too: `strip()` it.", (QUESTION, " \n ")),
+    ("An answer that is the question is a problem.", (QUESTION, QUESTION)),
+    (
+        "The question repeated in other case, with spaces around, is still the question: compare "
+        "`strip()`ped, `lower()`ed texts.",
+        (QUESTION, " what is the CAPITAL of Niger? "),
+    ),
+    (
+        "An answer may quote the question and go on: ask whether they are equal, not `in`.",
+        (QUESTION, f"You ask: {QUESTION} It is Niamey."),
+    ),
+    (
+        "An answer may be a part of the question: ask whether they are equal, not `in`.",
+        ("Is Niamey or Zinder the capital of Niger?", "Niamey"),
+    ),
+    (
+        "An answer may begin as the question does: ask whether they are equal, to the end.",
+        ("Niamey or Zinder: which is the capital of Niger?", "Niamey"),
+    ),
+    (
+        "An answer of the same length, or of the same letters, is another text.",
+        (QUESTION, QUESTION[::-1]),
+    ),
+    ("A control token in the answer is a problem.", (QUESTION, ANSWER + "<|im_end|>")),
+    ("Look for control tokens in the question too.", ("<|im_start|>" + QUESTION, ANSWER)),
+    (
+        "`<|eot_id|>` is a control token too, of another model: look for `<|`, not for names.",
+        (QUESTION, ANSWER + "<|eot_id|>"),
+    ),
+    (
+        "A control token may stand anywhere in a text, not only where it begins or ends.",
+        (QUESTION, "The capital <|end|> is Niamey."),
+    ),
+    ("`<` alone is no control token; `<|` is.", ("Is 2 < 3?", "Yes: 2 < 3, and 3 > 2.")),
+]
+
+
+# --- Read what an LLM writes ---------------------------------------------------------------------
+
+KEYS = (("question", "answer"), ("instruction", "response"))
+
+
+@reference
+def pairs(text: str) -> list[tuple[str, str]]:
+    found = re.search(r"[\[{].*[\]}]", text, re.DOTALL)
+    try:
+        data = json.loads(found[0]) if found else []
+    except ValueError:
+        return []
+    items = data if isinstance(data, list) else [data]
+    return [(item[q], item[a]) for item in items for q, a in KEYS if q in item and a in item]
+
+
+def _draw_completion(rng: random.Random, size: int) -> tuple[str]:
+    """JSON with some pairs and perhaps something else, in a fence or between sentences or bare."""
+    texts = ['Say "hi".', "2 + 2?", "Lomé", "f(x) = {x}", "a, b", "It's 4: [4].", "\\alpha", "1\n2"]
+    items = []
+    for _ in range(size):
+        question, answer = rng.choice(KEYS)
+        item = {question: rng.choice(texts), answer: rng.choice(texts)}
+        if rng.random() < 0.3:  # the keys may come in any order
+            item = dict(reversed(item.items()))
+        items.append(item | ({"id": 7} if rng.random() < 0.2 else {}))
+    if rng.random() < 0.3:
+        items.insert(rng.randint(0, size), {"title": rng.choice(texts), "text": "A list."})
+    data = items[0] if len(items) == 1 and rng.random() < 0.5 else items
+    written = json.dumps(data, indent=rng.choice([None, 2]), ensure_ascii=rng.random() < 0.5)
+    around = [("", ""), ("```json\n", "\n```"), ("```\n", "\n```"), ("Here you are:\n", "\nEnjoy!")]
+    before, after = rng.choice(around)
+    return (f"{before}{written}{after}",)
 
 
 @exercise(2, 2, "`function(text) -> list of (question, answer)`")
 def check_parser(function: Any) -> Verdict:
-    one = '{"question": "2 + 2?", "answer": "4"}'
-    other = '{"instruction": "Say hello.", "response": "Hello."}'
-    pair, other_pair = ("2 + 2?", "4"), ("Say hello.", "Hello.")
-    cases = [
-        (f"[{one}]", [pair], "A list of one pair."),
-        (f"```json\n[{one}]\n```", [pair], "A code fence around the list: look for brackets."),
-        (f"[{other}]", [other_pair], "The keys may be `instruction` and `response`."),
-        (one, [pair], "A single object, not in a list, is a pair too."),
-        (f"[{one}, {other}]", [pair, other_pair], "Both kinds of keys may stand in one list."),
-        (f"Here you are:\n[{one}]\nEnjoy!", [pair], "Sentences before and after the JSON."),
-        ("I would rather not.", [], "No JSON at all: an empty list."),
-        ('[{"question": "2 + 2?", "ans', [], "JSON that was cut off: catch ValueError."),
-    ]
-    for text, expected, why in cases:
-        found = result_of(function, text, context=f"{why} ")
-        if not isinstance(found, list) or [tuple(p) for p in found] != expected:
-            return wrong(f"{why} Expected {expected}, found {found!r}, for {text!r}.")
+    compare(function, pairs, COMPLETION_EDGES, _draw_completion)
     return right("It reads what small models really write. (`parse_pairs` also checks the texts.)")
+
+
+ONE = '{"question": "2 + 2?", "answer": "4"}'
+OTHER = '{"instruction": "Say hello.", "response": "Hello."}'
+COMPLETION_EDGES = [
+    ("A list of one pair.", (f"[{ONE}]",)),
+    ("A code fence around the list: look for brackets.", (f"```json\n[{ONE}]\n```",)),
+    ("The keys may be `instruction` and `response`.", (f"[{OTHER}]",)),
+    ("A single object, not in a list, is a pair too.", (ONE,)),
+    ("Both kinds of keys may stand in one list.", (f"[{ONE}, {OTHER}]",)),
+    ("Sentences before and after the JSON.", (f"Here you are:\n[{ONE}]\nEnjoy!",)),
+    ("No JSON at all: an empty list.", ("I would rather not.",)),
+    ("JSON that was cut off: catch ValueError.", ('[{"question": "2 + 2?", "ans',)),
+    ("The keys may stand in the other order.", ('[{"answer": "4", "question": "2 + 2?"}]',)),
+    (
+        "Quotation marks in a text are escaped: let `json.loads` read them, no pattern.",
+        (r'[{"question": "Say \"hi\".", "answer": "Hi, {you}."}]',),
+    ),
+    ("An object with other keys is no pair.", ('[{"title": "A list", "text": "of things"}]',)),
+    ("A question without its answer is no pair.", ('[{"question": "2 + 2?"}]',)),
+]
+
+
+# --- Find the leaks ------------------------------------------------------------------------------
 
 
 @exercise(2, 3, "which training rows give the test question away")
 def check_leaks(rows: Any) -> Verdict:
-    if not isinstance(rows, set | list | tuple) or not set(rows) <= {1, 2, 3, 4}:
-        return wrong(f"Expected a set of numbers from 1 to 4, such as {{1, 4}}; found {rows!r}.")
-    rows = set(rows)
-    if rows == {1, 3}:
+    found = unique(rows, what="a set of numbers from 1 to 4, such as {1, 4}", among=range(1, 5))
+    if found == {1, 3}:
         return right("A new wording with the same answer, and the question inside a longer text.")
     reasons = {
         2: "Row 2 asks about another country: alike in letters, another fact.",
         4: "Row 4 is about Togo, but gives another fact away. (Splitting by entity prevents that.)",
     }
-    for number in sorted(rows & set(reasons)):
-        return wrong(reasons[number])
+    if extra := sorted(found & set(reasons)):
+        return wrong(reasons[extra[0]])
     missing = {1: "the same answer in other words of the question", 3: "the question inside"}
-    return wrong(f"There is another one: {missing[min({1, 3} - rows)]}.")
+    return wrong(f"There is another one: {missing[min({1, 3} - found)]}.")
+
+
+# --- What would it cost? -------------------------------------------------------------------------
 
 
 @exercise(2, 4, "what 10,000 usable pairs cost")
 def check_cost(cost: Any) -> Verdict:
-    if isinstance(cost, bool) or not isinstance(cost, int | float):
-        return wrong(f"Expected a number, found {cost!r}.")
+    found = number(cost)
     attempts = 10_000 / 0.6
     expected = (0.5 * 400 + 2.0 * 40) * attempts / 1e6
-    if abs(cost - expected) <= 0.01 * expected:
+    if near(found, expected, tolerance=0.01):
         return right(f"About {expected:.2f}: the attempts that fail are paid for too.")
     causes = {
         expected * 0.6: "That pays for 10,000 attempts. Of these only 6,000 would be usable.",
         expected * 0.36: "You multiplied by 0.6; to *get* 10,000 you must divide by it.",
         expected * 1e6: "Prices are per million tokens.",
+        expected * 1e3: "Prices are per million tokens, not per thousand.",
         2.0 * 40 * attempts / 1e6: "The prompt costs too, and here it costs most.",
         0.5 * 400 * attempts / 1e6: "What the model writes costs too.",
         (0.5 * 40 + 2.0 * 400) * attempts / 1e6: "The two prices are the wrong way round.",
+        expected / attempts: "That is the price of one attempt.",
     }
     fallback = "Count the attempts first: how many give 10,000 usable pairs at 60 %?"
-    return wrong(likely_cause(cost, causes, tolerance=0.01) or fallback)
+    return wrong(likely_cause(found, expected, causes, unit="money") or fallback)

@@ -2,108 +2,227 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import random
+import re
+from collections.abc import Callable
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import Verdict, call, result_of, right, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import call, compare, reference
+from sftlib.checks.reading import mapping, text
+from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
 
-METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
+# --- DPO's loss ----------------------------------------------------------------------------------
+
+
+def _margin(
+    chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float
+) -> float:
+    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+
+
+def _minus_log_sigmoid(margin: float) -> float:
+    return max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
+
+
+@reference
+def dpo_loss(
+    chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float
+) -> float:
+    """The loss of one pair, right for any margin; Rafailov et al. 2023, equation 7."""
+    return _minus_log_sigmoid(_margin(chosen, rejected, ref_chosen, ref_rejected, beta))
+
+
+def _draw_logprobs(rng: random.Random, size: int) -> tuple[float, float, float, float, float]:
+    """Log-probabilities of short answers (size 1) to very long ones, and a β below 1."""
+    c, r, ref_c, ref_r = (-round(rng.uniform(0, 10**size), 3) for _ in range(4))
+    return c, r, ref_c, ref_r, round(rng.uniform(0.05, 0.95), 2)
 
 
 @exercise(7, 1, "DPO's loss of one pair from four log-probabilities")
 def check_dpo_loss(function: Any) -> Verdict:
-    found = call(float, result_of(function, -5.0, -9.0, -6.0, -8.5, 0.5))
-    if isinstance(found, Exception):
-        return wrong(f"Expected one number, found: {found}")
-    causes = {
-        0.1269: "That is without the reference: each log-probability counts from the reference's.",
-        0.2014: "β is missing: it multiplies the margin.",
-        1.1369: "The wrong way round: that makes the rejected answer likelier.",
-        0.7500: "That is the margin; the loss is −log σ of it.",
-        0.6792: "That is σ of the margin, the probability of the right order; take −log of it.",
-        -0.3869: "The sign: a loss is −log σ, and never negative.",
-    }
-    if abs(found - 0.3869) > 1e-3:
-        near = [cause for value, cause in causes.items() if abs(found - value) < 1e-3]
-        margin = "β · ((−5 − −6) − (−9 − −8.5)) with β = 0.5, a margin of 0.75"
-        return wrong((near or [f"Expected −log σ of {margin}: 0.3869; found {found:.4f}."])[0])
-    for margin, expected in ((-4999, 4999), (4999, 0)):
-        loss = call(lambda chosen=float(margin): float(function(chosen, 0.0, 0.0, 0.0, 1.0)))
-        if isinstance(loss, Exception) or not abs(loss - expected) < 1:  # `not`, because of NaN
-            shown = f"{type(loss).__name__}: {loss}" if isinstance(loss, Exception) else loss
-            return wrong(
-                f"Right, but for a margin of {margin} expected {expected}, found {shown}. In "
-                "floating point σ is 0 or 1 there, and exp overflows. Use "
-                "torch.nn.functional.logsigmoid."
-            )
+    first = (-5.0, -9.0, -6.0, -8.5, 0.5)
+    hint = "β · ((−5 − −6) − (−9 − −8.5)) with β = 0.5 is a margin of 0.75; the loss is −log σ."
+    compare(
+        _or_with_tensors(function, first),
+        dpo_loss,
+        [(hint, first), ("β is not always 0.5.", (*first[:4], 0.1)), *HUGE],
+        _draw_logprobs,
+        LOSS_MISTAKES,
+        sizes=(1, 2, 3, 4),
+        relative=1e-3,
+        absolute=5e-3,  # four float32 numbers of a size of 10,000
+    )
     return right("The loss of RewardTrainer, with implied rewards.")
+
+
+def _or_with_tensors(function: Any, first: tuple) -> Any:
+    """The function itself, or one that gives it tensors if it works with nothing else."""
+    if not callable(function) or not isinstance(
+        call(function, *first).error, TypeError | AttributeError
+    ):
+        return function
+
+    @functools.wraps(function)
+    def with_tensors(*given: Any) -> Any:
+        import torch
+
+        return function(*(torch.tensor(g) if isinstance(g, list | float) else g for g in given))
+
+    return with_tensors
+
+
+EXTREME = (
+    "Right, but not for such a margin. In floating point σ is 0 or 1 there, and exp overflows. Use "
+    "torch.nn.functional.logsigmoid."
+)
+HUGE = [(EXTREME, (margin, 0.0, 0.0, 0.0, 1.0)) for margin in (-4999.0, 4999.0, -20000.0, 20000.0)]
+
+
+def _of_margin(loss: Callable[[float], float]) -> Callable[..., float]:
+    """A function of the five numbers that depends on the margin alone."""
+    return lambda c, r, ref_c, ref_r, beta: loss(_margin(c, r, ref_c, ref_r, beta))
+
+
+LOSS_MISTAKES = {
+    "That is without the reference: each log-probability counts from the reference's.": (
+        lambda c, r, ref_c, ref_r, beta: _minus_log_sigmoid(beta * (c - r))
+    ),
+    "β is missing: it multiplies the margin.": (
+        lambda c, r, ref_c, ref_r, beta: _minus_log_sigmoid(_margin(c, r, ref_c, ref_r, 1))
+    ),
+    "β multiplies the margin, not 1 − β.": (
+        lambda c, r, ref_c, ref_r, beta: _minus_log_sigmoid(_margin(c, r, ref_c, ref_r, 1 - beta))
+    ),
+    "β multiplies the margin; here it divides it.": (
+        lambda c, r, ref_c, ref_r, beta: _minus_log_sigmoid(_margin(c, r, ref_c, ref_r, 1 / beta))
+    ),
+    "The wrong way round: that makes the rejected answer likelier.": (
+        _of_margin(lambda margin: _minus_log_sigmoid(-margin))
+    ),
+    "That is the margin; the loss is −log σ of it.": _of_margin(lambda margin: margin),
+    "That is σ of the margin, the probability of the right order; take −log of it.": (
+        _of_margin(lambda margin: math.exp(-_minus_log_sigmoid(margin)))
+    ),
+    "The sign: a loss is −log σ, and never negative.": (
+        _of_margin(lambda margin: -_minus_log_sigmoid(margin))
+    ),
+}
+
+
+# --- Advantages of a group -----------------------------------------------------------------------
+
+
+@reference
+def rloo(rewards: list[float], method: str) -> list[float]:
+    """Each reward, less the mean of the others; Ahmadian et al. 2024, section 3."""
+    return [reward - (sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
+
+
+def _grpo(deviation: Callable[[list[float]], float], epsilon: float = 1e-4) -> Callable:
+    @reference
+    def grpo(rewards: list[float], method: str) -> list[float]:
+        """Each reward, less the mean, divided by the deviation; Shao et al. 2024, section 4.1."""
+        mean, spread = fmean(rewards), deviation(rewards) + epsilon
+        return [(reward - mean) / spread for reward in rewards]
+
+    return grpo
+
+
+def _centred(rewards: list[float], method: str) -> list[float]:
+    return [reward - fmean(rewards) for reward in rewards]
+
+
+def _draw_rewards(method: str, rng: random.Random, size: int) -> tuple[list[float], str]:
+    """Rewards of a group of two or more answers, not all equal."""
+    rewards = [rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]) for _ in range(size + 1)]
+    rewards[rng.randrange(size + 1)] += 0.5 if len(set(rewards)) == 1 else 0.0
+    return rewards, method
 
 
 @exercise(7, 2, "what RLOO and GRPO make of one group's rewards")
 def check_advantages(function: Any) -> Verdict:
-    rewards = [1.0, 0.0, 0.0, 0.5]
-    expected = {"RLOO": [0.8333, -0.5, -0.5, 0.1667], "GRPO": [1.3056, -0.7833, -0.7833, 0.2611]}
-    population = [1.5076, -0.9045, -0.9045, 0.3015]  # the standard deviation divided by n
-    centred = [0.625, -0.375, -0.375, 0.125]
-    for method, right_ones in expected.items():
-        returned = result_of(function, list(rewards), method, context=f"{method}: ")
-        found = _floats(returned)
-        if isinstance(found, Exception):
-            return wrong(f"{method}: expected a list of numbers, found {returned!r}.")
-        if _near(found, right_ones) or method == "GRPO" and _near(found, population):
-            continue
-        if _near(found, centred):
-            cause = {
-                "RLOO": "the mean is over the *other* answers, without the answer itself.",
-                "GRPO": "divide by the group's standard deviation, too.",
-            }
-            return wrong(f"{method}: {cause[method]}")
-        shown = [round(value, 3) for value in found]
-        return wrong(f"{method}: for {rewards} expected {right_ones}, found {shown}.")
-    equal = _floats(call(function, [1.0, 1.0, 1.0, 1.0], "GRPO"))
-    if isinstance(equal, Exception) or not _near(equal, [0.0] * 4):
-        shown = type(equal).__name__ if isinstance(equal, Exception) else equal
-        return wrong(
-            f"GRPO, four equal rewards: expected zeros, found {shown}. Their standard deviation is "
-            "0, and nothing can be divided by 0: add a small number to it."
-        )
+    function = _or_with_tensors(function, ([1.0, 0.0], "RLOO"))
+    _compare_advantages(function, "RLOO", rloo)
+    try:
+        _compare_advantages(function, "GRPO", _grpo(stdev))
+    except CheckEnds as end:
+        try:  # the deviation divided by n is as good
+            _compare_advantages(function, "GRPO", _grpo(pstdev))
+        except CheckEnds:
+            raise end from None
     return right("A group of equal rewards teaches nothing: that is why batches must be large.")
 
 
-def _floats(found: Any) -> list[float] | Exception:
-    """The numbers as Python's floats, or the error of a student's function or of this."""
-    return found if isinstance(found, Exception) else call(lambda: [float(x) for x in found])
-
-
-def _near(found: list[float], expected: list[float]) -> bool:
-    return len(found) == len(expected) and all(
-        abs(a - b) < 0.005 for a, b in zip(found, expected, strict=True)
+def _compare_advantages(function: Any, method: str, right_one: Callable) -> None:
+    edges = [
+        (f"{method}: four rewards.", ([1.0, 0.0, 0.0, 0.5], method)),
+        (f"{method}: a group need not have four answers.", ([1.0, 0.0], method)),
+        (
+            f"{method}: equal rewards teach nothing, so expect zeros. Their standard deviation is "
+            "0, and nothing can be divided by 0: add a small number to it.",
+            ([1.0, 1.0, 1.0, 1.0], method),
+        ),
+    ]
+    compare(
+        function,
+        right_one,
+        edges,
+        functools.partial(_draw_rewards, method),
+        ADVANTAGE_MISTAKES[method],
+        relative=5e-3,
+        absolute=5e-3,  # for another small number
     )
+
+
+ADVANTAGE_MISTAKES: dict[str, dict[str, Callable]] = {
+    "RLOO": {
+        "RLOO: the mean is over the *other* answers, without the answer itself.": _centred,
+        "RLOO: that is GRPO's advantage.": _grpo(stdev),
+        "RLOO: divide by n − 1, the number of the others, which is not always 3.": (
+            lambda rewards, method: [r - (sum(rewards) - r) / 3 for r in rewards]
+        ),
+    },
+    "GRPO": {
+        "GRPO: divide by the group's standard deviation, too.": _centred,
+        "GRPO: that is RLOO's advantage.": rloo,
+        "GRPO: divide by the standard deviation, not by its square, the variance.": (
+            _grpo(lambda rewards: stdev(rewards) ** 2)
+        ),
+    },
+}
+
+
+# --- Which method? -------------------------------------------------------------------------------
+
+METHODS = ("SFT on the best samples", "DPO", "GRPO", "best of n")
+CASES = {
+    "frozen": ("best of n", "may the weights change, and what is at hand when it answers?"),
+    "pairs": ("DPO", "what is there to learn from, and could anything judge a new answer?"),
+    "today": (
+        "SFT on the best samples",
+        "which trainer does lesson 6 have, and where could its rows come from by this evening?",
+    ),
+    "further": ("GRPO", "imitation is used up, and what else can be done with a grader?"),
+}
 
 
 @exercise(7, 3, "which method for which task")
 def check_methods(choice: Any) -> Verdict:
-    reasons = {
-        "frozen": ("best of n", "only that leaves the weights as they are."),
-        "pairs": ("DPO", "there are pairs, and nothing that could grade a new answer."),
-        "today": (
-            "SFT on the best samples",
-            "a quarter of its answers is right: keep these and train on them, with the tools that "
-            "are there.",
-        ),
-        "further": (
-            "GRPO",
-            "imitating the best gains no more, answers can be graded, and there is the compute to "
-            "sample from the model as it changes.",
-        ),
-    }
-    if not isinstance(choice, dict) or set(choice) != set(reasons):
-        return wrong(f"Expected a dictionary with the keys {', '.join(reasons)}.")
-    for task, (method, reason) in reasons.items():
-        if choice[task] is ...:
-            return wrong(f"Still open: {task}.")
-        if choice[task] not in METHODS:
-            return wrong(f"{task}: expected one of {', '.join(METHODS)}, found {choice[task]!r}.")
-        if choice[task] != method:
-            return wrong(f"{task}: look again. A hint: {reason}")
+    def plain(name: str) -> str:
+        return re.sub(r"[\s_-]+", " ", name.strip().lower())
+
+    given = {task: text(name, task) for task, name in mapping(choice, CASES).items()}
+    for task, name in given.items():
+        if plain(name) not in map(plain, METHODS):
+            return wrong(f"{task}: expected one of {', '.join(METHODS)}, found {name!r}.")
+    missed = [task for task, (method, _) in CASES.items() if plain(given[task]) != plain(method)]
+    if missed:
+        count = f"{len(CASES) - len(missed)} of {len(CASES)} are right."
+        return wrong(
+            f"{count} Look again at {', '.join(missed)}. {missed[0]}: {CASES[missed[0]][1]}"
+        )
     return right("The data that you have decides before taste does.")

@@ -2,106 +2,123 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import inspect
+import random
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, untouched, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import call, compare, reference
+from sftlib.checks.reading import Unread, described, number, same, shown
+from sftlib.checks.verdict import Verdict, right, wrong
+
+# --- Labels for a completion ---------------------------------------------------------------------
+
+
+@reference
+def completion_labels(prompt: list[int], together: list[int], max_length: int) -> list[int] | None:
+    pairs = zip(prompt, together, strict=False)
+    shorter = min(len(prompt), len(together))
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+    labels = ([-100] * start + together[start:])[:max_length]
+    return labels if any(label != -100 for label in labels) else None
+
+
+def _draw_completion(rng: random.Random, size: int) -> tuple[list[int], list[int], int]:
+    """A prompt, the same with a completion, of few different ids, and a length."""
+    prompt = [rng.randint(0, 9) for _ in range(size)]
+    kept = size - (rng.random() < 0.4) * rng.randint(0, min(size, 2))  # the rest was joined
+    together = prompt[:kept] + [rng.randint(0, 9) for _ in range(rng.randint(1, size + 1))]
+    return prompt, together, rng.randint(1, len(together) + 3)
 
 
 @exercise(6, 1, "labels of a prompt with its completion, cut to a length")
 def check_completion_labels(function: Any) -> Verdict:
-    prompt, together = [5, 6, 7], [5, 6, 7, 8, 9]
-    found = result_of(function, prompt, together, 10)
-    if not isinstance(found, list):
-        return wrong(f"Expected a list of labels, found {type(found).__name__}.")
-    causes = {
-        (8, 9): "Labels stand beside the ids: as many, with −100 for the prompt.",
-        (5, 6, 7, -100, -100): "That learns the prompt: it is the other way round.",
-        (5, 6, 7, 8, 9): "That learns the prompt, too.",
-        (-100, -100, 8, 9, -100): "Do not shift: the trainer compares each position with the next.",
-        (0, 0, 0, 8, 9): "0 is a token: the number that is not counted is −100.",
-    }
-    if found != [-100, -100, -100, 8, 9]:
-        fallback = f"Expected [-100, -100, -100, 8, 9] for {prompt} and {together}, found {found}."
-        return wrong(causes.get(tuple(found), fallback))
-    for why, (prompt, together, max_length, expected) in FURTHER_LABELS.items():
-        found = call(function, list(prompt), list(together), max_length)
-        if found != expected:
-            return wrong(
-                f"{why} For {prompt} and {together}, with max_length={max_length}, expected "
-                f"{expected}, found {found}."
-            )
+    compare(function, completion_labels, LABEL_EDGES, _draw_completion, LABEL_MISTAKES)
     return right("That is what SFTTrainer does before the first step.")
 
 
-# what is tested → prompt, prompt and completion, max_length, the right labels
-FURTHER_LABELS = {
+P, T = [5, 6, 7], [5, 6, 7, 8, 9]
+LABEL_EDGES = [
+    ("−100 where the two begin alike, the ids after that.", (P, T, 10)),
+    (
+        "A tokenizer may join the prompt's last token with the completion's first: learn from "
+        "where the two lists differ.",
+        (P, [5, 6, 11, 9], 10),
+    ),
+    (
+        "A token of the prompt may come again in the answer, and is learned there.",
+        (P, [5, 6, 7, 8, 6, 9], 10),
+    ),
+    (
+        "The completion begins at the first difference: all tokens from there on are learned.",
+        ([5, 6, 7, 8], [5, 9, 7, 8, 1], 10),
+    ),
+    ("The labels are cut, too.", (P, T, 4)),
+    ("If nothing is left to learn, return None.", (P, T, 3)),
+    (
+        "Even below the prompt's length something may be left: look whether any label is not −100.",
+        (P, [5, 11, 12], 3),
+    ),
+    ("0 is a token, too, and may be the only one that is learned.", (P, [5, 6, 7, 0], 10)),
+    ("`together` may end before the prompt does.", ([5, 6, 7, 8], [5, 11], 10)),
+    ("`together` may be the prompt's beginning: nothing is left to learn.", (P, [5, 6], 10)),
+]
+
+
+def _labels(
+    start: Callable[[list[int], list[int]], int] = lambda p, t: len(p),
+    ignored: int = -100,
+    cut: bool = True,
+) -> Callable:
+    """Labels with a mistake: where the completion begins, with what it is hidden, or no cut."""
+    return lambda p, t, n: ([ignored] * start(p, t) + t[start(p, t) :])[: n if cut else None]
+
+
+LABEL_MISTAKES = {
+    "Labels stand beside the ids: as many, with −100 for the prompt.": lambda p, t, n: t[len(p) :],
+    "That learns the prompt, too.": lambda p, t, n: t,
+    "That learns the prompt, and cuts.": lambda p, t, n: t[:n],
+    "That learns the prompt: it is the other way round.": (
+        lambda p, t, n: p + [-100] * (len(t) - len(p))
+    ),
+    "0 is a token: the number that is not counted is −100.": _labels(ignored=0, cut=False),
+    "Do not shift: the trainer compares each position with the next.": (
+        lambda p, t, n: [-100] * (len(p) - 1) + t[len(p) :] + [-100]
+    ),
     "A tokenizer may join the prompt's last token with the completion's first: learn from where "
-    "the two lists differ.": ([5, 6, 7], [5, 6, 11, 9], 10, [-100, -100, 11, 9]),
-    "A token of the prompt may come again in the answer, and is learned there.": (
-        [5, 6, 7],
-        [5, 6, 7, 8, 6, 9],
-        10,
-        [-100, -100, -100, 8, 6, 9],
-    ),
-    "The completion begins at the first difference: all tokens from there on are learned.": (
-        [5, 6, 7, 8],
-        [5, 9, 7, 8, 1],
-        10,
-        [-100, 9, 7, 8, 1],
-    ),
-    "The labels are cut, too.": ([5, 6, 7], [5, 6, 7, 8, 9], 4, [-100, -100, -100, 8]),
-    "If nothing is left to learn, return None.": ([5, 6, 7], [5, 6, 7, 8, 9], 3, None),
+    "the two lists differ.": _labels(cut=False),
 }
 
 
-@exercise(6, 2, "optimizer steps of Alpaca's training, and its warm-up")
+# --- How many steps? -----------------------------------------------------------------------------
+
+
+@exercise(6, 2, "optimizer steps of Alpaca's training, and its warm-up", answers=2)
 def check_training_steps(steps: Any, warmup: Any) -> Verdict:
-    if untouched(warmup):
-        return NOT_ATTEMPTED
-    if not isinstance(steps, Real) or not isinstance(warmup, Real):
-        return wrong(f"Expected two numbers, found {steps!r} and {warmup!r}.")
+    found, warm = number(steps, "steps"), number(warmup, "warmup")
     causes = {
         407: "That is one epoch: there are three.",
         1219: "The last, smaller step of each epoch counts: round up before you multiply.",
+        1218: "The last, smaller step of each epoch counts: round up, not down.",
         3 * 1626: "That is without the accumulation: four batches make a step.",
         3 * 3251: "That is one GPU: eight of them work on each step.",
         3 * 13001: "That is one GPU without accumulation.",
+        156_006: "That is rows: 128 of them make a step.",
     }
-    if steps != 1221:
-        fallback = f"Expected rows / (4 · 8 · 4), rounded up, times 3; found {steps:,}."
-        return wrong(causes.get(steps, fallback))
-    if warmup != 37:
-        rounded = "Transformers rounds the fraction up." if 36 <= warmup < 37 else ""
-        return wrong(rounded or f"3 % of {steps:,}, rounded up, is not {warmup}.")
+    if found != 1221:
+        fallback = f"Expected rows / (4 · 8 · 4), rounded up, times 3; found {found:,}."
+        return wrong(causes.get(found, fallback))
+    if warm != 37:
+        if 36 <= warm < 37:
+            return wrong("Transformers rounds the fraction up.")
+        if warm in (3, 0.03):
+            return wrong("That is the share. How many steps of 1,221 are it?")
+        return wrong(f"3 % of {found:,}, rounded up, is not {warm:g}.")
     return right("1,221 steps of 128 rows, the first 37 of them warm-up.")
 
 
-@exercise(6, 3, "an old tutorial's call, with today's arguments")
-def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
-    if untouched(trainer_arguments):
-        return NOT_ATTEMPTED
-    if not isinstance(config_arguments, dict) or not isinstance(trainer_arguments, dict):
-        return wrong("Expected two dictionaries, for SFTConfig and for SFTTrainer.")
-    if moved := MOVED & set(trainer_arguments):
-        return wrong(f"{', '.join(sorted(moved))}: no longer the trainer's; it moved to SFTConfig.")
-    for name in (*config_arguments, *trainer_arguments):
-        if name in RENAMED:
-            return wrong(f"{name} is now called {RENAMED[name]}.")
-    of_config = {
-        name: value
-        for name, value in config_arguments.items()
-        if name != "output_dir" and (name not in OPTIONAL or OPTIONAL[name] != value)
-    }
-    of_trainer = {n: x for n, x in trainer_arguments.items() if n not in ("model", "args")}
-    if cause := (
-        _difference(of_config, CONFIG, "SFTConfig")
-        or _difference(of_trainer, TRAINER, "SFTTrainer")
-    ):
-        return wrong(cause)
-    return _accepted(config_arguments)
-
+# --- Repair an old tutorial ----------------------------------------------------------------------
 
 MOVED = {"max_length", "packing", "dataset_text_field"}  # from the trainer to its config
 RENAMED = {
@@ -125,9 +142,71 @@ OPTIONAL = {
     "bf16": False,
     "activation_checkpointing": False,
     "gradient_checkpointing": False,
-    "logging_steps": 500,
 }
+NOT_TRAINING = {"output_dir", "report_to", "run_name", "disable_tqdm", "logging_steps"}
 TRAINER = {"train_dataset": "data", "eval_dataset": "eval_data", "processing_class": "tokenizer"}
+WANTED = CONFIG | TRAINER
+OBJECTS = {"model", *TRAINER.values()}
+
+
+@exercise(6, 3, "an old tutorial's call, with today's arguments", answers=2, none_is_open=False)
+def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
+    from trl import SFTConfig, SFTTrainer
+
+    given = {"SFTConfig": config_arguments, "SFTTrainer": trainer_arguments}
+    for whose, arguments in given.items():
+        if not isinstance(arguments, Mapping):
+            raise Unread(
+                "expected two dictionaries, for SFTConfig and for SFTTrainer; found for "
+                f"{whose} {described(arguments)}."
+            )
+    if moved := MOVED & set(trainer_arguments):
+        return wrong(f"{', '.join(sorted(moved))}: no longer the trainer's; it moved to SFTConfig.")
+    for name in (*config_arguments, *trainer_arguments):
+        if name in RENAMED:
+            return wrong(f"{name} is now called {RENAMED[name]}.")
+    of_config = _without_defaults(config_arguments, SFTConfig, NOT_TRAINING)
+    of_trainer = _without_defaults(trainer_arguments, SFTTrainer, ("model", "args"))
+    if cause := (
+        _difference(of_config, CONFIG, "SFTConfig")
+        or _wrong_objects(trainer_arguments, config_arguments)
+        or _difference(of_trainer, TRAINER, "SFTTrainer")
+    ):
+        return wrong(cause)
+    settings: dict[str, Any] = {**config_arguments, "use_cpu": True, "bf16": False}
+    made = call(lambda: SFTConfig(**settings))
+    if made.error:
+        return wrong(f"SFTConfig says {type(made.error).__name__}: {made.error}")
+    return right("TRL takes it.")
+
+
+def _without_defaults(arguments: Mapping, callee: Callable, optional: Collection[str]) -> dict:
+    """The arguments that change something: without TRL's defaults and those that are optional."""
+    defaults = {name: p.default for name, p in inspect.signature(callee).parameters.items()}
+    unchanged = {name: value for name, value in (defaults | OPTIONAL).items() if name not in WANTED}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in optional and (name not in unchanged or value != unchanged[name])
+    }
+
+
+def _wrong_objects(trainer: Mapping, config: Mapping) -> str:
+    """What is wrong with the trainer's model and args; empty if nothing is."""
+    if missing := [name for name in ("model", "args") if name not in trainer]:
+        return (
+            f"SFTTrainer: {', '.join(missing)} is missing. Without `args`, the settings never "
+            "reach the trainer; without `model`, it has nothing to train. Write 'model', and "
+            "'config' for the SFTConfig."
+        )
+    if trainer["model"] != "model":
+        return f"SFTTrainer: model should be 'model', found {shown(trainer['model'])}."
+    args = trainer["args"]
+    named = isinstance(args, str) and (args.isidentifier() or args.startswith("SFTConfig("))
+    made = type(args).__name__ == "SFTConfig" or args == config
+    if args in list(OBJECTS) or not (named or made):
+        return f"SFTTrainer: args should name the SFTConfig, such as 'config'; found {shown(args)}."
+    return ""
 
 
 def _difference(found: dict, expected: dict, whose: str) -> str:
@@ -137,16 +216,10 @@ def _difference(found: dict, expected: dict, whose: str) -> str:
     for name, value in expected.items():
         if name not in found:
             return f"{whose}: {name} is missing."
-        if found[name] != value:
-            return f"{whose}: {name} should be {value!r}, found {found[name]!r}."
+        try:
+            equal = same(found[name], value)
+        except Unread:
+            equal = False
+        if not equal:
+            return f"{whose}: {name} should be {value!r}, found {shown(found[name])}."
     return ""
-
-
-def _accepted(config_arguments: dict) -> Verdict:
-    from trl import SFTConfig
-
-    settings: dict[str, Any] = config_arguments | {"use_cpu": True, "bf16": False}
-    made = call(lambda: SFTConfig(**settings))
-    if isinstance(made, Exception):
-        return wrong(f"SFTConfig says {type(made).__name__}: {made}")
-    return right("TRL takes it.")

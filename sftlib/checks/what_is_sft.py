@@ -2,98 +2,228 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from sftlib.checks.progress import exercise
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, call, result_of, right, wrong
+from sftlib.checks.exercise import exercise
+from sftlib.checks.functions import compare, reference
+from sftlib.checks.reading import described, sequence, whole
+from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+from sftlib.data import read_facts
+from sftlib.data.validation import CONTROL_TOKEN
+
+# --- Write an example ----------------------------------------------------------------------------
+
+ANSWER = "The capital of Kenya is Nairobi."
+WORDS = frozenset(
+    """a about all am an ask asking be called can city could country did do does for from give
+    governed government has have hello hey hi i in is it its kenya kenyan kenyas kindly know let
+    like love me my name need of official on one please question quick remind say seat state tell
+    thank thanks that the there this to today tomorrow town trip was want we what whats where which
+    will with wonder wondering would you your capital identify provide us find out curious quiz
+    help learn""".split()
+)
+"""A question for Kenya's capital alone needs no others. Words that ask for more, or for something
+else, are not among them: not, many, population, old."""
+TOKEN = re.compile(rf"{CONTROL_TOKEN.pattern}|<\|", re.IGNORECASE)
+CONTRADICTS = re.compile(
+    r"\b(capital|kenya|nairobi|words?|json|yaml|list|bullets?|never|not|no|"
+    r"\w*n't|lie|lies|wrong|false|wrongly|falsely|pretend|refuse|rhymes?|poems?|upper|lower|case|"
+    r"only (?:with|by|the)|french|german|spanish|italian|swahili|chinese|arabic|pirate|essay|"
+    r"detail|long|sorry)\b"
+)
 
 
 @exercise(1, 1, "one SFT example about the capital of Kenya, as `messages`")
 def check_example(messages: Any) -> Verdict:
-    if messages == []:
+    if isinstance(messages, Mapping) and "messages" in messages:
+        messages = messages["messages"]  # a row of a dataset
+    if isinstance(messages, list | tuple) and not messages:
         return NOT_ATTEMPTED
-    if (verdict := _wrong_format(messages)) is not None:  # a wrong one is false, too
-        return verdict
-    *_, question, answer = (m["content"] for m in messages)
-    if any("<|" in m["content"] for m in messages):
-        return wrong("No control tokens in the text: the chat template adds them.")
-    if "Kenya" not in question or "capital" not in question.lower():
-        return wrong("The question should ask for the capital of Kenya.")
-    if "Nairobi" in question:
-        return wrong("The question gives the answer away: leave Nairobi to the assistant.")
-    if "Nairobi" not in answer:
-        return wrong("The answer is wrong: a model learns wrong answers as well as right ones.")
-    if answer != "The capital of Kenya is Nairobi.":
-        return wrong(
-            f"True, but not in the style of the data: {answer!r}. The ten examples above answer in "
-            "one full sentence that ends with a full stop; mixed styles teach a mixed style."
-        )
+    rows = sequence(messages, what="a list of dicts, one per message, [{'role': …, 'content': …}]")
+    if cause := _wrong_format(rows):
+        return wrong(cause)
+    *_, question, answer = (message["content"] for message in rows)
+    system = rows[0]["content"] if len(rows) == 3 else ""
+    for part in (system, question, answer):
+        if found := TOKEN.search(part):
+            return wrong(f"No control tokens in the text ({found[0]}): the template adds them.")
+    if cause := _wrong_question(question) or _wrong_answer(answer) or _contradicting(system):
+        return wrong(cause)
     return right("A clean example: two roles, a question, one true answer in the data's style.")
 
 
-def _wrong_format(messages: Any) -> Verdict | None:
-    """What is wrong with the types, keys and roles of an example; None if nothing is."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return wrong(
-            "Expected a list of dicts, one per message; "
-            f"found {type(messages).__name__}. Start with [{{'role': …, 'content': …}}, …]."
-        )
+def _wrong_format(messages: list) -> str:
+    """What is wrong with the types, keys and roles of an example; empty if nothing is."""
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            return (
+                f"Expected a list of dicts, one per message, [{{'role': …, 'content': …}}]; found "
+                f"{described(message)} as message {number}."
+            )
         if set(message) != {"role", "content"}:
-            return wrong(
+            return (
                 f"Message {number} has the keys {sorted(map(str, message))}; "
                 "it needs exactly 'role' and 'content'."
             )
-        if ... in message.values() or None in message.values():
-            return NOT_ATTEMPTED
         if not isinstance(message["content"], str):
-            return wrong(
-                f"Expected text as the content of message {number}, found {message['content']!r}."
-            )
-    roles = [m["role"] for m in messages]
+            found = described(message["content"])
+            return f"Expected text as the content of message {number}, found {found}."
+    roles = [message["role"] for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        return wrong(
+        return (
             "Expected a 'user' message and then an 'assistant' message, at most with a 'system' "
             f"message before them; found {roles}. "
             "The names 'human', 'gpt' or 'instruction' belong to other formats."
         )
-    return None
+    return ""
+
+
+def _wrong_question(question: str) -> str:
+    """Why this does not ask for the capital of Kenya, and for nothing else; empty if it does."""
+    asked = question.lower().replace("’", "'")
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+", asked)
+    known = [word.removesuffix("'s") for word in words]
+    if "nairobi" in asked:
+        return "The question gives the answer away: leave Nairobi to the assistant."
+    if others := sorted(name for name in _countries() if re.search(rf"\b{name}\b", asked)):
+        return f"The question names {others[0]}, too. Ask for Kenya's capital alone."
+    about = {"capital", "governed", "government", "seat"}.intersection(known)
+    if not about or not {"kenya", "kenyan"}.intersection(known):
+        return "The question should ask for the capital of Kenya."
+    if odd := [word for word in known if word not in WORDS]:
+        return f"Expected a plain question for Kenya's capital alone, found the word {odd[0]!r}."
+    if words[0] in {"is", "was", "does", "has", "did"}:
+        return "That asks for yes or no. Ask for the capital's name."
+    requests = {"name", "tell", "give", "say", "identify", "provide", "please", "kindly", "remind"}
+    asks = {"i", "what", "which", "where", *requests}
+    if not asks.intersection(known) and not question.rstrip().endswith("?"):
+        return "That is no question: end it with a question mark, or begin with a word like Name."
+    return ""
+
+
+@functools.cache
+def _countries() -> frozenset[str]:
+    """The other countries of the course's facts, in small letters."""
+    rows = [
+        row for name in ("sft", "heldout", "unknown", "never_asked") for row in read_facts(name)
+    ]
+    of_countries = ("capital", "continent", "currency", "domain")
+    named = {row["entity"] for row in rows if row["relation"] in of_countries}
+    names = {name.removeprefix("the ").lower() for name in named}
+    return frozenset(map(re.escape, names - {"kenya"}))
+
+
+def _wrong_answer(answer: str) -> str:
+    if "nairobi" not in answer.lower():
+        return "The answer is wrong: a model learns wrong answers as well as right ones."
+    if answer != ANSWER:
+        return (
+            f"True, but not in the style of the data: {answer!r}. The ten examples above answer in "
+            "one full sentence that ends with a full stop; mixed styles teach a mixed style."
+        )
+    return ""
+
+
+def _contradicting(system: str) -> str:
+    """Why the system message does not fit the answer; empty if it does."""
+    found = CONTRADICTS.search(system.lower())
+    if not found:
+        return ""
+    return (
+        "The system message says something that the answer does not follow, or that belongs to the "
+        f"answer ({found[0]!r}): a model learns to ignore it. The ten examples have none."
+    )
+
+
+# --- Write the measure ---------------------------------------------------------------------------
+
+PARTS = ["Kenya", "+60", "C++", "Lomé", "(LTR)", "what?", "3.14", "Port-au-Prince", "the", "$5 *"]
+
+
+@reference
+def matches(text: str, stopped: bool, reference: str) -> bool:
+    return stopped and text == reference
+
+
+def _draw_answer(rng: random.Random, size: int) -> tuple[str, bool, str]:
+    """A reference of some words, and an answer that equals it or nearly does."""
+    reference = " ".join(rng.choices(PARTS, k=size + 1)) + "."
+    at = rng.randrange(len(reference))
+    texts = [
+        *[reference] * 6,
+        f" {reference}",
+        f"{reference}\n",
+        reference.replace(" ", "  "),
+        reference.replace(" ", ""),
+        reference.swapcase(),
+        reference[::-1],
+        reference[:at] + "x" + reference[at + 1 :],
+        reference[:-1] + "!",
+        reference[:at],
+        reference + reference,
+        "",
+    ]
+    return rng.choice(texts), rng.random() < 0.8, reference
 
 
 @exercise(1, 2, "`function(text, stopped, reference) -> bool`")
 def check_exact_match(function: Any) -> Verdict:
-    reference = "The capital of Kenya is Nairobi."
-    result_of(function, reference, True, reference)
-    matches = {(reference, True): "An identical answer that stopped must match."}
-    differs = {
-        (reference, False): "An answer that did not stop must not match: in use, it would ramble "
-        "on. Did you forget `stopped`?",
-        ("The capital of Kenya is Mombasa.", True): "A wrong city must not match: compare the "
-        "whole text, not its beginning or length.",
-        (f"{reference} {reference}", True): "The right sentence followed by more must not match: "
-        "`in` asks for content, and exact match asks for equality.",
-        (reference.lower(), True): "Upper and lower case count.",
-        ("Nairobi", True): "A part of the reference must not match: exact match asks for all of "
-        "it, with `==`.",
-        ("", True): "An empty answer must not match, though every text begins with it.",
-        (reference[:-1], True): "The full stop counts: compare the texts as they are.",
-    }
-    for (text, stopped), why in (matches | differs).items():
-        found = call(function, text, stopped, reference)
-        if not isinstance(found, bool):
-            return wrong(f"Expected True or False, found {found!r}.")
-        if found is not ((text, stopped) in matches):
-            return wrong(why)
+    compare(function, matches, EXACT_EDGES, _draw_answer, EXACT_MISTAKES)
     return right("Strict where it should be: the same text, and stopped.")
+
+
+EXACT_EDGES = [
+    ("An identical answer that stopped must match.", (ANSWER, True, ANSWER)),
+    (
+        "An answer that did not stop must not match: in use, it would ramble on. Did you forget "
+        "`stopped`?",
+        (ANSWER, False, ANSWER),
+    ),
+    (
+        "A wrong city must not match: compare the whole text, not its beginning or length.",
+        ("The capital of Kenya is Mombasa.", True, ANSWER),
+    ),
+    (
+        "The right sentence followed by more must not match: `in` asks for content, and exact "
+        "match asks for equality.",
+        (f"{ANSWER} {ANSWER}", True, ANSWER),
+    ),
+    ("Upper and lower case count.", (ANSWER.lower(), True, ANSWER)),
+    (
+        "A part of the reference must not match: exact match asks for all of it, with `==`.",
+        ("Nairobi", True, ANSWER),
+    ),
+    ("An empty answer must not match, though every text begins with it.", ("", True, ANSWER)),
+    ("The full stop counts: compare the texts as they are.", (ANSWER[:-1], True, ANSWER)),
+    ("Spaces count: do not `strip()`.", (f" {ANSWER} ", True, ANSWER)),
+    ("Spaces count, those between words, too.", (ANSWER.replace(" ", "  "), True, ANSWER)),
+    ("The same letters in another order are another text.", (ANSWER[::-1], True, ANSWER)),
+    (
+        "The reference is a text, and no pattern: `re` reads + and . as its own signs.",
+        ("The calling code of Malaysia is +60.", True, "The calling code of Malaysia is +60."),
+    ),
+]
+EXACT_MISTAKES = {
+    "An answer that did not stop must not match. Did you forget `stopped`?": lambda t, s, r: t == r,
+    "The reference is a text, and no pattern: `re` reads + and . as its own signs.": (
+        lambda t, s, r: s and re.fullmatch(r, t) is not None
+    ),
+    "Spaces count: do not `strip()`.": lambda t, s, r: s and t.strip() == r.strip(),
+    "That looks at `stopped` alone.": lambda t, s, r: s,
+}
+
+
+# --- Count what is learned -----------------------------------------------------------------------
 
 
 @exercise(1, 3, "how many tokens of the example the model learns from")
 def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
-    expected = sum(masks)
-    if isinstance(number, bool) or not isinstance(number, int):
-        return wrong(f"Expected a whole number, found {number!r}.")
-    if number == expected:
+    expected, found = sum(masks), whole(number)
+    if found == expected:
         return right(f"{expected} of {len(masks)} tokens: the answer and the token that ends it.")
     likely = {
         len(masks): "That is every token. The question is only read, not learned from.",
@@ -103,16 +233,31 @@ def check_learned_tokens(number: Any, masks: list[int]) -> Verdict:
         "the model never learns to stop.",
         expected + 1: "One too many: the line break after <|im_end|> belongs to the template.",
     }
-    return wrong(likely.get(number, "Count the bold, underlined tokens of the picture above."))
+    return wrong(likely.get(found, "Count the bold, underlined tokens of the picture above."))
+
+
+# --- Which number is the evidence? ---------------------------------------------------------------
+
+SETS = ("heldout", "heldout_wordings", "unknown")
+MEASURES = ("exact_match", "content", "stops")
 
 
 @exercise(1, 4, "which measurement shows that SFT gave the model no knowledge")
 def check_knowledge(claim: Any) -> Verdict:
-    match = re.fullmatch(r"(\w+)\s*/\s*(\w+)", claim.strip()) if isinstance(claim, str) else None
-    if not match:
-        return wrong(f"Expected text such as 'dev / stops' (a set, a measure), found {claim!r}.")
-    name, measure = match.groups()
-    if (name, measure) in {("unknown", "exact_match"), ("unknown", "content")}:
+    parts = re.split(r"[/,|:]| and ", claim) if isinstance(claim, str) else sequence(claim)
+    names = [
+        re.sub(r"[\s_-]+", "_", part.strip().lower()) if isinstance(part, str) else part
+        for part in parts
+    ]
+    if len(names) == 2 and names[0] in MEASURES and names[1] in SETS:
+        names.reverse()
+    if len(names) != 2 or names[0] not in SETS or names[1] not in MEASURES:
+        return wrong(
+            f"Expected a set ({', '.join(SETS)}) and a measure ({', '.join(MEASURES)}), such as "
+            f"'heldout / stops'; found {claim!r}."
+        )
+    name, measure = names
+    if name == "unknown" and measure != "stops":
         return right(
             "What the model had never read it still does not know after SFT, "
             "although it nearly always answers in the right form."

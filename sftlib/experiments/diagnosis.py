@@ -34,6 +34,10 @@ MIN_LOSSES = 8  # with fewer logged losses, a trend cannot be told from noise
 WRONG_GUESS = 12  # nats: in a sound model, a token that is guessed wrong costs less
 
 
+class Sign(str):
+    """A sign that `diagnose` found. It is a text; an exercise can tell it from a reader's own."""
+
+
 class Finding(NamedTuple):
     """A row of `diagnose`; `remedy` becomes its column `try`, which is no name in Python."""
 
@@ -64,7 +68,9 @@ def diagnose(log: Any) -> pandas.DataFrame:
     import pandas
 
     found = list(_findings(log)) or [_HEALTHY]
-    return pandas.DataFrame(found, columns=["sign", "sees", "because", "try"]).set_index("sign")
+    signs = pandas.Index([Sign(each.sign) for each in found], dtype=object, name="sign")
+    columns = ["sees", "because", "try"]
+    return pandas.DataFrame([each[1:] for each in found], columns=columns, index=signs)
 
 
 _HEALTHY = Finding(

@@ -1,0 +1,115 @@
+"""The frame of all checks: an answer gets a verdict, whatever it is and whatever it does.
+
+A check is a function of an answer that returns a `Verdict`; `@exercise` gives it its place in the
+course and all that checks have in common:
+
+- An answer that is still `...` was not attempted; if a part of it is, the verdict names that part.
+- A wrong type is no error but a verdict that says what was expected (see `reading`).
+- `seed`, an argument of every check, or the environment's `SFT_CHECK_SEED`, draws other random
+  inputs for the answers that are functions (see `functions`). Whoever grades sets one that students
+  do not know: `SFT_CHECK_SEED=autumn`.
+- A check that fails by itself says so, and blames nobody.
+
+A check runs beside the answer in one process, so it is no defence against a student who rewrites
+it. To grade, run the answers again, with your own copy of `sftlib` and your own seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from sftlib.checks.functions import SEED
+from sftlib.checks.progress import enter, note
+from sftlib.checks.reading import Unread, open_parts
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
+
+Check = Callable[..., Verdict]
+
+
+def exercise(
+    lesson: int,
+    number: int,
+    task: str,
+    answers: int = 1,
+    none_is_open: bool = True,
+    parts_may_be_open: bool = False,
+) -> Callable[[Check], Check]:
+    """A decorator for the check of an exercise; a right answer is recorded for `progress`.
+
+    Args:
+        lesson, number: its place in the course.
+        task: what it asks for, in a few words.
+        answers: how many of the check's arguments are the student's, from the first on.
+        none_is_open: whether None inside an answer counts as not attempted, as `...` does.
+        parts_may_be_open: whether the check itself judges an answer of which some parts are open.
+    """
+
+    def decorate(check: Check) -> Check:
+        enter(lesson, number, task)
+        check.__doc__ = f"Lesson {lesson}, exercise {number}: {task}."
+        judge = judged(check)
+
+        @functools.wraps(check)
+        def recording(*args, **options) -> Verdict:
+            found = _open(check, args, options, answers, none_is_open, parts_may_be_open)
+            verdict = judge(*args, **options) if found is None else found
+            if verdict:
+                note(lesson, number)
+            return verdict
+
+        return recording
+
+    return decorate
+
+
+def judged(check: Check) -> Check:
+    """The check, with a verdict in place of every error, and with the argument `seed`."""
+
+    @functools.wraps(check)
+    def judge(*args, seed: object = "", **options) -> Verdict:
+        token = SEED.set(str(seed))
+        try:
+            return check(*args, **options)
+        except CheckEnds as end:
+            return end.verdict
+        except Unread as unread:
+            return wrong(str(unread))
+        except Exception as error:
+            return _own_failure(error)
+        finally:
+            SEED.reset(token)
+
+    return judge
+
+
+def _open(
+    check: Check,
+    args: tuple,
+    options: dict,
+    answers: int,
+    none_is_open: bool,
+    parts_may_be_open: bool,
+) -> Verdict | None:
+    """The verdict on an answer that is open, in all its parts or in some; None if it is not."""
+    given = {name: value for name, value in options.items() if name != "seed"}
+    named = inspect.signature(check).bind(*args, **given).arguments
+    of_student = {n: ... if value is None else value for n, value in list(named.items())[:answers]}
+    whole = of_student if answers > 1 else next(iter(of_student.values()))
+    places, filled = open_parts(whole, none_is_open)
+    if not places or (filled and parts_may_be_open):
+        return None
+    return still_open(places) if filled else NOT_ATTEMPTED
+
+
+def _own_failure(error: Exception) -> Verdict:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"in {Path(frame.filename).name}, line {frame.lineno}"
+    return Verdict(
+        None,
+        f"The check itself failed ({type(error).__name__}: {error}, {where}). Your answer was not "
+        "judged, and this is not your mistake: please report it, with your answer.",
+    )

@@ -1,0 +1,321 @@
+"""An exercise that trains: what the student made is judged on held-out questions."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sftlib.checks.exercise import judged
+from sftlib.checks.functions import current_seed
+from sftlib.checks.reading import described, open_parts, sequence, shown
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
+from sftlib.data import decontaminate, read_facts, validate
+from sftlib.data.validation import normalise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+BY_CHANCE = 0.05  # a difference that chance gives more often than this gets a note
+AT_ONCE = 50  # prompts between two looks at the clock
+SHORT = 4  # words: a shorter answer ("Yes.") stands in other rows by chance
+NAMES = ("entity", "value")  # of the course's facts
+
+
+@dataclass(frozen=True, repr=False)
+class Score(Verdict):
+    """What `beats` found.
+
+    Attributes:
+        score, baseline: shares of the held-out prompts, from 0 to 1.
+        prompts: how many there were.
+        chance: how often a model that is exactly as good as the baseline does at least as well as
+            this one (or as badly, below the baseline), from 0 to 1.
+    """
+
+    score: float = 0.0
+    baseline: float = 0.0
+    prompts: int = 0
+    chance: float = 1.0
+
+
+@judged
+def beats(
+    model_or_rows: Any,
+    baseline: float,
+    held_out: Sequence[Row] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    measure: str = "exact_match",
+    steps: int = 30,
+    most_rows: int = 500,
+    most_seconds: float = 60.0,
+    **settings: Any,
+) -> Verdict:
+    """Whether a model, or one that is trained on the student's rows, beats a stated baseline.
+
+    Rows train the model that the dial names (`sftlib.models.load`), with `sftlib.training` and the
+    same number of steps for everybody. `sftlib.evaluate` then asks the held-out questions.
+
+    An exercise of lesson 1, its check, and a right answer:
+
+        @exercise(1, 5, "20 rows that teach the model to answer")
+        def check_rows(rows):
+            return beats(rows, baseline=0.5, most_rows=20)
+
+        check_rows(read_facts("sft")[:20])
+
+    ✓ 85.0 % of 200 held-out prompts (exact match): 35.0 points above the baseline, 50.0 %.
+
+    **Chance.** The prompts are taken for independent draws, and the baseline for exactly known. If
+    a model's true share were the baseline, the number of right answers would follow a binomial
+    distribution. A note is added if a result at least as far on the same side has a probability
+    above 5 %.
+
+    Args:
+        model_or_rows: rows with `messages` (or conversations) to train on; a trainer that has
+            trained; or a model, together with its `tokenizer`.
+        baseline: a share from 0 to 1.
+        held_out: rows with `messages` and, for the measure `content`, `value`; without it, the
+            course's held-out facts.
+        measure: `exact_match`, `content` or `stops`, see `sftlib.evaluate`.
+        steps: optimizer steps of a training on rows.
+        most_rows: more rows are refused.
+        most_seconds: of training and answering; what takes longer is stopped and refused.
+        settings: for `sftlib.training.prepare`: `peft_config`, or arguments of `trl.SFTConfig`.
+
+    Returns:
+        A `Score`; or a plain `Verdict` that says why there is none: nothing was attempted, rows
+        give held-out rows away, there are none or too many, a row is no sound conversation, or
+        time is up. What a model was trained on cannot be seen, but what a trainer was given can.
+
+    Raises:
+        Nothing: a wrong argument is reported as a failure of the check itself.
+    """
+    if not 0 <= baseline <= 1:
+        raise ValueError(f"Expected the baseline as a share from 0 to 1, found {baseline!r}.")
+    tests = read_facts("heldout") if held_out is None else list(held_out)
+    deadline = time.monotonic() + most_seconds
+    model: Any = model_or_rows
+    if hasattr(model, "train_dataset"):  # a trainer
+        _refuse_leaks(_seen_by(model), tests)
+        model, tokenizer = model.model, model.processing_class
+    elif not hasattr(model, "generate"):
+        rows = _rows(model_or_rows, most_rows)
+        _refuse_leaks(rows, tests)
+        model, tokenizer = _trained(rows, steps, deadline, settings)
+    if tokenizer is None:
+        raise ValueError("Expected a model with its tokenizer, found none: add `tokenizer=`.")
+    hits = _hits(model, tokenizer, tests, measure, deadline)
+    return _score(hits, len(tests), baseline, measure)
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def _rows(answer: Any, most: int) -> list[dict]:
+    """The student's rows as new objects, each a sound conversation.
+
+    Raises:
+        CheckEnds: they are open, none, too many, or not sound.
+    """
+    if answer is None:
+        raise CheckEnds(NOT_ATTEMPTED)
+    if isinstance(answer, Mapping) or answer is ...:
+        answer = [answer]
+    given = sequence(answer, what="rows to train on, a trainer or a model")
+    places, filled = open_parts(given)
+    if places:
+        raise CheckEnds(still_open(places) if filled else NOT_ATTEMPTED)
+    if not given:
+        raise CheckEnds(wrong("Expected rows to train on, found none."))
+    if len(given) > most:
+        raise CheckEnds(wrong(f"Expected at most {most:,} rows, found {len(given):,}."))
+    rows = []
+    for number, row in enumerate(given, 1):
+        messages = row.get("messages") if isinstance(row, Mapping) else row
+        if not isinstance(messages, list | tuple):
+            found = described(row)
+            raise CheckEnds(wrong(f"Row {number}: expected a dict with messages, found {found}."))
+        if problems := validate(list(messages)):
+            raise CheckEnds(wrong(f"Row {number}: {problems[0]}"))
+        rows.append({"messages": [dict(message) for message in messages]})
+    return rows
+
+
+def _seen_by(trainer: Any) -> list[dict]:
+    """What a trainer was given, as far as it can be read: its texts, as one answer per row."""
+    dataset = trainer.train_dataset
+    if dataset is None:
+        return []
+    if "messages" in dataset.column_names:
+        return [{"messages": messages} for messages in dataset["messages"]]
+    if "input_ids" not in dataset.column_names:
+        return []
+    decode = trainer.processing_class.decode
+    texts = [decode(ids, skip_special_tokens=True) for ids in dataset["input_ids"]]
+    return [{"messages": [{"role": "assistant", "content": text}]} for text in texts]
+
+
+def _refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
+    """Raise if a row gives a held-out row away, in its question or in what it tells."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many leaks: one is enough here
+        _, leaks = decontaminate(rows, [dict(row) for row in held_out])
+    found = [(leak.row, leak.held_out, leak.reason) for leak in leaks[:1]] or _told(rows, held_out)
+    if found:
+        row, test, reason = found[0]
+        asked = test["messages"][-2]["content"]
+        raise CheckEnds(
+            wrong(
+                f"Row {rows.index(row) + 1} gives a held-out question away ({reason}): "
+                f"{shown(asked, 100)}. Held-out rows are for the test alone: leave this row out."
+            )
+        )
+
+
+def _told(rows: Sequence[dict], held_out: Sequence[Row]) -> list[tuple[dict, Row, str]]:
+    """The first row that tells a held-out answer inside of a longer text, in any wording."""
+    tests = [
+        (test, _spaced(test["messages"][-1]["content"]), *(_name(test, n) for n in NAMES))
+        for test in held_out
+    ]
+    for row in rows:
+        for text in (_spaced(message["content"]) for message in row["messages"]):
+            for test, answer, entity, value in tests:
+                if answer.count(" ") > SHORT and answer in text:
+                    return [(row, test, "its answer, inside")]
+                if entity and value and entity in text and value in text.replace(entity, "  "):
+                    return [(row, test, "its fact, in other words")]
+    return []
+
+
+def _spaced(text: str) -> str:
+    """A text as comparisons see it, between spaces, so that only whole words are found in it."""
+    return f" {normalise(text)} "
+
+
+def _name(row: Row, key: str) -> str:
+    """What a row is about, or its value; empty if it does not say."""
+    name = normalise(str(row.get(key, ""))).removeprefix("the ")
+    return name and f" {name} "
+
+
+# --- Training and asking -------------------------------------------------------------------------
+
+
+def _trained(
+    rows: list[dict], steps: int, deadline: float, settings: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model after `steps` optimizer steps on the rows.
+
+    Raises:
+        CheckEnds: time is up, or the rows cannot be encoded.
+    """
+    from sftlib.models import load
+    from sftlib.training import prepare
+
+    model, tokenizer = load()
+    settings = {"max_steps": steps, "seed": _training_seed()} | settings
+    try:
+        trainer = prepare(model, tokenizer, rows, **settings)
+    except ValueError as error:
+        raise CheckEnds(wrong(f"These rows cannot be trained on: {error}")) from error
+    trainer.add_callback(_stop_at(deadline))
+    trainer.train()
+    done = trainer.state.global_step
+    if done < settings["max_steps"]:
+        said = f"Time is up: {done} of {settings['max_steps']} steps were done."
+        raise CheckEnds(wrong(f"{said} Shorter rows take less time."))
+    return trainer.model, tokenizer
+
+
+def _training_seed() -> int:
+    seed = current_seed()
+    return int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
+
+
+def _stop_at(deadline: float) -> Any:
+    from transformers import TrainerCallback
+
+    class StopAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= time.monotonic() > deadline
+            return control
+
+    return StopAt()
+
+
+def _hits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tests: Sequence[Row],
+    measure: str,
+    deadline: float,
+) -> int:
+    """How many of the held-out prompts are answered as the measure asks.
+
+    Raises:
+        CheckEnds: time is up.
+    """
+    from sftlib import evaluate
+
+    measures = {
+        "exact_match": lambda given, rows: evaluate.exact_match(given, rows, tokenizer),
+        "content": evaluate.content,
+        "stops": lambda given, rows: evaluate.stops(given),
+    }
+    if measure not in measures:
+        raise ValueError(f"Expected a measure ({', '.join(measures)}), found {measure!r}.")
+    hits = 0
+    for start in range(0, len(tests), AT_ONCE):
+        if time.monotonic() > deadline:
+            said = f"Time is up: {start} of {len(tests)} held-out prompts were asked."
+            raise CheckEnds(wrong(said))
+        part = tests[start : start + AT_ONCE]
+        asked, tools = [row["messages"][:-1] for row in part], [row.get("tools") for row in part]
+        given = evaluate.answers(model, tokenizer, asked, tools=tools)
+        hits += round(measures[measure](given, part) * len(part))
+    return hits
+
+
+# --- By how much ---------------------------------------------------------------------------------
+
+
+def chance(hits: int, prompts: int, baseline: float) -> float:
+    """How often a model whose true share is the baseline does at least as well, or as badly.
+
+    The tail of a binomial distribution: from `hits` up where they are more than expected, else
+    from `hits` down.
+    """
+    if baseline in (0, 1):
+        return float(hits == baseline * prompts)
+    tail = range(hits, prompts + 1) if hits > baseline * prompts else range(hits + 1)
+
+    def logarithm(k: int) -> float:
+        ways = math.lgamma(prompts + 1) - math.lgamma(k + 1) - math.lgamma(prompts - k + 1)
+        return ways + k * math.log(baseline) + (prompts - k) * math.log1p(-baseline)
+
+    return min(1.0, math.fsum(math.exp(logarithm(k)) for k in tail))
+
+
+def _score(hits: int, prompts: int, baseline: float, measure: str) -> Score:
+    score, often = hits / prompts, chance(hits, prompts, baseline)
+    points = 100 * (score - baseline)
+    side = "above" if points > 0 else "below"
+    by = f"{abs(points):.1f} points {side}" if points else "no more than"
+    named = measure.replace("_", " ")
+    message = (
+        f"{100 * score:.1f} % of {prompts} held-out prompts ({named}): {by} the baseline, "
+        f"{100 * baseline:.1f} %."
+    )
+    if points and often > BY_CHANCE:
+        message += (
+            " That is within what chance gives: a model exactly as good as the baseline is at "
+            f"least as far {side} it in {100 * often:.0f} % of such tests."
+        )
+    return Score(score > baseline, message, score, baseline, prompts, often)

@@ -1,0 +1,233 @@
+"""Answers to the exercises of lesson 1."""
+
+import re
+from collections import UserDict
+
+from sftlib import checks
+from sftlib.checks.what_is_sft import matches
+
+import numpy as np
+import torch
+
+from tests.attacks import Attacks, Made, raises
+
+# --- Exercise 1 ----------------------------------------------------------------------------------
+
+KENYA = [
+    {"role": "user", "content": "What is the capital of Kenya?"},
+    {"role": "assistant", "content": "The capital of Kenya is Nairobi."},
+]
+
+
+def asked(question):
+    return [{"role": "user", "content": question}, KENYA[1]]
+
+
+def answered(answer):
+    return [KENYA[0], {"role": "assistant", "content": answer}]
+
+
+def system(prompt):
+    return [{"role": "system", "content": prompt}, *KENYA]
+
+
+def roles(*names):
+    return [{"role": r, "content": m["content"]} for r, m in zip(names, KENYA, strict=True)]
+
+
+EXAMPLE = Attacks(
+    checks.check_example,
+    right=[
+        KENYA,
+        tuple(KENYA),
+        {"messages": KENYA},
+        Made(lambda: (message for message in KENYA)),
+        [UserDict(message) for message in KENYA],
+        np.array(KENYA, dtype=object),
+        system("Be brief."),
+        system("You are a helpful assistant. Answer in full sentences."),
+        asked("Name Kenya's Capital city."),
+        asked("what is the capital of kenya"),
+        asked("Which city is Kenya governed from?"),
+        asked("Could you please tell me the capital of Kenya?"),
+        asked("Of Kenya, what is the capital?"),
+        asked("I wonder: what’s Kenya’s capital?"),
+    ],
+    wrong=[
+        (asked("Kenya capital blah"), "the word 'blah'"),
+        (asked("Kenya capital"), "no question"),
+        (asked("What is the capital of Uganda, not Kenya?"), "names uganda, too"),
+        (asked("What is the capital of Rwanda, if that of Kenya is known?"), "names rwanda, too"),
+        (asked("What is the capital of Atlantis, Kenya?"), "found the word 'atlantis'"),
+        (asked("What is not the capital of Kenya?"), "found the word 'not'"),
+        (asked("What is the population of the capital of Kenya?"), "found the word 'population'"),
+        (asked("What is the currency of Kenya?"), "capital of Kenya"),
+        (asked("Is Nairobi the capital of Kenya?"), "gives the answer away"),
+        (asked("What is the capital of Kenya? It is NAIROBI."), "gives the answer away"),
+        (asked("Is it the capital of Kenya?"), "yes or no"),
+        (asked("What is the capital of the country?"), "ask for the capital of Kenya"),
+        (asked(""), "ask for the capital of Kenya"),
+        (asked("[INST] What is the capital of Kenya? [/INST]"), "No control tokens in the text"),
+        (asked("<|im_start|>user\nWhat is the capital of Kenya?"), "(<|im_start|>)"),
+        (answered("The capital of Kenya is Nairobi.</s>"), "(</s>)"),
+        (answered("It is Nairobi.<|im_end|>"), "control tokens"),
+        (system("<|eot_id|>"), "No control tokens"),
+        (system("The capital of Kenya is Mombasa."), "the answer does not follow"),
+        (system("Answer with one word."), "the answer does not follow"),
+        (system("Always answer in French."), "('french')"),
+        (answered("The capital of Kenya is Mombasa."), "The answer is wrong"),
+        (answered("Nairobi"), "not in the style"),
+        (answered("The capital of Kenya is Nairobi. "), "not in the style"),
+        (answered("The capital of Kenya is Nairobi. It has many people."), "not in the style"),
+        (answered(3), "Expected text as the content of message 2, found 3"),
+        (roles("human", "gpt"), "other formats"),
+        (roles("assistant", "user"), "'user' message and then"),
+        ([*KENYA, {"role": "system", "content": "Be brief."}], "'system' message before them"),
+        ([*system("Be brief.")[:1], *system("Be brief.")], "'system' message before them"),
+        (KENYA[:1], "found ['user']"),
+        ([*KENYA, *KENYA], "'user' message and then"),
+        ("Q: … A: …", "Expected a list of dicts, one per message"),
+        (KENYA[0], "Expected a list of dicts"),
+        ([message["content"] for message in KENYA], "as message 1"),
+        ([KENYA], "list"),
+        ([{"from": "human", "value": "Kenya?"}], "needs exactly 'role' and 'content'"),
+        ([KENYA[0] | {"name": "Ann"}, KENYA[1]], "['content', 'name', 'role']"),
+        (lambda: KENYA, "when it is called"),
+    ],
+    untouched=[
+        ...,
+        None,
+        [],
+        answered(...),
+        asked(None),
+        [{"role": ..., "content": ...}],
+        {"messages": ...},
+    ],
+)
+
+# --- Exercise 2 ----------------------------------------------------------------------------------
+
+
+def exact(text, stopped, reference):
+    return stopped and text == reference
+
+
+def with_branches(text, stopped, reference):
+    if not stopped:
+        return False
+    if text == reference:
+        return True
+
+
+def prints(text, stopped, reference):
+    print(stopped and text == reference)
+
+
+EXACT = Attacks(
+    checks.check_exact_match,
+    right=[
+        exact,
+        lambda t, s, r: np.bool_(exact(t, s, r)),
+        lambda t, s, r: int(exact(t, s, r)),
+        lambda t, s, r: torch.tensor(exact(t, s, r)),
+        lambda t, s, r: s and re.fullmatch(re.escape(r), t) is not None,
+        lambda text, stopped, reference: (text, stopped) == (reference, True),
+        lambda *given: exact(*given),
+        lambda t, s, r: not (t != r or not s),
+    ],
+    wrong=[
+        (lambda t, s, r: t == r, "Did you forget `stopped`?"),
+        (lambda t, s, r: s, "looks at `stopped` alone"),
+        (lambda t, s, r: True, "always returns True. An answer that did not stop"),
+        (lambda t, s, r: False, "always returns False. An identical answer"),
+        (lambda t, s, r: s and t.strip() == r.strip(), "do not `strip()`"),
+        (lambda t, s, r: s and t.replace(" ", "") == r.replace(" ", ""), "Spaces count"),
+        (lambda t, s, r: s and t.split() == r.split(), "Spaces count"),
+        (lambda t, s, r: s and sorted(t) == sorted(r), "in another order"),
+        (lambda t, s, r: s and bool(re.fullmatch(r, t)), "a text, and no pattern"),
+        (lambda t, s, r: s and re.fullmatch(r, t), "expected True or False"),
+        (lambda t, s, r: s and r in t, "exact match asks for equality"),
+        (lambda t, s, r: s and t in r, "A part of the reference"),
+        (lambda t, s, r: s and t.lower() == r.lower(), "case"),
+        (lambda t, s, r: s and t[:10] == r[:10], "whole text"),
+        (lambda t, s, r: s and len(t) == len(r), "whole text"),
+        (lambda t, s, r: s and r.startswith(t), "An empty answer"),
+        (lambda t, s, r: s and t.strip(".") == r.strip("."), "full stop"),
+        (lambda t, s, r: s and t == r == "The capital of Kenya is Nairobi.", "pattern"),
+        (
+            lambda t, s, r: s and t == r and r.startswith("The ca"),
+            "Right for the stated inputs, not in general",
+        ),
+        (lambda t, s, r: exact(t, not s, r), "An identical answer that stopped"),
+        (lambda t, s, r: str(exact(t, s, r)), "expected True or False, found the text"),
+        (lambda t, s, r: [exact(t, s, r)], "expected True or False, found list"),
+        (lambda t, s, r: None, "did you forget `return`?"),
+        (with_branches, "Did a branch end without `return`?"),
+        (prints, "write `return` in place of `print`"),
+        (lambda t, s, r: t.equals(r), "your function raised AttributeError"),
+        (lambda t, s, r: raises(SystemExit()), "raised SystemExit"),
+        (lambda t: True, "function of (text, stopped, reference), found one of (t)"),
+        (exact("a", True, "b"), "found False"),
+        (matches, "calls matches of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda text, stopped, reference: ...],
+)
+
+# --- Exercise 3 ----------------------------------------------------------------------------------
+
+MASKS = [0, 0, 0, 0, 1, 1, 1, 0]
+
+LEARNED = Attacks(
+    checks.check_learned_tokens,
+    right=[3, 3.0, np.sum(MASKS), torch.tensor(MASKS).sum(), np.array(3), np.int8(3)],
+    wrong=[
+        (8, "every token"),
+        (5, "only read"),
+        (2, "never learns to stop"),
+        (4, "belongs to the template"),
+        (0, "Count the bold"),
+        (-3, "Count the bold"),
+        (3.5, "whole number"),
+        ("3", "whole number, found the text '3'"),
+        ([3], "whole number, found list"),
+        (np.array(MASKS), "whole number, found ndarray of shape (8,)"),
+        (True, "whole number, found True"),
+        (float("nan"), "NaN"),
+        (sum, "sum(…)"),
+    ],
+    arguments=lambda answer: (answer, MASKS),
+)
+
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+KNOWLEDGE = Attacks(
+    checks.check_knowledge,
+    right=[
+        "unknown / exact_match",
+        "unknown/content",
+        "unknown / exact match",
+        "Unknown / Exact-Match",
+        "exact_match / unknown",
+        "unknown, exact_match",
+        ("unknown", "exact match"),
+        ["unknown", "content"],
+    ],
+    wrong=[
+        ("unknown / stops", "That is format"),
+        ("heldout / exact_match", "pretraining"),
+        ("heldout_wordings / exact_match", "pretraining"),
+        ("heldout / stops", "pretraining"),
+        ("unknown_entities / exact_match", "Expected a set"),
+        ("unknown / exactness", "Expected a set"),
+        ("the unknown set", "such as"),
+        ("unknown", "Expected a set"),
+        ("", "Expected a set"),
+        ("unknown / exact_match / full", "Expected a set"),
+        (("unknown", 0.0), "Expected a set"),
+        (0.0, "Expected a list, found 0.0"),
+        ({"unknown": "exact_match"}, "Expected a list, found dict"),
+    ],
+    untouched=[..., None, (..., ...), ("unknown", ...)],
+)
+
+ATTACKS = [EXAMPLE, EXACT, LEARNED, KNOWLEDGE]

@@ -1,0 +1,262 @@
+"""Answers to the exercises of lesson 2."""
+
+import json
+import re
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
+
+from sftlib import checks
+from sftlib.checks.sft_data import pairs, problems
+from sftlib.teacher import Prices
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tests.attacks import Attacks, Made, raises
+
+# --- Exercise 1 ----------------------------------------------------------------------------------
+
+
+def validate(question, answer, repeats=str.__eq__, tokens=("<|",)):
+    texts = question.strip().lower(), answer.strip().lower()
+    found = ["empty"] if not texts[1] else []
+    found += ["repeats"] if texts[1] and repeats(*texts) else []
+    return found + ["control token"] * any(token in question + answer for token in tokens)
+
+
+def without_return(question, answer):
+    if found := validate(question, answer):
+        return found
+
+
+def one_at_a_time(question, answer):
+    yield from validate(question, answer)
+
+
+def one_text(question, answer):
+    return ", ".join(validate(question, answer))
+
+
+def lists_nothing(question, answer):
+    return [] if not validate(question, answer) else [None]
+
+
+VALIDATOR = Attacks(
+    checks.check_validator,
+    right=[
+        validate,
+        lambda q, a: tuple(validate(q, a)),
+        one_at_a_time,
+        lambda q, a: set(validate(q, a)),
+        lambda q, a: np.array(validate(q, a)),
+        lambda q, a: pd.Series(validate(q, a), dtype=object),
+        lambda q, a: filter(None, ["empty" if not a.strip() else "", *validate(q, a)]),
+    ],
+    wrong=[
+        (lambda q, a: validate(q, a, lambda q, a: a in q), "a part of the question"),
+        (lambda q, a: validate(q, a, lambda q, a: q.startswith(a)), "begin as the question does"),
+        (lambda q, a: validate(q, a, lambda q, a: q in a), "quote the question"),
+        (lambda q, a: validate(q, a, lambda q, a: len(q) == len(a)), "the same length"),
+        (lambda q, a: validate(q, a, lambda q, a: set(q) == set(a)), "of the same letters"),
+        (lambda q, a: validate(q, a, lambda q, a: False), "that is the question"),
+        (lambda q, a: validate(q, a, tokens=("<|im_end|>", "<|im_start|>")), "another model"),
+        (lambda q, a: validate(q, a, tokens=("<|im", "<|e")), "not in general"),
+        (
+            lambda q, a: validate(q, a, tokens=()) + ["x"] * (q + a).startswith("<|"),
+            "token in the answer",
+        ),
+        (
+            lambda q, a: validate(q, a, tokens=()) + ["x"] * any(map("<|".__eq__, (q[:2], a[:2]))),
+            "token in the answer",
+        ),
+        (
+            lambda q, a: validate(q, a, tokens=()) + ["x"] * (a[-2:] == "|>" or q[:2] == "<|"),
+            "may stand anywhere",
+        ),
+        (lambda q, a: validate(q, a, tokens=("<",)), "`<` alone is no control token"),
+        (lambda q, a: validate("", a), "that is the question"),
+        (lambda q, a: [] if a.strip() else ["empty"], "is the question"),
+        (lambda q, a: ["empty"] * (not a), "spaces and line breaks"),
+        (lambda q, a: ["bad"], "always returns ['bad']. There is nothing wrong"),
+        (lambda q, a: [], "always returns []. An empty answer"),
+        (without_return, "expected [], found None. Did a branch end without `return`?"),
+        (lambda q, a: print(validate(q, a)), "write `return` in place of `print`"),
+        (lambda q, a: True, "expected a list of problems, found True"),
+        (lambda q, a: bool(validate(q, a)), "expected a list of problems, found False"),
+        (one_text, "expected a list of problems, found the text ''"),
+        (lists_nothing, "a problem in the list: expected a text, found None"),
+        (lambda q, a: {"problems": validate(q, a)}, "expected a list of problems, found dict"),
+        (lambda q: [], "function of (question, answer), found one of (q)"),
+        (lambda q, a: raises(ValueError("bad")), "your function raised ValueError: bad"),
+        (problems, "calls problems of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda question, answer: ...],
+)
+
+# --- Exercise 2 ----------------------------------------------------------------------------------
+
+BOTH = (("question", "answer"), ("instruction", "response"))
+
+
+def items_of(text):
+    data = json.loads(re.search(r"[\[{].*[\]}]", text, re.DOTALL)[0])
+    return data if isinstance(data, list) else [data]
+
+
+def parse(text, read=lambda item, q, a: (item[q], item[a]), keys=BOTH):
+    try:
+        items = items_of(text)
+    except (ValueError, TypeError):
+        return []
+    return [read(item, q, a) for item in items for q, a in keys if q in item and a in item]
+
+
+def by_pattern(text):
+    quoted = r'"(?:question|instruction)":\s*"(.*?)",\s*"(?:answer|response)":\s*"(.*?)"'
+    return re.findall(quoted, text)
+
+
+def any_values(text):
+    try:
+        return [tuple(item.values())[:2] for item in items_of(text)]
+    except (ValueError, TypeError):
+        return []
+
+
+def with_get(text):
+    try:
+        items = items_of(text)
+    except (ValueError, TypeError):
+        return []
+    return [
+        (i.get("question") or i.get("instruction"), i.get("answer") or i.get("response"))
+        for i in items
+    ]
+
+
+def either_or(text):
+    try:
+        items = items_of(text)
+    except (ValueError, TypeError):
+        return []
+    return [
+        (i["question"], i["answer"]) if "question" in i else (i["instruction"], i["response"])
+        for i in items
+    ]
+
+
+def gives_up(text):
+    if found := parse(text):
+        return found
+
+
+PARSER = Attacks(
+    checks.check_parser,
+    right=[
+        parse,
+        lambda text: tuple(parse(text)),
+        lambda text: parse(text, lambda item, q, a: [item[q], item[a]]),
+        lambda text: (pair for pair in parse(text)),
+        lambda text: deque(parse(text)),
+        lambda text: np.array(parse(text), dtype=object),
+    ],
+    wrong=[
+        (by_pattern, "other order"),
+        (lambda text: by_pattern(text.replace("\\", "")), "other order"),
+        (any_values, "other order"),
+        (with_get, "An object with other keys is no pair. For text="),
+        (either_or, "but your function raised KeyError: 'instruction'"),
+        (lambda text: [("2 + 2?", "4")], "always returns [('2 + 2?', '4')]"),
+        (lambda text: [], "always returns []. A list of one pair"),
+        (lambda text: json.loads(text) and parse(text), "code fence"),
+        (lambda text: parse(text, keys=BOTH[:1]), "instruction"),
+        (lambda text: parse(text)[:1], "Both kinds"),
+        (lambda text: items_of(text) and parse(text), "No JSON at all"),
+        (lambda text: parse(text) if "[" in text else [], "A single object"),
+        (lambda text: parse(text, lambda item, q, a: (item[a], item[q])), "A list of one pair"),
+        (lambda text: parse(text, lambda item, q, a: item), "expected a list, found dict"),
+        (lambda text: parse(text, lambda item, q, a: item[q]), "expected a list, found the text"),
+        (lambda text: parse(text.encode().decode("ascii", "ignore")), "not in general"),
+        (gives_up, "expected [], found None. Did a branch end without `return`?"),
+        (lambda text: [1], "expected a list, found 1"),
+        (lambda text: [None], "expected a list, found None"),
+        (lambda text: dict(parse(text)), "expected a list, found dict"),
+        (lambda text: print(parse(text)), "write `return` in place of `print`"),
+        (lambda text: raises(KeyError("question")), "your function raised KeyError"),
+        (pairs, "calls pairs of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda text: ...],
+)
+
+# --- Exercises 3 and 4 ---------------------------------------------------------------------------
+
+LEAKS = Attacks(
+    checks.check_leaks,
+    right=[
+        {1, 3},
+        [3, 1],
+        (1, 3),
+        frozenset({1, 3}),
+        np.array([1, 3]),
+        {np.int64(1), np.int64(3)},
+        torch.tensor([3, 1]),
+        range(1, 4, 2),
+        Made(lambda: (row for row in (1, 3))),
+    ],
+    wrong=[
+        ({1, 2, 3}, "another country"),
+        ({1, 3, 4}, "another fact"),
+        ({1}, "the question inside"),
+        ({3}, "the same answer"),
+        (set(), "There is another one"),
+        ([1, 3, 3], "3 is given twice"),
+        ({1, 3, 5}, "found 5"),
+        ({0, 2}, "found 0"),
+        (5, "set of numbers from 1 to 4, such as {1, 4}, found 5"),
+        ("1, 3", "found the text '1, 3'"),
+        ({"1", "3"}, "Expected a whole number, found the text"),
+        ([1, True], "found True"),
+        ([1, 3.5], "Expected a whole number, found 3.5"),
+        ([[1, 3]], "Expected a whole number, found list [1, 3]"),
+        ({1: True, 3: True}, "found dict"),
+    ],
+    untouched=[..., None, {...}, [None], [1, ...]],
+)
+
+COST = Attacks(
+    checks.check_cost,
+    right=[
+        4.67,
+        280 / 60,
+        Fraction(14, 3),
+        Decimal("4.67"),
+        np.float32(4.67),
+        torch.tensor(4.6667),
+        Prices(prompt=0.5, completion=2.0).of(400 * 10_000 / 0.6, 40 * 10_000 / 0.6),
+    ],
+    wrong=[
+        (2.8, "6,000 would be usable"),
+        (1.68, "divide"),
+        (28 / 6 * 1e6, "per million"),
+        (28 / 6 * 1e3, "not per thousand"),
+        (4 / 3, "prompt costs too"),
+        (10 / 3, "writes costs"),
+        (13.667, "wrong way round"),
+        (467, "in cents"),
+        (0.00028, "one attempt"),
+        (5, "Count the attempts first"),
+        (0, "Count the attempts first"),
+        (-4.67, "Count the attempts first"),
+        ("4.67", "Expected a number, found the text '4.67'"),
+        ([4.67], "Expected a number, found list"),
+        (np.array([4.67]), "ndarray of shape (1,)"),
+        (float("nan"), "found NaN"),
+        (float("inf"), "found infinity"),
+        (True, "found True"),
+        (lambda: 4.67, "when it is called"),
+    ],
+)
+
+ATTACKS = [VALIDATOR, PARSER, LEAKS, COST]

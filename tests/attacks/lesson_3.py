@@ -1,0 +1,199 @@
+"""Answers to the exercises of lesson 3."""
+
+from functools import cache
+
+from sftlib import checks
+from sftlib.chat import LLAMA3
+from sftlib.models import read_tokenizer
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tests.attacks import Attacks, Made
+
+# --- Exercise 1 ----------------------------------------------------------------------------------
+
+
+def changed(*replacements):
+    """Llama 3's template with something replaced."""
+    text = LLAMA3
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+START, END = "{% generation %}", "{% endgeneration %}"
+BEGIN = "{{ '<|begin_of_text|>' }}"
+LOOP = "{% for message in messages %}"
+IS_ASSISTANT = "message['role'] == 'assistant'"
+DEMANDS = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('No system') }}{% endif %}"
+ADDS = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\n\n"
+    "You are a helpful assistant.<|eot_id|>' }}{% endif %}"
+)
+STEP_BY_STEP = """{{- '<|begin_of_text|>' -}}
+{%- for m in messages -%}
+    {{- '<|start_header_id|>' -}}{{- m.role -}}{{- '<|end_header_id|>\\n\\n' -}}
+    {%- if m.role != 'assistant' -%}
+        {{- m.content.strip() + '<|eot_id|>' -}}
+    {%- else -%}
+        {%- generation -%}{{- m.content.strip() + '<|eot_id|>' -}}{%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+TEMPLATE = Attacks(
+    checks.check_template,
+    right=[
+        LLAMA3,
+        changed((BEGIN, "{{ bos_token }}")),
+        changed((LOOP, "{% for message in messages if true %}")),
+        changed((IS_ASSISTANT, "message.role == 'assistant'")),
+        changed(("message['content'] | trim", "(message['content'] | trim)")),
+        STEP_BY_STEP,
+        np.str_(LLAMA3),
+    ],
+    wrong=[
+        (
+            changed((IS_ASSISTANT, "loop.index0 and loop.index0 % 2 == 0")),
+            "in place of counting",
+        ),
+        (changed((LOOP, "{% for message in messages[:5] %}")), "may have many messages"),
+        (DEMANDS + LLAMA3, "no system message"),
+        (changed((BEGIN, BEGIN + ADDS)), "no system message: add none"),
+        (
+            changed(("message['content'] | trim", "message['content'].split() | join(' ')")),
+            "those inside of it stay",
+        ),
+        (changed((LOOP, "{% for message in messages[-5:] %}")), "many messages"),
+        (changed(("| trim", "| trim | e")), "expected"),
+        (
+            changed(
+                (
+                    "{% else %}{{ message['content'] | trim",
+                    "{% else %}{{ message['content'].strip(' ')",
+                )
+            ),
+            "not in general",
+        ),
+        (changed(("add_generation_prompt", "add_generation_prompt and loop")), "must end with"),
+        (changed((IS_ASSISTANT, "message['content'] | trim in ('Hello.', 'Bye.')")), "Messages of"),
+        (3, "The template: expected a text, found 3"),
+        (["a"], "The template: expected a text"),
+        ("{% for m in messages %}", "Jinja cannot use it"),
+        (changed((BEGIN, "")), "Write <|begin_of_text|> first"),
+        (BEGIN + LLAMA3, "once"),
+        (changed((" | trim", "")), "remove them with `| trim`"),
+        (changed(("_id|>\n\n", "_id|>\n")), "two line breaks"),
+        (changed(("<|eot_id|>'", "<|eot_id|>\n'")), "Nothing stands"),
+        (changed(("add_generation_prompt", "true")), "always written"),
+        (changed(("add_generation_prompt", "false")), "must end with"),
+        (changed(("message['role'] +", "'user' +")), "expected 'system"),
+        (changed((START, ""), (END, "")), "Now mark"),
+        (
+            changed((" + '<|eot_id|>' }}" + END, " }}" + END + "{{ '<|eot_id|>' }}")),
+            "never learn to stop",
+        ),
+        (
+            changed(
+                ("{{ '<|start_header_id|>' + m", START + "{{ '<|start_header_id|>' + m"),
+                ("\n\n' }}{% if m", "\n\n' }}" + END + "{% if m"),
+            ),
+            "header is marked",
+        ),
+        (changed(("== 'assistant'", "!= 'x'")), "of others"),
+        ("", "first"),
+    ],
+)
+
+# --- Exercise 2 ----------------------------------------------------------------------------------
+
+POSITIONS = [[11, 12, 13, 14, 15, 28, 29, 30, 31], [11, 12, 13, 14]]
+
+
+@cache
+def tokenizer():
+    return read_tokenizer("tiny-base")
+
+
+MASK = Attacks(
+    checks.check_mask,
+    right=[
+        POSITIONS,
+        [set(row) for row in POSITIONS],
+        tuple(map(tuple, POSITIONS)),
+        [np.array(row) for row in POSITIONS],
+        [torch.tensor(POSITIONS[0]), range(11, 15)],
+        [list(map(np.int64, row)) for row in POSITIONS],
+        [pd.Series(row) for row in POSITIONS],
+        Made(lambda: (row[::-1] for row in POSITIONS)),
+    ],
+    wrong=[
+        ([1, 2, 3], "Expected two lists"),
+        (POSITIONS[:1], "found 1"),
+        ([1, 2], "Row 1: expected positions from 0 to 32, found 1"),
+        ([[99], []], "Row 1: expected positions from 0 to 32, found 99"),
+        ([[-1], []], "found -1"),
+        ([POSITIONS[0][1:], POSITIONS[1]], "position 11, 'H'"),
+        ([[11, 12, 13, 14, 28, 29, 30], POSITIONS[1]], "never stop"),
+        ([POSITIONS[0][5:], POSITIONS[1]], "last answer alone"),
+        ([[p + 1 for p in POSITIONS[0]], [1]], "one too high"),
+        ([[p - 1 for p in POSITIONS[0]], [1]], "one too low"),
+        ([[10, *POSITIONS[0]], POSITIONS[1]], "position 10"),
+        ([POSITIONS[0], [*POSITIONS[1], 16]], "padding"),
+        ([[11, *POSITIONS[0]], POSITIONS[1]], "Row 1: 11 is given twice"),
+        ([POSITIONS[0], [11, 12, 13, True]], "Row 2: expected a whole number, found True"),
+        ([["11"], POSITIONS[1]], "found the text '11'"),
+        ({0: POSITIONS[0], 1: POSITIONS[1]}, "one for each row of the batch, found dict"),
+        ([list(range(33)), list(range(33))], "position 0"),
+        ([[], []], "position 11, 'H', is missing"),
+        ([[11.5], []], "found 11.5"),
+    ],
+    untouched=[..., None, [..., ...], [POSITIONS[0], ...], [None, POSITIONS[1]]],
+    arguments=lambda positions: (positions, tokenizer()),
+)
+
+# --- Exercise 3 ----------------------------------------------------------------------------------
+
+NAMES = {
+    "A": "labels shifted",
+    "B": "end not learned",
+    "C": "template twice",
+    "D": "padding learned",
+    "E": "question learned",
+}
+
+BUGS = Attacks(
+    checks.check_bugs,
+    right=[
+        NAMES,
+        dict(reversed(NAMES.items())),
+        {letter: name.upper() for letter, name in NAMES.items()},
+        {letter: f" {name} " for letter, name in NAMES.items()},
+        pd.Series(NAMES),
+        {letter: np.str_(name) for letter, name in NAMES.items()},
+    ],
+    wrong=[
+        (["A"], "keys A, B, C, D, E"),
+        ({"A": "labels shifted"}, "Expected the keys A, B, C, D, E, found 'A'"),
+        (NAMES | {"F": "no bug"}, "'F'"),
+        (NAMES | {"C": "typo"}, "found 'typo'"),
+        (NAMES | {"C": 3}, "C: expected a text, found 3"),
+        (NAMES | {"A": "question learned"}, "4 of 5. A: compare"),
+        (NAMES | {"B": "padding learned"}, "last label"),
+        (NAMES | {"C": "end not learned"}, "from its beginning"),
+        (NAMES | {"D": "template twice"}, "the end of the row"),
+        (NAMES | {"E": "labels shifted"}, "where does the first label stand?"),
+        (dict.fromkeys(NAMES, "padding learned"), "1 of 5"),
+        ({name: letter for letter, name in NAMES.items()}, "Expected the keys A, B, C, D, E"),
+        (NAMES | {"C": ["template twice"]}, "C: expected a text, found list"),
+    ],
+    untouched=[..., None, dict.fromkeys(NAMES, ...), NAMES | {"C": ...}, NAMES | {"D": None}],
+)
+
+ATTACKS = [TEMPLATE, MASK, BUGS]

@@ -1,0 +1,245 @@
+"""Answers to the exercises of lesson 4."""
+
+from decimal import Decimal
+from fractions import Fraction
+
+from sftlib import checks
+from sftlib.checks import lora_vs_full
+from sftlib.scale.memory import adam_bytes
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tests.attacks import Attacks
+
+# --- Exercise 1 ----------------------------------------------------------------------------------
+
+
+def adapted(x, W, A, B, alpha):
+    return x @ W.T + alpha / len(A) * (x @ A.T @ B.T)
+
+
+def scaled(factor):
+    return lambda x, W, A, B, alpha: x @ W.T + factor(alpha, len(A)) * (x @ A.T @ B.T)
+
+
+def in_float64(x, W, A, B, alpha):
+    x, W, A, B = (tensor.double() for tensor in (x, W, A, B))
+    return adapted(x, W, A, B, alpha)
+
+
+def in_numpy(x, W, A, B, alpha):
+    x, W, A, B = (tensor.numpy() for tensor in (x, W, A, B))
+    return x @ W.T + alpha / A.shape[0] * x @ (B @ A).T
+
+
+def merges_in_place(x, W, A, B, alpha):
+    W += alpha / len(A) * B @ A
+    return x @ W.T
+
+
+def for_one_shape(x, W, A, B, alpha):
+    assert x.shape == (5, 4)
+    return adapted(x, W, A, B, alpha)
+
+
+def prints(x, W, A, B, alpha):
+    print(adapted(x, W, A, B, alpha))
+
+
+LAYER = Attacks(
+    checks.check_adapted_layer,
+    right=[
+        adapted,
+        in_float64,
+        in_numpy,
+        lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).tolist(),
+        lambda x, W, A, B, alpha: x @ (W + alpha / B.shape[1] * B @ A).T,
+        lambda x, W, A, B, alpha: (
+            torch.nn.functional.linear(x, W) + (alpha / len(A)) * x @ A.T @ B.T
+        ),
+        lambda x, W, A, B, alpha: [row for row in adapted(x, W, A, B, alpha)],
+        lambda x, W, A, B, alpha: torch.nn.Parameter(adapted(x, W, A, B, alpha)),
+    ],
+    wrong=[
+        (scaled(lambda alpha, r: alpha / 2), "not always 2"),
+        (scaled(lambda alpha, r: 3), "not always 3"),
+        (scaled(lambda alpha, r: alpha // r), "`/`, not `//`"),
+        (scaled(lambda alpha, r: 0), "frozen layer alone"),
+        (scaled(lambda alpha, r: 1), "α is missing"),
+        (scaled(lambda alpha, r: alpha), "divide it by the rank"),
+        (scaled(lambda alpha, r: alpha / r**0.5), "rsLoRA"),
+        (scaled(lambda alpha, r: r / alpha), "the other way round"),
+        (scaled(lambda alpha, r: 1 / alpha), "expected [["),
+        (scaled(lambda alpha, r: alpha / (r + 1)), "expected [["),
+        (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha) - x @ W.T, "adapter alone"),
+        (lambda x, W, A, B, alpha: x @ W.T + alpha / len(B) * x @ A.T @ B.T, "are the outputs"),
+        (lambda x, W, A, B, alpha: x @ W, "Mind the transposes"),
+        (lambda x, W, A, B, alpha: x, "shape (5, 3), found shape (5, 4)"),
+        (
+            lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).T,
+            "(5, 3), found shape (3, 5)",
+        ),
+        (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).sum(), "expected a list, found"),
+        (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha) * float("nan"), "found NaN"),
+        (merges_in_place, "changes its argument W in place"),
+        (for_one_shape, "not in general. For x="),
+        (lambda x, W, A, B, alpha: None, "did you forget `return`?"),
+        (prints, "write `return` in place of `print`"),
+        (lambda x, W, A, B: x @ W.T, "function of (x, W, A, B, alpha), found one of (x, W, A, B)"),
+        (lambda x, W, A, B, alpha: A.T @ x, "your function raised RuntimeError"),
+        (lora_vs_full.adapted, "calls adapted of sftlib.checks"),
+        (torch.zeros(5, 3), "function of (x, W, A, B, alpha), found Tensor of shape (5, 3)"),
+    ],
+    untouched=[..., None, lambda x, W, A, B, alpha: ...],
+)
+
+# --- Exercise 2 ----------------------------------------------------------------------------------
+
+TRAINABLE = Attacks(
+    checks.check_trainable,
+    right=[
+        3_407_872,
+        3_407_872.0,
+        torch.tensor(3_407_872),
+        np.int32(3_407_872),
+        Fraction(3_407_872),
+        Decimal(3_407_872),
+        np.array(3_407_872),
+    ],
+    wrong=[
+        (106_496, "one layer"),
+        (425_984, "r = 1"),
+        (4_194_304, "fewer outputs"),
+        (2_097_152, "q_proj alone, or A alone"),
+        (1_310_720, "v_proj alone, or B alone"),
+        (671_088_640, "frozen weights themselves"),
+        (6_815_744, "Twice as many"),
+        (3.407872, "in millions"),
+        (13_631_488, "bytes"),
+        (3_400_000, "give the exact number"),
+        (12, "found 12"),
+        (0, "found 0"),
+        ("3M", "Expected a number, found the text '3M'"),
+        ([3_407_872], "Expected a number, found list"),
+        (float("nan"), "found NaN"),
+        (True, "found True"),
+    ],
+)
+
+# --- Exercise 3 ----------------------------------------------------------------------------------
+
+GIGABYTES = {"full": 208, "LoRA": 26.96, "QLoRA": 7.67}
+GIB = {name: value * 1e9 / 2**30 for name, value in GIGABYTES.items()}
+
+MEMORY = Attacks(
+    checks.check_memory,
+    right=[
+        GIGABYTES,
+        GIGABYTES | {"LoRA": 27, "QLoRA": 7.7},
+        {name: np.float64(value) for name, value in GIGABYTES.items()},
+        {name: torch.tensor(value) for name, value in GIGABYTES.items()},
+        pd.Series(GIGABYTES),
+        {name: Decimal(str(value)) for name, value in GIGABYTES.items()},
+        {
+            "QLoRA": adam_bytes(60_000_000, 13_000_000_000, frozen_dtype="nf4").total / 1e9,
+            "LoRA": Fraction(2696, 100),
+            "full": 16 * 13,
+        },
+    ],
+    wrong=[
+        (GIGABYTES | {"LoRA": 26.0}, "LoRA: that is the base alone"),
+        (GIGABYTES | {"LoRA": 26.24}, "LoRA: that is the adapter's weights alone"),
+        (GIGABYTES | {"LoRA": 26.48}, "the moments are missing"),
+        (GIGABYTES | {"QLoRA": 7.46}, "QLoRA: that is 4 bits per weight alone"),
+        (GIGABYTES | {"QLoRA": 7.5}, "4.127 bits in all"),
+        (GIGABYTES | {"QLoRA": 6.5}, "16 bytes each, and that is 4 bits"),
+        (GIGABYTES | {"QLoRA": 8.27}, "without double quantisation"),
+        (GIB, "full: that is GiB"),
+        (GIGABYTES | {"LoRA": GIB["LoRA"]}, "LoRA: that is GiB"),
+        (GIGABYTES | {"QLoRA": GIB["QLoRA"]}, "QLoRA: that is GiB"),
+        (GIGABYTES | {"LoRA": 26_960}, "LoRA: that is MB"),
+        (GIGABYTES | {"LoRA": 26.96e9 / 2**20}, "LoRA: that is MiB"),
+        (208, "keys full, LoRA, QLoRA, found 208"),
+        ([208, 26.96, 7.67], "keys full, LoRA, QLoRA, found list"),
+        ({"full": 208, "LoRA": 27}, "Expected the keys full, LoRA, QLoRA, found 'full', 'LoRA'"),
+        (GIGABYTES | {"full": 52}, "full: that is 4 bytes"),
+        (GIGABYTES | {"full": 104}, "bfloat16 throughout"),
+        (GIGABYTES | {"LoRA": 208}, "LoRA: the frozen weights"),
+        (GIGABYTES | {"LoRA": 52.96}, "LoRA: the base is stored in bfloat16"),
+        (GIGABYTES | {"LoRA": 0.96}, "LoRA: that is the adapter alone"),
+        (GIGABYTES | {"QLoRA": 26}, "half a byte"),
+        (GIGABYTES | {"QLoRA": 1}, "too little"),
+        (GIGABYTES | {"QLoRA": 300}, "too much"),
+        (GIGABYTES | {"LoRA": 26.96e9}, "that is bytes. Give GB"),
+        (GIGABYTES | {"LoRA": float("nan")}, "LoRA: expected a number, found NaN"),
+        (GIGABYTES | {"full": "208"}, "full: expected a number, found the text '208'"),
+        (GIGABYTES | {"full": True}, "full: expected a number, found True"),
+    ],
+    untouched=[..., None, dict.fromkeys(GIGABYTES, ...), GIGABYTES | {"LoRA": ...}],
+)
+
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+RUNS = pd.DataFrame(
+    {
+        "learning_rate": [1e-4, 1e-4, 1e-3, 1e-3, 1e-3, 1e-2, 1e-2],
+        "dev": [0.5, 0.6, 0.9, 1.0, 0.95, 0.9, 0.9],
+        "heldout": [0.5, 0.5, 0.9, 0.922, 0.909, 0.98, 0.98],
+    }
+)
+MEAN = (0.9 + 0.922 + 0.909) / 3
+FAIR = {"full": (1e-3, MEAN), "LoRA": (1e-3, MEAN)}
+
+
+def full(rate, score):
+    return FAIR | {"full": (rate, score)}
+
+
+COMPARISON = Attacks(
+    checks.check_fair_comparison,
+    right=[
+        FAIR,
+        {name: list(pair) for name, pair in FAIR.items()},
+        {name: np.array(pair) for name, pair in FAIR.items()},
+        {name: (np.float64(rate), torch.tensor(score)) for name, (rate, score) in FAIR.items()},
+        {name: pd.Series(pair) for name, pair in FAIR.items()},
+        full(0.001, 0.910),
+        full(Fraction(1, 1000), Decimal("0.9103")),
+    ],
+    wrong=[
+        (full(1e-3, 0.95), "full: that score is dev's"),
+        (full(1e-3, 0.909), "full: that is one seed's score"),
+        (full(1e-3, 0.9), "full: that is the worst seed's score"),
+        (full(1e-3, 0.922), "full: that is the best seed's score"),
+        (full(1e-3, 0.912), "to three decimals"),
+        (full(1e-3, 0.8), "mean of the seeds"),
+        (full(1e-3, 91.03), "full: that is percent. Give the share"),
+        (full(5, 0.9), "no run with a learning rate of 5"),
+        (full(0, 0.9), "no run with a learning rate of 0"),
+        (full(MEAN, 1e-3), "the learning rate comes first"),
+        (full(1e-4, 0.5), "more than 0.550"),
+        (FAIR | {"LoRA": (1e-2, 0.98)}, "LoRA: that is the best on heldout"),
+        (FAIR | {"full": 1e-3}, "full: expected (learning rate, held-out score), found 0.001"),
+        (
+            FAIR | {"full": (1e-3,)},
+            "held-out score), found (0.001,)",
+        ),
+        (FAIR | {"full": {1e-3, MEAN}}, "a set, which has no order"),
+        (full("1e-3", MEAN), "full: expected a number, found the text"),
+        (full(1e-3, float("nan")), "found NaN"),
+        ({"full": FAIR["full"]}, "Expected the keys full, LoRA"),
+        ([FAIR["full"], FAIR["LoRA"]], "the keys full, LoRA, found list"),
+    ],
+    untouched=[
+        ...,
+        None,
+        dict.fromkeys(FAIR, (..., ...)),
+        FAIR | {"LoRA": (1e-3, ...)},
+        FAIR | {"LoRA": ...},
+    ],
+    arguments=lambda fair: (fair, RUNS, RUNS),
+)
+
+ATTACKS = [LAYER, TRAINABLE, MEMORY, COMPARISON]

@@ -1,0 +1,256 @@
+"""Answers to the exercises of lesson 9."""
+
+import ast
+import json
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+from sftlib import checks
+from sftlib.checks import llama3
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tests.attacks import Attacks
+
+# --- Exercise 1 ----------------------------------------------------------------------------------
+
+
+def hours(parameters, tokens, peak, utilisation, method):
+    operations = {"full": 6, "lora": 4}[method] * parameters * tokens
+    return operations / (peak * 1e12 * utilisation) / 3600
+
+
+def times(factor):
+    return lambda n, d, peak, used, method: factor * hours(n, d, peak, used, method)
+
+
+def full_without_return(parameters, tokens, peak, utilisation, method):
+    if method == "full":
+        return hours(parameters, tokens, peak, utilisation, method)
+
+
+HOURS = Attacks(
+    checks.check_gpu_hours,
+    right=[
+        hours,
+        lambda *given: torch.tensor(hours(*given), dtype=torch.float64),
+        lambda *given: np.float32(hours(*given)),
+        lambda *given: Decimal(hours(*given)),
+        lambda *given: Fraction(hours(*given)),
+        lambda n, d, peak, used, method: (
+            (6 - 2 * (method == "lora")) * n / peak / 1e12 * d / used / 60 / 60
+        ),
+    ],
+    wrong=[
+        (times(math.nan), "found NaN"),
+        (times(math.inf), "found infinity"),
+        (times(3600), "seconds"),
+        (times(60), "minutes"),
+        (times(1 / 24), "days"),
+        (times(1e12), "TFLOP/s"),
+        (lambda *a: a[3] * hours(*a), "No GPU reaches"),
+        (lambda *a: a[3] ** 2 * hours(*a), "used less needs longer"),
+        (lambda *a: hours(*a[:4], "full"), "4 · N · D for LoRA"),
+        (lambda *a: hours(*a[:4], "lora"), "full finetuning has 6 · N · D"),
+        (lambda *a: hours(*a[:4], "lora" if a[4] == "full" else "full"), "the other way round"),
+        (lambda *a: hours(*a) / 3, "Operations divided by operations per second"),
+        (
+            lambda n, d, peak, used, method: 2 * n * d / (peak * 1e12 * used) / 3600,
+            "forward pass alone",
+        ),
+        (lambda *a: hours(*a) + 1, "expected 0.8"),
+        (lambda *a: round(hours(*a)), "expected 0.8"),
+        (lambda *a: hours(8e9, *a[1:]), "not in general"),
+        (lambda *a: "two", "expected a number, found the text 'two'"),
+        (lambda *a: [hours(*a)], "expected a number, found list"),
+        (lambda *a: print(hours(*a)), "in place of `print`"),
+        (lambda *a: None, "did you forget `return`?"),
+        (full_without_return, "Did a branch end without `return`?"),
+        (lambda n, d: 1, "found one of (n, d)"),
+        (lambda *a: {"full": 6}[a[4]] * hours(*a) / 6, "raised KeyError: 'lora'"),
+        (llama3.gpu_hours, "calls gpu_hours of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda *given: ...],
+)
+
+# --- Exercise 2 ----------------------------------------------------------------------------------
+
+
+def schedule(conversations, batch, gpus, rows):
+    if batch % (gpus * rows):
+        raise ValueError("not exactly")
+    return batch // (gpus * rows), -(-conversations // batch)
+
+
+class TooMany(ValueError):
+    """An error of a student's own."""
+
+
+def with_own_error(conversations, batch, gpus, rows):
+    if batch % (gpus * rows):
+        raise TooMany(batch)
+    return [batch // (gpus * rows), math.ceil(conversations / batch)]
+
+
+def returns_error(conversations, batch, gpus, rows):
+    try:
+        return schedule(conversations, batch, gpus, rows)
+    except ValueError as error:
+        return error
+
+
+def asserts(conversations, batch, gpus, rows):
+    assert batch % (gpus * rows) == 0
+    return schedule(conversations, batch, gpus, rows)
+
+
+def prints_error(conversations, batch, gpus, rows):
+    try:
+        return schedule(conversations, batch, gpus, rows)
+    except ValueError as error:
+        print(error)
+
+
+SCHEDULE = Attacks(
+    checks.check_schedule,
+    right=[
+        schedule,
+        with_own_error,
+        lambda *given: np.array(schedule(*given)),
+        lambda *given: torch.tensor(schedule(*given)),
+        lambda *given: pd.Series(schedule(*given)),
+        lambda *given: (n for n in schedule(*given)),
+        lambda c, b, g, r: (np.int64(schedule(c, b, g, r)[0]), int(np.ceil(c / b))),
+    ],
+    wrong=[
+        (lambda c, b, g, r: (schedule(c, b, g, r)[0], round(c / b)), "not to the nearest"),
+        (
+            lambda c, b, g, r: (b / (g * r) if schedule(c, b, g, r) else 0, math.ceil(c / b)),
+            "expected accumulation as an int, found 8.0",
+        ),
+        (
+            lambda c, b, g, r: (schedule(c, b, g, r)[0], np.ceil(c / b)),
+            "expected steps as an int, found 16.0",
+        ),
+        (returns_error, "as a returned value: `raise` it"),
+        (asserts, "expected a ValueError, but your function raised AssertionError"),
+        (prints_error, "expected a ValueError, found None. (It printed 'not exactly'.)"),
+        (lambda c, b, g, r: (b // r, -(-c // b)), "divide by the GPUs"),
+        (lambda c, b, g, r: (schedule(c, b, g, r)[0], c // b), "round up"),
+        (lambda c, b, g, r: (schedule(c, b, g, r)[0], c // b + 1), "even if the one before it"),
+        (lambda c, b, g, r: (max(1, b // r // g), -(-c // b)), "cannot see exactly 64"),
+        (lambda c, b, g, r: schedule(c, max(b, g * r), g, r), "see more than 8"),
+        (lambda *_: 3, "expected (accumulation, steps), found 3"),
+        (lambda *_: (8, 16, 1), "expected (accumulation, steps), found (8, 16, 1)"),
+        (lambda *_: (8, 16), "always returns (8, 16)"),
+        (lambda *given: schedule(*given)[::-1], "expected (8, 16), found (16, 8)"),
+        (lambda *given: set(schedule(*given)), "a set, which has no order"),
+        (lambda *given: str(schedule(*given)), "found the text '(8, 16)'"),
+        (lambda *_: None, "did you forget `return`?"),
+        (lambda c, b, g: (1, 1), "found one of (c, b, g)"),
+        (llama3.schedule, "calls schedule of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda *_: (..., ...), lambda *_: (8, ...)],
+)
+
+# --- Exercise 3 ----------------------------------------------------------------------------------
+
+KEYS = ("subject", "relation", "answer")
+
+
+def score(text, value, read=json.loads, keys=KEYS, is_text=all, contains=None, case=str.lower):
+    try:
+        found = read(text)
+    except Exception:
+        found = None
+    form = isinstance(found, dict) and tuple(found) == keys
+    form = form and is_text(isinstance(field, str) for field in found.values())
+    contains = contains or (lambda value, said: value in said)
+    inside = contains(value.lower(), str(found["answer"]).lower()) if form else False
+    return form, inside if form else case(value) in case(text)
+
+
+def answer_alone(text, value):
+    """Of the three fields only `answer` is looked at."""
+    try:
+        found = json.loads(text)
+        form = tuple(found) == KEYS and isinstance(found["answer"], str)
+    except (ValueError, TypeError):
+        form = False
+    return form, value.lower() in (found["answer"] if form else text).lower()
+
+
+def any_order(text, value):
+    form, content = score(text, value)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return form, content
+    return isinstance(found, dict) and set(found) == set(KEYS), content
+
+
+def with_search(text, value):
+    start = text.find("{")
+    return score(text[start : text.rfind("}") + 1] if start >= 0 else text, value)
+
+
+def no_content_without_form(text, value):
+    form, content = score(text, value)
+    return form, form and content
+
+
+def prints(text, value):
+    print(score(text, value))
+
+
+FORM = Attacks(
+    checks.check_form_and_content,
+    right=[
+        score,
+        lambda t, v: list(score(t, v)),
+        lambda t, v: np.array(score(t, v)),
+        lambda t, v: torch.tensor(score(t, v)),
+        lambda t, v: tuple(map(int, score(t, v))),
+        lambda t, v: score(t, v, case=str.casefold),
+    ],
+    wrong=[
+        (answer_alone, "All fields must be text: the subject is null"),
+        (lambda t, v: score(t, v, case=str), "the value in small letters"),
+        (lambda t, v: score(t, v, contains=str.__eq__), "look with `in`"),
+        (lambda t, v: score(t, v, contains=lambda v, said: said.startswith(v)), "with `in`"),
+        (lambda t, v: score(t, v, contains=lambda v, said: said.endswith(v)), "with `in`"),
+        (lambda t, v: score(t, v, read=ast.literal_eval), "ingle quotation marks are Python"),
+        (lambda t, v: score(t, v, read=eval), "ingle quotation marks are Python"),
+        (lambda t, v: score(t, v, is_text=any), "must be text"),
+        (lambda t, v: ("{" in t, v in t), "another field"),
+        (lambda t, v: (score(t, v)[0], v.lower() in t.lower()), "another field"),
+        (any_order, "in another order"),
+        (with_search, "Text before the object"),
+        (no_content_without_form, "No form, the right value"),
+        (
+            lambda t, v: (score(t, v)[0] or t[0:1] == "S", score(t, v)[1]),
+            "Text before the object",
+        ),
+        (lambda t, v: (score(t, v)[0] or t.startswith("["), score(t, v)[1]), "A list with the"),
+        (lambda t, v: score(t, v)[::-1], "expected (True, False), found (False, True)"),
+        (lambda t, v: (True, True), "always returns (True, True)"),
+        (lambda t, v: True, "expected a list, found True"),
+        (lambda t, v: (*score(t, v), 1), "expected (True, True), found (True, True, 1)"),
+        (lambda t, v: tuple(map(str, score(t, v))), "True or False, found the text 'True'"),
+        (lambda t, v: 1 / 0, "your function raised ZeroDivisionError"),
+        (
+            lambda t, v: (list(json.loads(t)) == list(KEYS), score(t, v)[1]),
+            "raised JSONDecodeError",
+        ),
+        (lambda t, v: None, "did you forget `return`?"),
+        (prints, "in place of `print`"),
+        (lambda t: (True, True), "found one of (t)"),
+        (llama3.form_and_content, "calls form_and_content of sftlib.checks"),
+    ],
+    untouched=[..., None, lambda *_: (..., ...), lambda *_: (True, ...)],
+)
+
+ATTACKS = [HOURS, SCHEDULE, FORM]

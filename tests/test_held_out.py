@@ -1,0 +1,259 @@
+"""`beats`: what rows or models score on held-out questions, and what is refused before that."""
+
+import random
+import re
+import textwrap
+from types import SimpleNamespace
+
+from sftlib import checks
+from sftlib.checks import exercise, held_out
+from sftlib.checks.held_out import Score, beats, chance
+from sftlib.checks.verdict import NOT_ATTEMPTED
+from sftlib.data import read_facts
+from sftlib.models import load
+from sftlib.training import tune
+
+import pytest
+from datasets import Dataset
+
+HELD_OUT = read_facts("heldout")
+SFT = read_facts("sft")
+RWANDA = HELD_OUT[0]
+
+
+def row(question, answer):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+# --- Chance --------------------------------------------------------------------------------------
+
+
+def test_chance_is_the_tail_of_a_binomial_distribution():
+    assert chance(8, 10, 0.5) == pytest.approx((45 + 10 + 1) / 1024)  # 8, 9 or 10 heads
+    assert chance(2, 10, 0.5) == pytest.approx((45 + 10 + 1) / 1024)
+    assert chance(5, 10, 0.5) == pytest.approx(638 / 1024)  # as expected: 0 to 5
+    assert chance(1, 4, 0.1) == pytest.approx(1 - 0.9**4)
+
+
+def test_chance_is_what_many_tests_give():
+    rng = random.Random(0)
+    drawn = [sum(rng.random() < 0.9 for _ in range(200)) for _ in range(2000)]
+    for hits in (185, 189, 172):
+        as_far = [n >= hits if hits > 180 else n <= hits for n in drawn]
+        assert chance(hits, 200, 0.9) == pytest.approx(sum(as_far) / 2000, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("hits", "baseline", "often"), [(0, 0.0, 1), (1, 0.0, 0), (200, 1.0, 1), (199, 1.0, 0)]
+)
+def test_a_baseline_of_none_or_all_leaves_nothing_to_chance(hits, baseline, often):
+    assert chance(hits, 200, baseline) == often
+
+
+def test_chance_copes_with_many_prompts():
+    assert 0.4 < chance(90_100, 100_000, 0.9009) < 0.6
+
+
+# --- What the verdict says -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hits", "baseline", "passed", "words"),
+    [
+        (190, 0.5, True, "95.0 % of 200 held-out prompts (exact match): 45.0 points above the bas"),
+        (20, 0.5, False, "10.0 % of 200 held-out prompts (exact match): 40.0 points below the bas"),
+        (100, 0.5, False, "no more than the baseline, 50.0 %."),
+        (105, 0.5, True, "within what chance gives: a model exactly as good as the baseline is at"),
+        (105, 0.5, True, "at least as far above it in 26 % of such tests."),
+        (97, 0.5, False, "at least as far below it in 36 % of such tests."),
+    ],
+)
+def test_the_verdict_says_by_how_much_and_what_chance_gives(hits, baseline, passed, words):
+    verdict = held_out._score(hits, 200, baseline, "exact_match")
+    assert verdict.passed is passed and words in verdict.message
+    assert repr(verdict).startswith("✓ " if passed else "✗ ")
+    assert (verdict.score, verdict.baseline, verdict.prompts) == (hits / 200, baseline, 200)
+
+
+def test_a_clear_difference_has_no_note():
+    assert "chance" not in held_out._score(190, 200, 0.5, "exact_match").message
+
+
+# --- Rows that are refused -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """A training or an answer would be a mistake here."""
+
+    def refuse(*_):
+        raise AssertionError("Expected a refusal before any training.")
+
+    monkeypatch.setattr(held_out, "_trained", refuse)
+    monkeypatch.setattr(held_out, "_hits", refuse)
+
+
+@pytest.mark.parametrize("answer", [..., None, [...], [{"messages": ...}], {"messages": ...}])
+def test_open_rows_are_no_attempt(no_training, answer):
+    assert beats(answer, 0.5) is NOT_ATTEMPTED
+
+
+def test_a_row_that_is_open_is_named(no_training):
+    verdict = beats([SFT[0], row("Hello?", ...)], 0.5)
+    assert verdict.passed is None
+    assert "item 2, messages, item 2, content" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "Expected rows to train on, found none."),
+        (SFT[:501], "Expected at most 500 rows, found 501."),
+        ("rows", "Expected rows to train on, a trainer or a model, found the text 'rows'"),
+        (3, "Expected rows to train on, a trainer or a model, found 3"),
+        ([3], "Row 1: expected a dict with messages, found 3"),
+        ([{"text": "Hello."}], "Row 1: expected a dict with messages, found dict"),
+        ([SFT[0], row("Hello?", "")], "Row 2: "),
+        ([SFT[0], {"messages": SFT[0]["messages"][::-1]}], "Row 2: "),
+        ([SFT[0], row("Hello?", "Hi.<|im_end|>")], "Row 2: "),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(no_training, rows, words):
+    verdict = beats(rows, 0.5)
+    assert verdict.passed is False and words in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("leak", "reason"),
+    [
+        (RWANDA, "same question"),
+        (row("tell me THE CAPITAL of rwanda!", "Kigali."), "same question"),
+        (row("For a quiz: tell me the capital of Rwanda.", "It is well known."), "question inside"),
+        (row("What is governed from where?", RWANDA["messages"][1]["content"]), "same answer"),
+        (row("Say more.", "Sure! The capital of Rwanda is Kigali. Nice city."), "answer, inside"),
+        (row("Say more.", "Kigali, in the hills, is where Rwanda is governed."), "in other words"),
+        (row("Is Kigali in Rwanda?", "Yes, it is."), "in other words"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Rwanda's capital is Kigali."},
+                    *SFT[0]["messages"],
+                ]
+            },
+            "in other words",
+        ),
+    ],
+)
+def test_rows_that_give_a_held_out_row_away_are_refused(no_training, leak, reason):
+    verdict = beats([*SFT[:3], leak], 0.5)
+    assert verdict.passed is False
+    assert "Row 4 gives a held-out question away" in verdict.message
+    assert reason in verdict.message and "Rwanda" in verdict.message
+
+
+def test_rows_may_be_conversations_and_are_copied():
+    kept = held_out._rows([SFT[0], SFT[1]["messages"]], 2)
+    assert kept == [{"messages": SFT[0]["messages"]}, {"messages": SFT[1]["messages"]}]
+    kept[0]["messages"][0]["content"] = "changed"
+    assert SFT[0]["messages"][0]["content"] != "changed"
+
+
+def test_the_seed_of_the_training_follows_that_of_the_check(monkeypatch):
+    assert held_out._training_seed() == 0
+    monkeypatch.setenv("SFT_CHECK_SEED", "7")
+    assert held_out._training_seed() == 7
+    monkeypatch.setenv("SFT_CHECK_SEED", "autumn")
+    assert held_out._training_seed() not in (0, 7)
+
+
+def test_the_course_s_own_rows_give_nothing_away():
+    held_out._refuse_leaks(SFT, HELD_OUT)
+    held_out._refuse_leaks(read_facts("never_asked"), HELD_OUT)  # Sierra Leone's leone is a name
+
+
+def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):
+    ids = tokenizer("<|im_start|>user\nHi<|im_end|>\nThe capital of Rwanda is Kigali.")["input_ids"]
+    for dataset in (
+        Dataset.from_list([{"messages": RWANDA["messages"]}]),
+        Dataset.from_list([{"input_ids": ids}]),
+    ):
+        trainer = SimpleNamespace(train_dataset=dataset, model=..., processing_class=tokenizer)
+        assert "held-out question away" in beats(trainer, 0.5).message
+
+
+@pytest.mark.parametrize(
+    ("wrong_use", "words"),
+    [
+        ({"baseline": 92.0}, "Expected the baseline as a share from 0 to 1, found 92.0"),
+        ({"baseline": 0.5, "measure": "loss"}, "Expected a measure (exact_match, content, stops)"),
+    ],
+)
+def test_a_mistake_of_the_lesson_is_not_the_student_s(tiny, wrong_use, words):
+    model, tokenizer = tiny
+    verdict = beats(model, tokenizer=tokenizer, **wrong_use)
+    assert verdict.passed is None and "check itself failed" in verdict.message
+    assert words in verdict.message
+    assert "add `tokenizer=`" in beats(model, 0.5).message
+
+
+# --- Models and trainings ------------------------------------------------------------------------
+
+
+def test_a_model_is_asked_and_stays_as_it_was(tiny):
+    model, tokenizer = tiny
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    verdict = beats(model, 0.5, HELD_OUT[:4], tokenizer)
+    assert isinstance(verdict, Score) and verdict.passed is False and verdict.prompts == 4
+    assert "0.0 % of 4 held-out prompts (exact match): 50.0 points below" in verdict.message
+    assert "in 6 % of such tests" in verdict.message  # 0.5 ** 4
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+
+
+def test_answers_that_take_too_long_are_stopped(tiny):
+    model, tokenizer = tiny
+    verdict = beats(model, 0.5, HELD_OUT[:4], tokenizer, most_seconds=0)
+    assert verdict.passed is False and not isinstance(verdict, Score)
+    assert "Time is up: 0 of 4 held-out prompts were asked." in verdict.message
+
+
+@pytest.mark.integration
+def test_the_example_of_the_docstring_is_true():
+    lines = str(beats.__doc__).split("a right answer:\n")[1].split("\n\n    **Chance.**")[0]
+    code, said = lines.rsplit("\n\n", 1)
+    place = {"beats": beats, "read_facts": read_facts}
+    place["exercise"] = lambda *_: exercise.judged
+    *_, call = (code := textwrap.dedent(code)).strip().split("\n")
+    exec(code.replace(call, f"verdict = {call}"), place)
+    figures = [float(n) for n in re.findall(r"\d+\.\d", said)]
+    assert place["verdict"].passed is True and place["verdict"].prompts == 200
+    assert re.sub(r"\d+\.\d", "N", repr(place["verdict"])) == re.sub(r"\d+\.\d", "N", said.strip())
+    assert abs(100 * place["verdict"].score - figures[0]) <= 15  # another machine, another base
+
+
+@pytest.mark.integration
+def test_more_rows_score_higher_and_the_student_s_stay_as_they_are():
+    rows = [dict(row) for row in SFT[:40]]
+    before = repr(rows)
+    few, many = (beats(part, 0.5, HELD_OUT[:50], steps=20) for part in (rows[:4], rows))
+    assert isinstance(few, Score) and isinstance(many, Score)
+    assert many.passed and many.score > few.score + 0.1
+    assert repr(rows) == before
+
+
+@pytest.mark.integration
+def test_a_trainer_is_judged_and_time_is_limited():
+    model, tokenizer = load()
+    trainer = tune(model, tokenizer, SFT[:40], max_steps=20)
+    verdict = beats(trainer, 0.3, HELD_OUT[:50], measure="content")
+    assert isinstance(verdict, Score) and verdict.passed and "(content)" in verdict.message
+    late = beats(SFT[:100], 0.5, steps=10_000, most_seconds=2)
+    assert re.search(r"Time is up: \d+ of 10000 steps were done", late.message)
+
+
+def test_it_is_among_the_checks():
+    assert checks.beats is beats
