@@ -84,7 +84,7 @@ def test_the_claims_of_the_last_run_are_written_with_a_page(course, capsys):
     assert ledger(course)[0] == {name: value for name, value in ROW.items() if name != "run"}
     page = (course / "notebooks" / "claims.md").read_text()
     assert "## Lesson 1: [Ask](01_ask.ipynb)" in page
-    assert "| Most answers are right | 90% | seeds | 3 |" in page
+    assert "| Most answers are right | 90% | above half | seeds | 3 |" in page
     assert "2 claims of 1 lessons" in capsys.readouterr().out
 
 
@@ -146,7 +146,7 @@ def test_rows_stand_in_the_order_of_the_lessons_and_of_their_cells(course):
 def test_control_tokens_and_signs_of_markdown_stay_what_they_are_on_the_page(course):
     row = ROW | {"text": "`<|im_end|>` is a_token", "measured": "<|im_end|> 2*3 for $5"}
     table = claims.page([row], course).splitlines()[-1]
-    assert table == r"| `<\|im_end\|>` is a\_token | \<\|im\_end\|> 2\*3 for \$5 | seeds | 3 |"
+    assert table == r"| `<\|im_end\|>` is a\_token | \<\|im\_end\|> 2\*3 for \$5 | above half | seeds | 3 |"
 
 
 # --- What `make newest` and `make real` say ------------------------------------------------------

@@ -26,8 +26,9 @@ Row = dict
 HEAD = """# What the lessons claim, and what was measured
 
 Each row is a claim of a lesson, checked whenever the lesson runs. It was measured with the tiny
-base model that ships with the course. [data/claims.json](../data/claims.json) also holds the bound
-of each claim, the machine and the versions. `make claims` writes this page.
+base model that ships with the course. The bound is the condition that is checked: "nearly all" and
+"few" mean what it says. [data/claims.json](../data/claims.json) also holds the machine and the
+versions. `make claims` writes this page.
 
 | kind | what it rests on |
 |---|---|
@@ -161,9 +162,10 @@ def page(rows: list[Row], root: Path) -> str:
         if not own:
             continue
         number, title, _ = opening(notebook)
-        table = ["| claim | measured | kind | seeds |", "|---|---|---|--:|"]
+        table = ["| claim | measured | bound | kind | seeds |", "|---|---|---|---|--:|"]
         for row in own:
-            cells = (row["text"], row["measured"], row["kind"], str(row["seeds"]))
+            names = ("text", "measured", "bound", "kind", "seeds")
+            cells = [str(row[name]) for name in names]
             table.append(f"| {' | '.join(map(_plain, cells))} |")
         parts.append("\n".join([f"## Lesson {number}: [{title}]({notebook.name})\n", *table, ""]))
     return "\n".join(parts)
