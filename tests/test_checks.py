@@ -1,11 +1,19 @@
 """What the exercises give to students, and hints that must not tell too much."""
 
+import ast
+from pathlib import Path
+
 from sftlib import checks
 from sftlib.chat import CHATML, encode
 from sftlib.checks import chatml
+from sftlib.checks.deepspeed import BROKEN
 from sftlib.checks.trl_preferences import CASES, METHODS
 from sftlib.experiments.diagnosis import HEALTHY
 from sftlib.experiments.failures import unnamed
+
+import nbformat
+
+LESSONS = Path(__file__).parents[1] / "notebooks"
 
 
 def test_a_hint_about_methods_does_not_name_the_answer():
@@ -39,3 +47,11 @@ def test_each_batch_of_lesson_3_has_the_bug_of_its_letter(tokenizer):
     assert found["C"]["input_ids"][-len(learned) :] == found["C"]["labels"][-len(learned) :]
     assert tokenizer.decode(found["C"]["input_ids"]).count("<|im_start|>user") == 2
     assert seen["D"] == learned + [tokenizer.pad_token_id] * 3
+
+
+def test_the_configurations_to_repair_are_those_of_lesson_5():
+    cells = nbformat.read(LESSONS / "05_deepspeed.ipynb", 4).cells
+    source = next(c.source for c in cells if "checks.check_configs(" in c.source)
+    given = source.partition("repaired = ")[2].partition("\n\nchecks.")[0]
+    assert ast.literal_eval(given) == BROKEN
+    assert checks.check_configs(ast.literal_eval(given)).passed is None

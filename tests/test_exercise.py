@@ -137,6 +137,10 @@ def test_what_is_no_sequence_is_refused(other):
         reading.sequence(other)
 
 
+def test_as_many_items_as_are_allowed_are_read():
+    assert len(reading.sequence(range(reading.LONGEST))) == reading.LONGEST
+
+
 def test_a_generator_that_raises_is_no_crash():
     with pytest.raises(reading.Unread, match="cannot be read.*ZeroDivisionError"):
         reading.sequence(1 / n for n in (1, 0))
@@ -156,7 +160,7 @@ def test_values_are_shown_short():
     assert reading.shown([1 / 3, 2.0, "a"]) == "[0.333333, 2.0, 'a']"
     assert reading.shown((1,)) == "(1,)" and reading.shown({"a": {1}}) == "{'a': {1}}"
     assert reading.shown(torch.tensor([0.5, 1.0])) == "[0.5, 1.0]"
-    assert reading.shown(1e300) == "1e+300" and reading.shown(-math.inf) == "-inf"
+    assert reading.shown(2.4e7) == "2.4e+07" and reading.shown(-math.inf) == "-inf"
     long = reading.shown("x" * 10_000)
     assert len(long) < 250 and " … " in long
 
@@ -224,6 +228,24 @@ def test_a_check_that_fails_by_itself_blames_nobody():
     assert verdict.passed is None
     assert "check itself failed (ZeroDivisionError" in verdict.message
     assert "test_exercise.py, line " in verdict.message and "please report" in verdict.message
+
+
+class Unruly(dict):
+    """An answer that cannot be looked at."""
+
+    def items(self):
+        raise OSError("no")
+
+
+def test_an_answer_that_cannot_be_looked_at_is_no_crash():
+    assert (
+        "check itself failed (OSError" in frame(lambda answer: right("Yes."))(Unruly(a=1)).message
+    )
+
+
+def test_a_check_that_is_called_wrongly_says_so_as_python_does():
+    with pytest.raises(TypeError, match="missing a required argument: 'given'"):
+        frame(lambda answer, given: right("Yes."))(1)
 
 
 def test_an_interrupt_is_not_caught():
@@ -443,6 +465,17 @@ def test_answers_may_be_read_before_they_are_compared():
     assert finds(lambda n: ["problem"] if n > 1 else ())
     assert finds(lambda n: (word for word in ["problem"] if n > 1))
     assert "expected a list, found 3" in finds(lambda n: 3).message
+
+
+def test_of_a_long_text_only_the_difference_is_shown():
+    @frame
+    def writes(function):
+        compare(function, lambda n: "so " * n + "it is.", [("", (50,))])
+        return right("It does.")
+
+    assert writes(lambda n: "so " * n + "it is.")
+    message = writes(lambda n: "so " * n + "it was.").message
+    assert "expected 'is.', found 'was.'" in message and len(message) < 200
 
 
 def test_a_function_whose_arguments_python_does_not_tell_is_called():

@@ -47,8 +47,8 @@ def check_template(template: Any) -> Verdict:
     if cause := _wrong_marks(template):
         return wrong(cause)
     compare(
-        lambda messages, add_generation_prompt: _parts(messages, template, add_generation_prompt),
-        llama3_parts,
+        lambda messages, prompt: _with_marks(messages, template, prompt),
+        llama3_text,
         CONVERSATIONS,
         _draw_conversation,
         subject="your template",
@@ -63,15 +63,17 @@ def _rendered(
     return render_marked(messages, template, add_generation_prompt, bos_token="<|begin_of_text|>")
 
 
-def _parts(messages: list[dict], template: str, add_generation_prompt: bool) -> dict[str, Any]:
-    """The text of a conversation, and the parts of it that the template marks."""
-    whole, spans = _rendered(messages, template, add_generation_prompt)
-    return {"text": whole, "marked": [whole[start:end] for start, end in spans]}
+def _with_marks(messages: list[dict], template: str, add_generation_prompt: bool) -> str:
+    """The text of a conversation, with the template's marks in it."""
+    text, spans = _rendered(messages, template, add_generation_prompt)
+    for start, end in reversed(spans):
+        text = f"{text[:start]}{{% generation %}}{text[start:end]}{{% endgeneration %}}{text[end:]}"
+    return text
 
 
 @reference
-def llama3_parts(messages: list[dict], add_generation_prompt: bool) -> dict[str, Any]:
-    return _parts(messages, LLAMA3, add_generation_prompt)
+def llama3_text(messages: list[dict], add_generation_prompt: bool) -> str:
+    return _with_marks(messages, LLAMA3, add_generation_prompt)
 
 
 def _turns(*contents: str, system: str = "") -> list[dict]:
@@ -141,7 +143,8 @@ def _wrong_text(whole: str, asked: str) -> str:
 
 def _wrong_marks(template: str) -> str:
     """Why a template that renders the right text marks the wrong parts; empty if it does not."""
-    marked = _parts(CONVERSATION, template, False)["marked"]
+    whole, spans = _rendered(CONVERSATION, template)
+    marked = [whole[start:end] for start, end in spans]
     expected = ["Hello.<|eot_id|>", "Bye.<|eot_id|>"]
     if marked == expected:
         return ""

@@ -157,7 +157,7 @@ def _as_deepspeed_reads(config: Mapping, name: str, ranks: int = 8) -> tuple[Any
             first = error.errors()[0]
             key, what = ".".join(map(str, first["loc"])), first["msg"]
             if first["type"] == "extra_forbidden":
-                what = "there is no such key. Misspelt?"
+                what = "there is no such key (misspelt?)"
             said = f"{error.title}, {key}: {what}"
         raise Unread(f"DeepSpeed refuses it: {said.rstrip('.')}.", name) from error
     return read, sorted(set(config) - recorded.asked)

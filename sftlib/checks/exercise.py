@@ -51,12 +51,18 @@ def exercise(
     def decorate(check: Check) -> Check:
         enter(lesson, number, task)
         check.__doc__ = f"Lesson {lesson}, exercise {number}: {task}."
-        judge = judged(check)
+        signature = inspect.signature(check)
+
+        @judged
+        def judge(*args, **options) -> Verdict:
+            given = list(signature.bind(*args, **options).arguments.items())
+            found = _open(dict(given[:answers]), none_is_open, parts_may_be_open)
+            return check(*args, **options) if found is None else found
 
         @functools.wraps(check)
         def recording(*args, **options) -> Verdict:
-            found = _open(check, args, options, answers, none_is_open, parts_may_be_open)
-            verdict = judge(*args, **options) if found is None else found
+            signature.bind(*args, **{n: v for n, v in options.items() if n != "seed"})
+            verdict = judge(*args, **options)
             if verdict:
                 note(lesson, number)
             return verdict
@@ -86,19 +92,10 @@ def judged(check: Check) -> Check:
     return judge
 
 
-def _open(
-    check: Check,
-    args: tuple,
-    options: dict,
-    answers: int,
-    none_is_open: bool,
-    parts_may_be_open: bool,
-) -> Verdict | None:
-    """The verdict on an answer that is open, in all its parts or in some; None if it is not."""
-    given = {name: value for name, value in options.items() if name != "seed"}
-    named = inspect.signature(check).bind(*args, **given).arguments
-    of_student = {n: ... if value is None else value for n, value in list(named.items())[:answers]}
-    whole = of_student if answers > 1 else next(iter(of_student.values()))
+def _open(answers: dict, none_is_open: bool, parts_may_be_open: bool) -> Verdict | None:
+    """The verdict on answers that are open, in all parts or in some; None if they are not."""
+    named = {name: ... if value is None else value for name, value in answers.items()}
+    whole = named if len(named) > 1 else next(iter(named.values()))
     places, filled = open_parts(whole, none_is_open)
     if not places or (filled and parts_may_be_open):
         return None

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sftlib.checks.reading import LONGEST, Unread, described, open_parts, same, shown
+from sftlib.checks.reading import LONGEST, NotFinite, Unread, described, open_parts, same, shown
 from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, still_open, wrong
 
 SIZES = (1, 2, 3, 5, 8)
 ROUNDS = 8  # random inputs of each size
+LONG_TEXT = 80  # characters: of a longer text, only where it differs is shown
 SEED = ContextVar("SEED", default="")  # what a check was called with; see `exercise`
 _called_by_student: ContextVar[list[str] | None] = ContextVar("_called_by_student", default=None)
 
@@ -142,7 +143,7 @@ class Trial:
     expected: Any
     outcome: Outcome
     fault: str
-    unread: bool = False  # the answer is of another kind than expected
+    says_all: bool = False  # the fault explains itself, and the hint would lead astray
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,15 @@ def compare(
     trials = []
     for why, given in inputs:
         expected, outcome = _result(right_one, given), call(function, *given)
+        says_all = False
         try:
-            fault, unread = judge(outcome, expected) or _in_place(outcome, names, subject), False
+            fault = judge(outcome, expected)
+            if not fault:
+                fault, says_all = _in_place(outcome, names, subject), True
         except Unread as error:
             said = str(error).rstrip(".")
-            fault, unread = said[0].lower() + said[1:], True
-        trials.append(Trial(why, given, expected, outcome, fault, unread))
+            fault, says_all = said[0].lower() + said[1:], not isinstance(error, NotFinite)
+        trials.append(Trial(why, given, expected, outcome, fault, says_all))
     if any(trial.fault for trial in trials):
         hint = _mistake(trials, mistakes or {}, judge)
         raise CheckEnds(wrong(_message(trials, hint, names)))
@@ -247,16 +251,25 @@ def _fault(
             return f"expected {wanted}, found {found}"
         if isinstance(expected, Raises) and isinstance(outcome.error, expected.kind):
             return ""
-        error = f"{type(outcome.error).__name__}: {outcome.error}"
+        error = f"{type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
         return f"expected {wanted}, but {subject} raised {error}{outcome.line}"
     if outcome.value is None and expected is not None:
         return f"expected {wanted}, found None"
     if same(read(outcome.value), read(expected), relative, absolute):
         return ""
-    shapes = [tuple(getattr(value, "shape", ())) for value in (expected, outcome.value)]
+    return _difference(expected, outcome.value)
+
+
+def _difference(expected: Any, found: Any) -> str:
+    """What was expected and what was found: of long texts and of shapes, only what differs."""
+    shapes = [tuple(getattr(value, "shape", ())) for value in (expected, found)]
     if all(shapes) and shapes[0] != shapes[1]:
         return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
-    return f"expected {wanted}, found {shown(outcome.value)}"
+    if isinstance(expected, str) and isinstance(found, str) and len(expected) > LONG_TEXT:
+        n = len(os.path.commonprefix([expected, found]))
+        there, here = (text[n : n + 40] for text in (expected, found))
+        return f"after {expected[:n][-30:]!r} expected {there!r}, found {here!r}"
+    return f"expected {shown(expected)}, found {shown(found)}"
 
 
 def _in_place(outcome: Outcome, names: Sequence[str], subject: str) -> str:
@@ -274,8 +287,6 @@ def _mistake(
     trials: Sequence[Trial], mistakes: Mapping[str, Callable], judge: Callable[..., str]
 ) -> str:
     """The hint of the first mistake that explains the student's answers to all inputs."""
-    if any(trial.unread for trial in trials):
-        return ""
     for hint, mistaken in mistakes.items():
         with contextlib.suppress(Unread):
             if all(not judge(t.outcome, _result(mistaken, t.inputs)) for t in trials):
@@ -287,11 +298,10 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
     """The likely cause, and the input that shows it: the first stated one, or the smallest."""
     failed = [trial for trial in trials if trial.fault]
     smallest = min(failed, key=lambda trial: len(_shown_inputs(trial.inputs, names)))
-    stated = next((trial for trial in failed if trial.why), None)
-    shows = smallest if stated is None or hint else stated
+    shows = next((trial for trial in failed if trial.why), smallest)
     outcomes = [trial.outcome for trial in trials]
-    if all(trial.unread or trial.outcome.error for trial in trials):
-        cause = ""  # a hint for one input would lead astray
+    if shows.says_all or all(outcome.error for outcome in outcomes):
+        cause = ""
     elif all(outcome.error is None and outcome.value is None for outcome in outcomes):
         cause = _no_return(outcomes)
     elif hint:
@@ -306,14 +316,14 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
 
 def _remark(shows: Trial, trials: Sequence[Trial]) -> str:
     """What else helps to understand an answer."""
-    printed = shows.outcome.printed.strip()
-    if printed:
+    outcomes = [trial.outcome for trial in trials if trial.outcome.error is None]
+    if all(outcome.value is None for outcome in outcomes):
+        return ""
+    if printed := shows.outcome.printed.strip():
         return f"(It printed {shown(printed, 120)}.)"
-    values = [trial.outcome.value for trial in trials if trial.outcome.error is None]
     none_is_right = any(trial.expected is None for trial in trials)
-    if values and shows.outcome.value is None and not shows.outcome.error and not none_is_right:
-        return "Did a branch end without `return`?" if any(v is not None for v in values) else ""
-    return ""
+    ends = shows.outcome.value is None and shows.outcome.error is None and not none_is_right
+    return "Did a branch end without `return`?" if ends else ""
 
 
 def _no_return(outcomes: Sequence[Outcome]) -> str:
@@ -334,4 +344,10 @@ def _is_constant(trials: Sequence[Trial]) -> bool:
 
 
 def _shown_inputs(inputs: Inputs, names: Sequence[str]) -> str:
-    return ", ".join(f"{n}={shown(value, 160)}" for n, value in zip(names, inputs, strict=True))
+    """The arguments by name, those with a shape by their shapes."""
+    return ", ".join(
+        f"{name} of shape {tuple(value.shape)}"
+        if hasattr(value, "shape")
+        else f"{name}={shown(value, 160)}"
+        for name, value in zip(names, inputs, strict=True)
+    )

@@ -28,6 +28,10 @@ class Unread(ValueError):
         super().__init__(f"{where}: {text}" if where else text[0].upper() + text[1:])
 
 
+class NotFinite(Unread):
+    """A number is NaN or infinite."""
+
+
 def number(value: Any, where: str = "", what: str = "a number") -> int | float:
     """A finite number of any numeric type, as an int if its type is one of whole numbers."""
     found = _scalar(value)
@@ -40,10 +44,10 @@ def number(value: Any, where: str = "", what: str = "a number") -> int | float:
     except ValueError:  # a signalling NaN of Decimal
         as_float = math.nan
     if math.isnan(as_float):
-        raise Unread(f"expected {what}, found NaN, which is no number: {MISSING}", where)
+        raise NotFinite(f"expected {what}, found NaN, which is no number: {MISSING}", where)
     if math.isinf(as_float):
         sign = "−" if found < 0 else ""
-        raise Unread(f"expected {what}, found {sign}infinity: {INFINITE}", where)
+        raise NotFinite(f"expected {what}, found {sign}infinity: {INFINITE}", where)
     return found if isinstance(found, int) else as_float
 
 
@@ -195,8 +199,7 @@ def shown(value: Any, most: int = 240) -> str:
 def _shown(value: Any) -> str:
     value = _scalar(value)
     if isinstance(value, float):
-        whole_number = value.is_integer() and abs(value) < 1e15
-        return f"{value:.1f}" if whole_number else f"{value:.6g}"
+        return f"{value:.1f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.6g}"
     if isinstance(value, str | bytes):
         return repr(value)
     if isinstance(value, Mapping):

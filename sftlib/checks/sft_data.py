@@ -202,5 +202,6 @@ def check_cost(cost: Any) -> Verdict:
         (0.5 * 40 + 2.0 * 400) * attempts / 1e6: "The two prices are the wrong way round.",
         expected / attempts: "That is the price of one attempt.",
     }
-    fallback = "Count the attempts first: how many give 10,000 usable pairs at 60 %?"
-    return wrong(likely_cause(found, expected, causes, unit="money") or fallback)
+    cause = likely_cause(found, expected, causes, unit="money")
+    cause = cause or "Count the attempts first: how many give 10,000 usable pairs at 60 %?"
+    return wrong(cause[0].upper() + cause[1:])

@@ -10,7 +10,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.reading import described, sequence, whole
+from sftlib.checks.reading import described, sequence, shown, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.data import read_facts
 from sftlib.data.validation import CONTROL_TOKEN
@@ -89,7 +89,9 @@ def _wrong_question(question: str) -> str:
     known = [word.removesuffix("'s") for word in words]
     if "nairobi" in asked:
         return "The question gives the answer away: leave Nairobi to the assistant."
-    if others := sorted(name for name in _countries() if re.search(rf"\b{name}\b", asked)):
+    if others := [
+        name for name in _countries() if re.search(rf"\b{re.escape(name.lower())}\b", asked)
+    ]:
         return f"The question names {others[0]}, too. Ask for Kenya's capital alone."
     about = {"capital", "governed", "government", "seat"}.intersection(known)
     if not about or not {"kenya", "kenyan"}.intersection(known):
@@ -106,15 +108,13 @@ def _wrong_question(question: str) -> str:
 
 
 @functools.cache
-def _countries() -> frozenset[str]:
-    """The other countries of the course's facts, in small letters."""
-    rows = [
-        row for name in ("sft", "heldout", "unknown", "never_asked") for row in read_facts(name)
-    ]
+def _countries() -> list[str]:
+    """The other countries of the course's facts."""
+    sets = ("sft", "dev", "heldout", "unknown", "never_asked")
+    rows = [row for name in sets for row in read_facts(name)]
     of_countries = ("capital", "continent", "currency", "domain")
     named = {row["entity"] for row in rows if row["relation"] in of_countries}
-    names = {name.removeprefix("the ").lower() for name in named}
-    return frozenset(map(re.escape, names - {"kenya"}))
+    return sorted(name.removeprefix("the ") for name in named - {"Kenya"})
 
 
 def _wrong_answer(answer: str) -> str:
@@ -244,7 +244,13 @@ MEASURES = ("exact_match", "content", "stops")
 
 @exercise(1, 4, "which measurement shows that SFT gave the model no knowledge")
 def check_knowledge(claim: Any) -> Verdict:
-    parts = re.split(r"[/,|:]| and ", claim) if isinstance(claim, str) else sequence(claim)
+    wanted = (
+        f"a set ({', '.join(SETS)}) and a measure ({', '.join(MEASURES)}), such as "
+        "'heldout / stops'"
+    )
+    parts = (
+        re.split(r"[/,|:]| and ", claim) if isinstance(claim, str) else sequence(claim, what=wanted)
+    )
     names = [
         re.sub(r"[\s_-]+", "_", part.strip().lower()) if isinstance(part, str) else part
         for part in parts
@@ -252,10 +258,7 @@ def check_knowledge(claim: Any) -> Verdict:
     if len(names) == 2 and names[0] in MEASURES and names[1] in SETS:
         names.reverse()
     if len(names) != 2 or names[0] not in SETS or names[1] not in MEASURES:
-        return wrong(
-            f"Expected a set ({', '.join(SETS)}) and a measure ({', '.join(MEASURES)}), such as "
-            f"'heldout / stops'; found {claim!r}."
-        )
+        return wrong(f"Expected {wanted}; found {shown(claim)}.")
     name, measure = names
     if name == "unknown" and measure != "stops":
         return right(

@@ -56,8 +56,8 @@ EXAMPLE = Attacks(
     wrong=[
         (asked("Kenya capital blah"), "the word 'blah'"),
         (asked("Kenya capital"), "no question"),
-        (asked("What is the capital of Uganda, not Kenya?"), "names uganda, too"),
-        (asked("What is the capital of Rwanda, if that of Kenya is known?"), "names rwanda, too"),
+        (asked("What is the capital of Uganda, not Kenya?"), "names Uganda, too"),
+        (asked("What is the capital of Rwanda, if that of Kenya is known?"), "names Rwanda, too"),
         (asked("What is the capital of Atlantis, Kenya?"), "found the word 'atlantis'"),
         (asked("What is not the capital of Kenya?"), "found the word 'not'"),
         (asked("What is the population of the capital of Kenya?"), "found the word 'population'"),
@@ -224,8 +224,8 @@ KNOWLEDGE = Attacks(
         ("", "Expected a set"),
         ("unknown / exact_match / full", "Expected a set"),
         (("unknown", 0.0), "Expected a set"),
-        (0.0, "Expected a list, found 0.0"),
-        ({"unknown": "exact_match"}, "Expected a list, found dict"),
+        (0.0, "Expected a set (heldout, heldout_wordings, unknown) and"),
+        ({"unknown": "exact_match"}, "such as 'heldout / stops', found dict"),
     ],
     untouched=[..., None, (..., ...), ("unknown", ...)],
 )

@@ -244,7 +244,7 @@ COST = Attacks(
         (4 / 3, "prompt costs too"),
         (10 / 3, "writes costs"),
         (13.667, "wrong way round"),
-        (467, "in cents"),
+        (467, "That is in cents"),
         (0.00028, "one attempt"),
         (5, "Count the attempts first"),
         (0, "Count the attempts first"),

@@ -84,7 +84,7 @@ LAYER = Attacks(
         (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha).sum(), "expected a list, found"),
         (lambda x, W, A, B, alpha: adapted(x, W, A, B, alpha) * float("nan"), "found NaN"),
         (merges_in_place, "changes its argument W in place"),
-        (for_one_shape, "not in general. For x="),
+        (for_one_shape, "not in general. For x of shape ("),
         (lambda x, W, A, B, alpha: None, "did you forget `return`?"),
         (prints, "write `return` in place of `print`"),
         (lambda x, W, A, B: x @ W.T, "function of (x, W, A, B, alpha), found one of (x, W, A, B)"),
