@@ -14,6 +14,7 @@ import inspect
 import io
 import os
 import random
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -297,10 +298,18 @@ def _difference(expected: Any, found: Any) -> str:
     if all(shapes) and shapes[0] != shapes[1]:
         return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
     if isinstance(expected, str) and isinstance(found, str) and len(expected) > LONG_TEXT:
-        n = len(os.path.commonprefix([expected, found]))
-        there, here = (text[n : n + 40] for text in (expected, found))
-        return f"after {expected[:n][-30:]!r} expected {there!r}, found {here!r}"
+        return where_they_part(expected, found)
     return f"expected {shown(expected)}, found {shown(found)}"
+
+
+def where_they_part(expected: str, found: str) -> str:
+    """Where two texts begin to differ, with some text around; control tokens are shown whole."""
+    there, here = (re.findall(r"<\|\w+\|>|.", text, re.DOTALL) for text in (expected, found))
+    n = len(os.path.commonprefix([there, here]))
+    before, there, here = (
+        "".join(p) for p in (there[:n][-20:], there[n : n + 20], here[n : n + 20])
+    )
+    return f"after {before!r} expected {there!r}, found {here!r}"
 
 
 def _in_place(outcome: Outcome, names: Sequence[str], subject: str) -> str:
