@@ -303,8 +303,10 @@ def _difference(expected: Any, found: Any) -> str:
 
 
 def where_they_part(expected: str, found: str) -> str:
-    """Where two texts begin to differ, with some text around; control tokens are shown whole."""
-    there, here = (re.findall(r"<\|\w+\|>|.", text, re.DOTALL) for text in (expected, found))
+    """Where two texts begin to differ, and what stands there; tokens and tags stay whole."""
+    there, here = (
+        re.findall(r"<\|\w+\|>|{%.*?%}|.", text, re.DOTALL) for text in (expected, found)
+    )
     n = len(os.path.commonprefix([there, here]))
     before, there, here = (
         "".join(p) for p in (there[:n][-20:], there[n : n + 20], here[n : n + 20])

@@ -173,7 +173,9 @@ def check_memory(gigabytes: Any) -> Verdict:
         if not on_paper and not near(size, value, NEAR[name]):
             cause = likely_cause(size, value, MEMORY_CAUSES[name], "gigabytes", tolerance=0.002)
             direction = "too much" if size > value else "too little"
-            return wrong(f"{name}: {cause or f'{direction}: {MADE_OF[name]}; found {size:g} GB.'}")
+            return wrong(
+                f"{name}: {cause or f'{direction}: expected {MADE_OF[name]}; found {size:g} GB.'}"
+            )
     return right("208, 27 and 7.7 GB: three, one and a small part of an 80 GB card.")
 
 
