@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import random
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.exercise import exercise
-from sftlib.checks.functions import compare, reference
+from sftlib.checks.functions import compare, reference, where_they_part
 from sftlib.checks.reading import mapping, sequence, text, unique
 from sftlib.checks.verdict import Verdict, right, wrong
 
@@ -29,6 +30,8 @@ CONVERSATION = [
 ]
 
 
+# The text of the answer is all that the check sees: `my_template = LLAMA3`, copied or imported, is
+# right, and in one process nothing prevents it. Whoever grades looks at the code, too.
 @exercise(3, 1, "Llama 3's chat template, with `{% generation %}`")
 def check_template(template: Any) -> Verdict:
     template = text(template, "The template")
@@ -37,7 +40,7 @@ def check_template(template: Any) -> Verdict:
         asked = _rendered(CONVERSATION[:2], template, add_generation_prompt=True)[0]
     except Exception as error:
         return wrong(f"Jinja cannot use it: {type(error).__name__}: {error}")
-    if cause := _wrong_text(whole, asked):
+    if cause := _wrong_text(whole, asked, template):
         return wrong(cause)
     if not marks_the_assistant(template):
         return wrong(
@@ -59,8 +62,22 @@ def check_template(template: Any) -> Verdict:
 def _rendered(
     messages: list[dict], template: str, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text and its marked spans, with Llama 3's own `bos_token`."""
-    return render_marked(messages, template, add_generation_prompt, bos_token="<|begin_of_text|>")
+    """A conversation's text and its marked spans, with Llama 3's own `bos_token`.
+
+    Raises:
+        Exception: Jinja's own, since the conversations of the check are all right.
+    """
+    begin = "<|begin_of_text|>"
+    try:
+        whole, spans = render_marked(messages, template, add_generation_prompt, bos_token=begin)
+    except ValueError as error:
+        raise error.__cause__ or error from None
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:  # two marks side by side are one
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return whole, joined
 
 
 def _with_marks(messages: list[dict], template: str, add_generation_prompt: bool) -> str:
@@ -107,12 +124,13 @@ CONVERSATIONS = [
 ]
 
 
-def _wrong_text(whole: str, asked: str) -> str:
+def _wrong_text(whole: str, asked: str, template: str) -> str:
     """Why the texts differ from Llama 3's; empty if they do not.
 
     Args:
         whole: the whole conversation as the student's template renders it.
         asked: its first two messages with the generation prompt.
+        template: the student's.
     """
     expected = render(CONVERSATION, LLAMA3)
     prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -123,6 +141,11 @@ def _wrong_text(whole: str, asked: str) -> str:
     if whole.count("<|begin_of_text|>") > 1:
         return "Write <|begin_of_text|> once, before the loop over messages."
     if " Hi! " in whole or " Hello.\n" in whole:
+        if re.search(r"\+\s*(?:'[^']*'|\"[^\"]*\")\s*\|\s*trim", template):
+            return (
+                "`| trim` binds only to what stands right before it, here to a token: write "
+                "`message['content'] | trim + …`."
+            )
         return "The content keeps the spaces around it: remove them with `| trim`."
     if "<|eot_id|>\n" in whole:
         return "Nothing stands between <|eot_id|> and the next message."
@@ -132,13 +155,12 @@ def _wrong_text(whole: str, asked: str) -> str:
         return (
             "The generation prompt is always written. Do it only `{% if add_generation_prompt %}`."
         )
+    if whole == expected and asked.count(prompt) > 1:
+        return "The generation prompt stands inside the loop: write it once, after {% endfor %}."
     if whole == expected:
         return f"With add_generation_prompt=True, the text must end with {prompt!r}."
-    n = len(os.path.commonprefix([whole, expected]))
-    return (
-        f"After {expected[:n][-30:]!r} expected {expected[n : n + 30]!r}, "
-        f"found {whole[n : n + 30]!r}."
-    )
+    difference = where_they_part(expected, whole)
+    return f"{difference[0].upper()}{difference[1:]}."
 
 
 def _wrong_marks(template: str) -> str:
@@ -191,6 +213,12 @@ def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
         return wrong(f"Expected two lists of positions, one for each row; found {len(rows)}.")
     for number, (row, messages) in enumerate(zip(rows, TO_MASK, strict=True)):
         last = len(ids[number]) - 1
+        row = _flat(row, f"Row {number + 1}")
+        mask_like = isinstance(row, list) and len(row) == len(ids[number])
+        if mask_like and all(item in (0, 1) for item in row):
+            return wrong(
+                f"Row {number + 1}: that is a mask of 0 and 1. Give the positions where it is 1."
+            )
         found = unique(row, f"Row {number + 1}", f"positions from 0 to {last}", range(last + 1))
         mask = _encoded(tokenizer, messages)["assistant_masks"]
         expected = {p for p, learned in enumerate(mask) if learned}
@@ -198,6 +226,19 @@ def check_mask(positions: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
             cause = _wrong_mask(found, expected, ids[number], mask, tokenizer)
             return wrong(f"Row {number + 1}: {cause}")
     return right("Both answers of the first row, each with its end; nothing of the padding.")
+
+
+def _flat(row: Any, where: str) -> Any:
+    """The items of a row, which NumPy may have nested: `nonzero` in a tuple, `argwhere` in rows."""
+    what = "a list of positions"
+    if not isinstance(row, Iterable):
+        return row
+    items = [
+        item.tolist() if hasattr(item, "tolist") else item
+        for item in sequence(row, where, what, ordered=False)
+    ]
+    nested = items and all(isinstance(item, list | tuple | range) for item in items)
+    return [inner for item in items for inner in item] if nested else items
 
 
 def _wrong_mask(
@@ -267,7 +308,7 @@ def broken_batches(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, li
 @exercise(3, 3, "the bug of each batch, by its letter")
 def check_bugs(named: Any) -> Verdict:
     given = {
-        letter: " ".join(text(name, letter).lower().split())
+        letter: re.sub(r"[\W_]+", " ", text(name, letter).lower()).strip()
         for letter, name in mapping(named, BUGS).items()
     }
     for letter, name in given.items():

@@ -12,7 +12,7 @@ from sftlib.checks.causes import likely_cause, near
 from sftlib.checks.exercise import exercise
 from sftlib.checks.reading import Unread, described, mapping, number, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
-from sftlib.scale.memory import zero_bytes
+from sftlib.scale.memory import Bytes, zero_bytes
 
 # --- Predict memory ------------------------------------------------------------------------------
 
@@ -20,6 +20,8 @@ from sftlib.scale.memory import zero_bytes
 @exercise(5, 1, "what a rank keeps of 13 billion parameters on 16 ranks")
 def check_zero_memory(gigabytes: Any) -> Verdict:
     for stage, value in mapping(gigabytes, (1, 2, 3)).items():
+        if isinstance(value, Bytes):
+            return wrong(f"Stage {stage}: give `.total / 1e9`; found all parts, {value}.")
         if cause := _memory_fault(stage, number(value, f"Stage {stage}")):
             return wrong(f"Stage {stage}: {cause}")
     return right("62, 37 and 13 GB: three quarters of the saving is the optimizer's.")
@@ -37,6 +39,8 @@ def _memory_fault(stage: int, found: float) -> str:
         16 * n: "that is stage 0: nothing is divided.",
         optimizer: "that is the optimizer alone: add weights and gradients.",
         weights + optimizer: "the gradients are missing.",
+        weights + gradients: "the optimizer is missing: 12 bytes per parameter.",
+        zero_bytes(13_000_000_000, 8, stage).total / 1e9: "that is for 8 ranks; here are 16.",
         2 * n + 2 * n + 8 * n / 16: "the optimizer has 12 bytes per parameter: two moments, and "
         "the weights in float32.",
         2 * n + (2 + 8) * n / 16: "the optimizer has 12 bytes per parameter.",
@@ -79,10 +83,11 @@ BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 
 @exercise(5, 2, "three DeepSpeed configurations, repaired", none_is_open=False)
 def check_configs(repaired: Any) -> Verdict:
-    if repaired == BROKEN:
+    configs = mapping(repaired, BROKEN)
+    if all(isinstance(c, Mapping) and dict(c) == BROKEN[name] for name, c in configs.items()):
         return NOT_ATTEMPTED
     for name, fault in {"A": _fault_a, "B": _fault_b, "C": _fault_c}.items():
-        config = mapping(repaired, BROKEN)[name]
+        config = configs[name]
         if not isinstance(config, Mapping):
             raise Unread(f"expected a dict, found {described(config)}.", name)
         _refuse_other_types(config, name)

@@ -14,6 +14,7 @@ import inspect
 import io
 import os
 import random
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 from sftlib.checks.reading import LONGEST, NotFinite, Unread, described, open_parts, same, shown
-from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, still_open, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
 
 SIZES = (1, 2, 3, 5, 8)
 ROUNDS = 8  # random inputs of each size
@@ -72,13 +73,15 @@ class Outcome:
     """What came of one call of a student's function.
 
     Attributes:
-        value: what it returned; the items of a generator are in a list.
+        value: what it returned, as it was then; the items of a generator are in a list.
+        returned: what it returned, which later calls may have changed.
         error: what it raised, and `line`, where in the student's code.
         printed: what it printed.
         changed: the numbers of the arguments that it changed in place, counted from 0.
     """
 
     value: Any = None
+    returned: Any = None
     error: BaseException | None = None
     line: str = ""
     printed: str = ""
@@ -94,7 +97,8 @@ def call(function: Callable, *args: Any) -> Outcome:
     Raises:
         CheckEnds: the function returns `...`, or calls the right answer of the check.
     """
-    given, before = copy.deepcopy(args), [_values(argument) for argument in copy.deepcopy(args)]
+    given = tuple(map(_separate, args))
+    before = [_values(argument) for argument in copy.deepcopy(args)]
     value, error, line, printed, called = None, None, "", io.StringIO(), []
     token = _called_by_student.set(called)
     try:
@@ -118,7 +122,13 @@ def call(function: Callable, *args: Any) -> Outcome:
         raise CheckEnds(still_open(places) if filled else NOT_ATTEMPTED)
     pairs = enumerate(zip(given, before, strict=True))
     changed = tuple(number for number, (now, then) in pairs if _values(now) != then)
-    return Outcome(value, error, line, printed.getvalue(), changed)
+    then = copy.copy(value) if isinstance(value, list | dict | set) else value
+    return Outcome(then, value, error, line, printed.getvalue(), changed)
+
+
+def _separate(argument: Any) -> Any:
+    """A copy; of a text, too, so that `is` does not pass for `==`."""
+    return f"{argument} "[:-1] if type(argument) is str else copy.deepcopy(argument)
 
 
 def _values(argument: Any) -> Any:
@@ -187,9 +197,12 @@ def compare(
     _refuse_other_arguments(function, names)
     judge = functools.partial(_fault, subject, read, relative, absolute)
     inputs = [*edges, *(("", given) for given in (random_inputs(draw, sizes) if draw else ()))]
-    trials = []
+    trials, still_open_for = [], []
     for why, given in inputs:
-        expected, outcome = _result(right_one, given), call(function, *given)
+        expected, outcome = _result(right_one, given), _called(function, given)
+        if outcome is None:
+            still_open_for.append(given)
+            continue
         says_all = False
         try:
             fault = judge(outcome, expected)
@@ -199,9 +212,22 @@ def compare(
             said = str(error).rstrip(".")
             fault, says_all = said[0].lower() + said[1:], not isinstance(error, NotFinite)
         trials.append(Trial(why, given, expected, outcome, fault, says_all))
+    if still_open_for:
+        some = f"Still open: for {_shown_inputs(still_open_for[0], names)} it returns `...`."
+        raise CheckEnds(Verdict(None, some) if trials else NOT_ATTEMPTED)
     if any(trial.fault for trial in trials):
         hint = _mistake(trials, mistakes or {}, judge)
         raise CheckEnds(wrong(_message(trials, hint, names)))
+
+
+def _called(function: Callable, given: Inputs) -> Outcome | None:
+    """What came of a call; None if the function returned `...`."""
+    try:
+        return call(function, *given)
+    except CheckEnds as end:
+        if end.verdict is not NOT_ATTEMPTED:
+            raise
+        return None
 
 
 def _refuse_other_arguments(function: Any, names: list[str]) -> None:
@@ -220,6 +246,12 @@ def _refuse_other_arguments(function: Any, names: list[str]) -> None:
         raise Unread(
             f"expected a function of ({', '.join(names)}), found one of {signature}: {error}."
         ) from error
+    own = list(signature.parameters)
+    if sorted(own) == sorted(names) and own != names:
+        raise Unread(
+            f"expected a function of ({', '.join(names)}), found the same in another order, "
+            f"({', '.join(own)}): a call gives them by their places."
+        )
 
 
 def _result(right_one: Callable, given: Inputs) -> Any:
@@ -266,10 +298,20 @@ def _difference(expected: Any, found: Any) -> str:
     if all(shapes) and shapes[0] != shapes[1]:
         return f"expected a result of shape {shapes[0]}, found shape {shapes[1]}"
     if isinstance(expected, str) and isinstance(found, str) and len(expected) > LONG_TEXT:
-        n = len(os.path.commonprefix([expected, found]))
-        there, here = (text[n : n + 40] for text in (expected, found))
-        return f"after {expected[:n][-30:]!r} expected {there!r}, found {here!r}"
+        return where_they_part(expected, found)
     return f"expected {shown(expected)}, found {shown(found)}"
+
+
+def where_they_part(expected: str, found: str) -> str:
+    """Where two texts begin to differ, and what stands there; tokens and tags stay whole."""
+    there, here = (
+        re.findall(r"<\|\w+\|>|{%.*?%}|.", text, re.DOTALL) for text in (expected, found)
+    )
+    n = len(os.path.commonprefix([there, here]))
+    before, there, here = (
+        "".join(p) for p in (there[:n][-20:], there[n : n + 20], here[n : n + 20])
+    )
+    return f"after {before!r} expected {there!r}, found {here!r}"
 
 
 def _in_place(outcome: Outcome, names: Sequence[str], subject: str) -> str:
@@ -304,6 +346,11 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
         cause = ""
     elif all(outcome.error is None and outcome.value is None for outcome in outcomes):
         cause = _no_return(outcomes)
+    elif any(_changed_later(outcome) for outcome in outcomes):
+        cause = (
+            "What your function returns still holds what earlier calls put there: make it anew in "
+            "each call (a default value such as `found=[]` is made only once)."
+        )
     elif hint:
         cause = hint
     elif _is_constant(trials):
@@ -312,6 +359,12 @@ def _message(trials: Sequence[Trial], hint: str, names: Sequence[str]) -> str:
         cause = shows.why or "Right for the stated inputs, not in general."
     seen = f"For {_shown_inputs(shows.inputs, names)}: {shows.fault}."
     return " ".join(filter(None, (cause.strip(), seen, _remark(shows, trials))))
+
+
+def _changed_later(outcome: Outcome) -> bool:
+    """Whether later calls added to what a call had returned."""
+    kept = isinstance(outcome.returned, list | dict | set)
+    return kept and len(outcome.returned) != len(outcome.value)
 
 
 def _remark(shows: Trial, trials: Sequence[Trial]) -> str:

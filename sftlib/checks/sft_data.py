@@ -35,7 +35,6 @@ def _draw_pair(rng: random.Random, size: int) -> tuple[str, str]:
     question = " ".join(words) + "?"
     answers = [
         *[" ".join(rng.choices(words, k=size)) + "."] * 3,
-        question.rstrip("?"),
         rng.choice(words),
         question[: len(question) // 2] + "!",
         f"{question} {question}",
@@ -99,6 +98,16 @@ PAIR_EDGES = [
         (QUESTION, "The capital <|end|> is Niamey."),
     ),
     ("`<` alone is no control token; `<|` is.", ("Is 2 < 3?", "Yes: 2 < 3, and 3 > 2.")),
+    (
+        "A control token that is cut off is a problem too: look for `<|`, not for its end.",
+        (QUESTION, "The capital of Niger is Niamey.<|im_en"),
+    ),
+    ("`|>` alone is none: a control token begins with `<|`.", ("What is a pipe?", "It is x |> f.")),
+    ("A short answer is an answer: empty means that nothing is left of it.", ("2 + 2?", "4")),
+    (
+        "The question may have spaces around it, which do not count: `strip()` the question too.",
+        (f" {QUESTION} ", QUESTION.lower()),
+    ),
 ]
 
 
@@ -127,19 +136,25 @@ def _draw_completion(rng: random.Random, size: int) -> tuple[str]:
         item = {question: rng.choice(texts), answer: rng.choice(texts)}
         if rng.random() < 0.3:  # the keys may come in any order
             item = dict(reversed(item.items()))
-        items.append(item | ({"id": 7} if rng.random() < 0.2 else {}))
+        items.append(item | rng.choice([*[{}] * 4, {"id": 7}, {"ok": True}, {"note": None}]))
     if rng.random() < 0.3:
         items.insert(rng.randint(0, size), {"title": rng.choice(texts), "text": "A list."})
     data = items[0] if len(items) == 1 and rng.random() < 0.5 else items
     written = json.dumps(data, indent=rng.choice([None, 2]), ensure_ascii=rng.random() < 0.5)
-    around = [("", ""), ("```json\n", "\n```"), ("```\n", "\n```"), ("Here you are:\n", "\nEnjoy!")]
-    before, after = rng.choice(around)
-    return (f"{before}{written}{after}",)
+    if rng.random() < 0.5:
+        written = f"{rng.choice(['```', '```json'])}\n{written}\n```"
+    before = rng.choice(["", "", "Here you are:\n", "Sure: ", "Of course, with pleasure!\n\n"])
+    return (before + written + rng.choice(["", "", "\nEnjoy!", " Bye.", "\n\nShall I go on?"]),)
+
+
+def _read_pairs(found: Any) -> list[list]:
+    what = "a pair (question, answer)"
+    return [sequence(item, f"item {n}", what) for n, item in enumerate(sequence(found), 1)]
 
 
 @exercise(2, 2, "`function(text) -> list of (question, answer)`")
 def check_parser(function: Any) -> Verdict:
-    compare(function, pairs, COMPLETION_EDGES, _draw_completion)
+    compare(function, pairs, COMPLETION_EDGES, _draw_completion, read=_read_pairs)
     return right("It reads what small models really write. (`parse_pairs` also checks the texts.)")
 
 
@@ -151,13 +166,35 @@ COMPLETION_EDGES = [
     ("The keys may be `instruction` and `response`.", (f"[{OTHER}]",)),
     ("A single object, not in a list, is a pair too.", (ONE,)),
     ("Both kinds of keys may stand in one list.", (f"[{ONE}, {OTHER}]",)),
+    (
+        "JSON may go over several lines: `.` stops at a line break without `re.DOTALL`.",
+        (json.dumps([json.loads(ONE)], indent=2),),
+    ),
     ("Sentences before and after the JSON.", (f"Here you are:\n[{ONE}]\nEnjoy!",)),
+    (
+        "Sentences before and after the JSON, whatever they are.",
+        (f"With pleasure!\n[{ONE}]\nShall I write more?",),
+    ),
+    ("Sentences before and after the JSON, on one line with it.", (f"Sure: [{ONE}] Bye.",)),
     ("No JSON at all: an empty list.", ("I would rather not.",)),
     ("JSON that was cut off: catch ValueError.", ('[{"question": "2 + 2?", "ans',)),
+    ("Brackets that hold no JSON: catch ValueError.", ("I would [not] do that.",)),
+    (
+        "JSON that was cut off after a bracket: catch ValueError.",
+        ('[{"question": "What is a[i]?", "ans',),
+    ),
+    (
+        "JSON is no Python: `true` and `null` are read by `json.loads`, not by `eval`.",
+        ('[{"question": "2 + 2?", "answer": "4", "ok": true, "note": null}]',),
+    ),
     ("The keys may stand in the other order.", ('[{"answer": "4", "question": "2 + 2?"}]',)),
     (
         "Quotation marks in a text are escaped: let `json.loads` read them, no pattern.",
-        (r'[{"question": "Say \"hi\".", "answer": "Hi, {you}."}]',),
+        (r'[{"question": "Say \"hi\".", "answer": "Hi."}]',),
+    ),
+    (
+        "Brackets may stand inside a text: let `json.loads` find where an object ends.",
+        ('[{"question": "Greet me.", "answer": "Hi, {you}."}]',),
     ),
     ("An object with other keys is no pair.", ('[{"title": "A list", "text": "of things"}]',)),
     ("A question without its answer is no pair.", ('[{"question": "2 + 2?"}]',)),
@@ -178,8 +215,13 @@ def check_leaks(rows: Any) -> Verdict:
     }
     if extra := sorted(found & set(reasons)):
         return wrong(reasons[extra[0]])
-    missing = {1: "the same answer in other words of the question", 3: "the question inside"}
-    return wrong(f"There is another one: {missing[min({1, 3} - found)]}.")
+    if not found:
+        return wrong("None of them? Two of the four rows give the answer of the test away.")
+    missing = {
+        1: "the same question in other words, with its answer",
+        3: "the question stands inside a longer text, with its answer",
+    }
+    return wrong(f"One more row: {missing[min({1, 3} - found)]}.")
 
 
 # --- What would it cost? -------------------------------------------------------------------------
@@ -201,6 +243,11 @@ def check_cost(cost: Any) -> Verdict:
         0.5 * 400 * attempts / 1e6: "What the model writes costs too.",
         (0.5 * 40 + 2.0 * 400) * attempts / 1e6: "The two prices are the wrong way round.",
         expected / attempts: "That is the price of one attempt.",
+        expected / 10_000: "That is the price of one usable pair; 10,000 are wanted.",
+        expected * 0.4: "That pays for the attempts that fail alone; the others cost, too.",
+        2.0 * 440 * attempts / 1e6: "That is 2.0 for all tokens: prompt tokens cost 0.5.",
+        0.5 * 440 * attempts / 1e6: "That is 0.5 for all tokens: completion tokens cost 2.0.",
+        4.6: "That is cut. Round to 4.67, or give all digits.",
     }
     cause = likely_cause(found, expected, causes, unit="money")
     cause = cause or "Count the attempts first: how many give 10,000 usable pairs at 60 %?"

@@ -18,22 +18,49 @@ from sftlib.data.validation import CONTROL_TOKEN
 # --- Write an example ----------------------------------------------------------------------------
 
 ANSWER = "The capital of Kenya is Nairobi."
-WORDS = frozenset(
-    """a about all am an ask asking be called can city could country did do does for from give
-    governed government has have hello hey hi i in is it its kenya kenyan kenyas kindly know let
-    like love me my name need of official on one please question quick remind say seat state tell
-    thank thanks that the there this to today tomorrow town trip was want we what whats where which
-    will with wonder wondering would you your capital identify provide us find out curious quiz
-    help learn""".split()
+KENYA = r"(?:the )?(?:republic of |nation of |(?:african )?country (?:of )?)?kenya"
+CAPITAL = re.compile(
+    rf"(?P<before>.*?)\b(?:the |its )?(?:official )?(?:name of (?:the )?)?(?:(?P<full>"
+    rf"capital(?: city)? of {KENYA}\b(?!'s)|"
+    rf"{KENYA}(?:'s|n) (?:official )?capital(?: city| town)?\b(?!'s))"
+    r"|capital(?: city)?(?=[ ,]*(?:is|called|please)?[ ]*(?:[?.!]|$)))(?P<after>[^?.!,;:]*)"
 )
-"""A question for Kenya's capital alone needs no others. Words that ask for more, or for something
-else, are not among them: not, many, population, old."""
+"""The words that name what is asked for, with what stands before and after them; without `full`,
+Kenya must be named elsewhere."""
+GOVERNED = re.compile(
+    r"\b(?:city|town|seat)\b.*(?:kenya governed|government of kenya|kenya's government)\b"
+)
+ASKS = frozenset(
+    """and answer as ask asks be call city city's complete find for forget forgot give guess
+    identify is know learn list me my name need please provide question recall remember say show
+    state tell that town type us want was what what's whats which wonder write""".split()
+)
+"""What may stand right before "the capital of Kenya" in a question for its name."""
+ABOUT = re.compile(
+    r"\b(?:(?:question(?: is)?|curious|wondering|you know) about|(?:inform|remind) me of)$"
+)
+AFTER = frozenset(
+    "again called city for in africa is it me named now please to today us what which".split()
+)
+ELSE = re.compile(
+    r"\b(?:where|when|why|who|(?<!i )was|were|did|had|one word|single word|not|never"
+    r"|how(?! (?:is|do|would) .*call)"
+    r"|(?:which|what) (?:country|state|continent|language|currency|river|people|population|year))\b"
+)
+"""Words that ask for something else than the capital's name today."""
+REQUEST = re.compile(
+    r"\?\s*$|\b(?:what|what's|whats|which)\b"
+    r"|(?:^|[.!:,] )(?:please |kindly |hey )?(?:name|tell|give|say|state|find|show|write|identify|"
+    r"provide|remind|teach|inform|recall|guess|answer|list|complete|let)\b"
+    r"|\b(?:please|kindly|i wonder|wondering|i'?d like|i would (?:like|love)|i want|i need|curious|"
+    r"question|asking|i ask|i don't know)\b"
+)
 TOKEN = re.compile(rf"{CONTROL_TOKEN.pattern}|<\|", re.IGNORECASE)
 CONTRADICTS = re.compile(
     r"\b(capital|kenya|nairobi|words?|json|yaml|list|bullets?|never|not|no|"
     r"\w*n't|lie|lies|wrong|false|wrongly|falsely|pretend|refuse|rhymes?|poems?|upper|lower|case|"
     r"only (?:with|by|the)|french|german|spanish|italian|swahili|chinese|arabic|pirate|essay|"
-    r"detail|long|sorry)\b"
+    r"detail|long|sorry|translate\w*|latin|just|name|exclamation|an? (?:question|riddle))\b"
 )
 
 
@@ -51,7 +78,11 @@ def check_example(messages: Any) -> Verdict:
     for part in (system, question, answer):
         if found := TOKEN.search(part):
             return wrong(f"No control tokens in the text ({found[0]}): the template adds them.")
-    if cause := _wrong_question(question) or _wrong_answer(answer) or _contradicting(system):
+    if (
+        cause := _wrong_question(question)
+        or _wrong_answer(answer)
+        or _contradicting(system, len(rows) == 3)
+    ):
         return wrong(cause)
     return right("A clean example: two roles, a question, one true answer in the data's style.")
 
@@ -73,6 +104,9 @@ def _wrong_format(messages: list) -> str:
             found = described(message["content"])
             return f"Expected text as the content of message {number}, found {found}."
     roles = [message["role"] for message in messages]
+    small = [str(role).strip().lower() for role in roles]
+    if small != roles and small in (["user", "assistant"], ["system", "user", "assistant"]):
+        return f"The names of roles are written in small letters, without spaces; found {roles}."
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         return (
             "Expected a 'user' message and then an 'assistant' message, at most with a 'system' "
@@ -84,27 +118,49 @@ def _wrong_format(messages: list) -> str:
 
 def _wrong_question(question: str) -> str:
     """Why this does not ask for the capital of Kenya, and for nothing else; empty if it does."""
-    asked = question.lower().replace("’", "'")
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+", asked)
-    known = [word.removesuffix("'s") for word in words]
+    asked = " ".join(question.lower().replace("’", "'").split())
+    if not asked:
+        return "The question is empty: ask for the capital of Kenya."
+    if label := re.match(r"(?:q|question|user|human) ?:", asked):
+        return f"Leave {label[0]!r} out: the role says who speaks."
     if "nairobi" in asked:
         return "The question gives the answer away: leave Nairobi to the assistant."
-    if others := [
-        name for name in _countries() if re.search(rf"\b{re.escape(name.lower())}\b", asked)
-    ]:
-        return f"The question names {others[0]}, too. Ask for Kenya's capital alone."
-    about = {"capital", "governed", "government", "seat"}.intersection(known)
-    if not about or not {"kenya", "kenyan"}.intersection(known):
-        return "The question should ask for the capital of Kenya."
-    if odd := [word for word in known if word not in WORDS]:
-        return f"Expected a plain question for Kenya's capital alone, found the word {odd[0]!r}."
-    if words[0] in {"is", "was", "does", "has", "did"}:
+    names = [name for name in _countries() if re.search(rf"\b{re.escape(name.lower())}\b", asked)]
+    if names:
+        how = "too. Ask for Kenya's capital alone" if "kenya" in asked else "in place of Kenya"
+        return f"The question names {names[0]}{',' * ('kenya' in asked)} {how}."
+    if asked.count("?") > 1:
+        return "Expected one question, for the capital of Kenya; found several question marks."
+    if asked.split()[0] in {"is", "was", "does", "has", "did"}:
         return "That asks for yes or no. Ask for the capital's name."
-    requests = {"name", "tell", "give", "say", "identify", "provide", "please", "kindly", "remind"}
-    asks = {"i", "what", "which", "where", *requests}
-    if not asks.intersection(known) and not question.rstrip().endswith("?"):
+    if "kenya" not in asked:
+        return "The question should ask for the capital of Kenya."
+    return _asks_for_else(asked)
+
+
+def _asks_for_else(asked: str) -> str:
+    """What a text about Kenya asks for in place of its capital; empty if it asks for that."""
+    if odd := ELSE.search(asked):
+        return _not_plain(odd[0])
+    if GOVERNED.search(asked):
+        return ""
+    found = CAPITAL.search(asked)
+    if not found:
+        return "The question should ask for the capital of Kenya, as in 'the capital of Kenya'."
+    before = re.findall(r"[\w']+", re.split(r"[?.!:,;]", found["before"])[-1])
+    about = ABOUT.search(" ".join(before))
+    if before and before[-1] not in ASKS and not about:
+        return _not_plain(before[-1])
+    after = [word for word in found["after"].split() if word not in AFTER]
+    if after:
+        return _not_plain(after[0])
+    if not REQUEST.search(asked):
         return "That is no question: end it with a question mark, or begin with a word like Name."
     return ""
+
+
+def _not_plain(word: str) -> str:
+    return f"Expected a plain question for the name of Kenya's capital, found {word!r}."
 
 
 @functools.cache
@@ -118,18 +174,33 @@ def _countries() -> list[str]:
 
 
 def _wrong_answer(answer: str) -> str:
-    if "nairobi" not in answer.lower():
+    if not answer.strip():
+        return "The answer is empty."
+    if "nairobi" not in answer.lower() or re.search(r"\b(?:not|never|no)\b|n't\b", answer.lower()):
         return "The answer is wrong: a model learns wrong answers as well as right ones."
-    if answer != ANSWER:
-        return (
-            f"True, but not in the style of the data: {answer!r}. The ten examples above answer in "
-            "one full sentence that ends with a full stop; mixed styles teach a mixed style."
-        )
-    return ""
+    if answer == ANSWER:
+        return ""
+    differs = [
+        (answer.strip() == ANSWER, "with spaces or line breaks around it"),
+        (answer == ANSWER[:-1], "without the full stop"),
+        (answer.lower() == ANSWER.lower(), "with other capital letters"),
+        (answer.startswith(ANSWER), "but it goes on after the sentence"),
+        (
+            len(answer.split()) > 3,
+            "in another wording: their answers to such questions begin with 'The capital of'",
+        ),
+    ]
+    how = next((how for holds, how in differs if holds), "but not in one full sentence")
+    return (
+        f"True, {how}; found {answer!r}. The ten examples above answer in one full sentence that "
+        "ends with a full stop; mixed styles teach a mixed style."
+    )
 
 
-def _contradicting(system: str) -> str:
+def _contradicting(system: str, has_system: bool) -> str:
     """Why the system message does not fit the answer; empty if it does."""
+    if has_system and not system.strip():
+        return "The system message is empty: it says nothing, so leave it out."
     found = CONTRADICTS.search(system.lower())
     if not found:
         return ""
@@ -177,7 +248,10 @@ def check_exact_match(function: Any) -> Verdict:
 
 
 EXACT_EDGES = [
-    ("An identical answer that stopped must match.", (ANSWER, True, ANSWER)),
+    (
+        "An identical answer that stopped must match: compare with `==`, not `is`.",
+        (ANSWER, True, ANSWER),
+    ),
     (
         "An answer that did not stop must not match: in use, it would ramble on. Did you forget "
         "`stopped`?",
@@ -200,6 +274,17 @@ EXACT_EDGES = [
     ("An empty answer must not match, though every text begins with it.", ("", True, ANSWER)),
     ("The full stop counts: compare the texts as they are.", (ANSWER[:-1], True, ANSWER)),
     ("Spaces count: do not `strip()`.", (f" {ANSWER} ", True, ANSWER)),
+    ("A line break at the end counts: compare all of the text.", (f"{ANSWER}\n", True, ANSWER)),
+    ("A space before the text counts.", (f" {ANSWER}", True, ANSWER)),
+    ("The first letter counts too: compare all of the text.", (f"J{ANSWER[1:]}", True, ANSWER)),
+    (
+        "Accents count: Lomé is not Lome.",
+        ("The capital of Togo is Lome.", True, "The capital of Togo is Lomé."),
+    ),
+    (
+        "A control token that the model wrote as text is no part of the text wanted.",
+        (f"{ANSWER}<|im_end|>", True, ANSWER),
+    ),
     ("Spaces count, those between words, too.", (ANSWER.replace(" ", "  "), True, ANSWER)),
     ("The same letters in another order are another text.", (ANSWER[::-1], True, ANSWER)),
     (
@@ -207,12 +292,15 @@ EXACT_EDGES = [
         ("The calling code of Malaysia is +60.", True, "The calling code of Malaysia is +60."),
     ),
 ]
+OTHER_TEXT = "Compare with `reference`, not with a text of your own: each question has its own."
 EXACT_MISTAKES = {
     "An answer that did not stop must not match. Did you forget `stopped`?": lambda t, s, r: t == r,
     "The reference is a text, and no pattern: `re` reads + and . as its own signs.": (
         lambda t, s, r: s and re.fullmatch(r, t) is not None
     ),
     "Spaces count: do not `strip()`.": lambda t, s, r: s and t.strip() == r.strip(),
+    OTHER_TEXT: lambda t, s, r: s and t == ANSWER,
+    f"{OTHER_TEXT} ": lambda t, s, r: s and t == r == ANSWER,
     "That looks at `stopped` alone.": lambda t, s, r: s,
 }
 
@@ -248,16 +336,8 @@ def check_knowledge(claim: Any) -> Verdict:
         f"a set ({', '.join(SETS)}) and a measure ({', '.join(MEASURES)}), such as "
         "'heldout / stops'"
     )
-    parts = (
-        re.split(r"[/,|:]| and ", claim) if isinstance(claim, str) else sequence(claim, what=wanted)
-    )
-    names = [
-        re.sub(r"[\s_-]+", "_", part.strip().lower()) if isinstance(part, str) else part
-        for part in parts
-    ]
-    if len(names) == 2 and names[0] in MEASURES and names[1] in SETS:
-        names.reverse()
-    if len(names) != 2 or names[0] not in SETS or names[1] not in MEASURES:
+    names, others = _names(claim, wanted)
+    if len(names) != 2 or names[0] not in SETS or names[1] not in MEASURES or others:
         return wrong(f"Expected {wanted}; found {shown(claim)}.")
     name, measure = names
     if name == "unknown" and measure != "stops":
@@ -275,3 +355,23 @@ def check_knowledge(claim: Any) -> Verdict:
         "score there may be old knowledge, newly accessible. Which set asks about facts it "
         "never read?"
     )
+
+
+FILLERS = ("the", "set", "measure", "and", "on", "of", "full", "lora")
+
+
+def _names(claim: Any, wanted: str) -> tuple[list[str], list]:
+    """The sets and then the measures that an answer names, however it is written, and the rest."""
+    if isinstance(claim, Mapping):
+        claim = list(claim.values() if set(claim) == {"set", "measure"} else sum(claim.items(), ()))
+    parts = [claim] if isinstance(claim, str) else sequence(claim, what=wanted)
+    words: list = []
+    for part in parts:
+        if not isinstance(part, str):
+            words.append(part)
+            continue
+        joined = re.sub(r"\b(exact|heldout)[\s_-]*(match|wordings)\b", r"\1_\2", part.lower())
+        words += re.findall(r"\w+", joined)
+    known = [*SETS, *MEASURES]
+    names = sorted((word for word in words if word in known), key=known.index)
+    return names, [word for word in words if word not in known and word not in FILLERS]

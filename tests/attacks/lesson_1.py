@@ -1,6 +1,7 @@
 """Answers to the exercises of lesson 1."""
 
 import re
+import unicodedata
 from collections import UserDict
 
 from sftlib import checks
@@ -52,21 +53,69 @@ EXAMPLE = Attacks(
         asked("Could you please tell me the capital of Kenya?"),
         asked("Of Kenya, what is the capital?"),
         asked("I wonder: what’s Kenya’s capital?"),
+        *map(
+            asked,
+            [
+                "State the capital of Kenya.",
+                "Find the capital of Kenya.",
+                "Show me the capital of Kenya.",
+                "My question is about the capital of Kenya.",
+                "I'd like to know the capital of Kenya.",
+                "May I ask for the capital of Kenya?",
+                "Which city serves as the capital of Kenya?",
+                "Which city does Kenya have as its capital?",
+                "I am going to visit Kenya. What is the capital?",
+                "My trip goes to Kenya. What is its capital?",
+                "What is the capital of the Republic of Kenya?",
+                "How is the capital of Kenya called?",
+                "And the capital of Kenya?",
+                "What do you know about the capital of Kenya?",
+                "I want to know what the capital of Kenya is.",
+                "I have a question about the capital of Kenya.",
+                "I'm curious about the capital of Kenya.",
+                "From which city is Kenya governed?",
+                "Kenya’s capital is what city?",
+                "My daughter asks: what is the capital of Kenya?",
+                "I can't remember the capital of Kenya. Can you help?",
+                "What is the capital of Kenya, in Africa?",
+            ],
+        ),
     ],
     wrong=[
-        (asked("Kenya capital blah"), "the word 'blah'"),
-        (asked("Kenya capital"), "no question"),
+        (asked("Kenya capital blah"), "ask for the capital of Kenya"),
+        (asked("Kenya capital"), "Expected a plain question"),
+        (asked("The capital of Kenya."), "no question"),
+        (asked("I know the capital of Kenya."), "no question"),
+        (asked("I love the capital of Kenya."), "found 'love'"),
+        (asked("Do you like the capital of Kenya?"), "found 'like'"),
+        (asked("Tell me about the capital of Kenya."), "found 'about'"),
+        (asked("What is Kenya the capital of?"), "ask for the capital of Kenya"),
+        (asked("Which country has its capital in Kenya?"), "found 'which country'"),
+        (asked("Which country is the capital of Kenya?"), "found 'which country'"),
+        (asked("Where is the capital of Kenya?"), "found 'where'"),
+        (asked("How big is the capital of Kenya?"), "found 'how'"),
+        (asked("What was the capital of Kenya?"), "found 'was'"),
+        (asked("Which city did Kenya have as its capital?"), "found 'did'"),
+        (asked("What is the capital of Kenya? One word please."), "found 'one word'"),
+        (asked("Who is in the government of Kenya?"), "found 'who'"),
+        (asked("What is the government of Kenya?"), "ask for the capital of Kenya"),
+        (asked("Q: What is the capital of Kenya?"), "the role says who speaks"),
+        (asked("What is the capital of the capital of Kenya?"), "found 'of'"),
+        (asked("What is the capital of Kenya made of?"), "found 'made'"),
+        (asked("What is the capital of Kenya? What is its currency?"), "one question"),
         (asked("What is the capital of Uganda, not Kenya?"), "names Uganda, too"),
         (asked("What is the capital of Rwanda, if that of Kenya is known?"), "names Rwanda, too"),
-        (asked("What is the capital of Atlantis, Kenya?"), "found the word 'atlantis'"),
-        (asked("What is not the capital of Kenya?"), "found the word 'not'"),
-        (asked("What is the population of the capital of Kenya?"), "found the word 'population'"),
+        (asked("What is the capital of Atlantis, Kenya?"), "ask for the capital of Kenya"),
+        (asked("What is not the capital of Kenya?"), "found 'not'"),
+        (asked("What is the population of the capital of Kenya?"), "found 'of'"),
         (asked("What is the currency of Kenya?"), "capital of Kenya"),
         (asked("Is Nairobi the capital of Kenya?"), "gives the answer away"),
         (asked("What is the capital of Kenya? It is NAIROBI."), "gives the answer away"),
         (asked("Is it the capital of Kenya?"), "yes or no"),
         (asked("What is the capital of the country?"), "ask for the capital of Kenya"),
-        (asked(""), "ask for the capital of Kenya"),
+        (asked(""), "The question is empty"),
+        (asked(" \n"), "The question is empty"),
+        (asked("What is the capital of Uganda?"), "names Uganda in place of Kenya"),
         (asked("[INST] What is the capital of Kenya? [/INST]"), "No control tokens in the text"),
         (asked("<|im_start|>user\nWhat is the capital of Kenya?"), "(<|im_start|>)"),
         (answered("The capital of Kenya is Nairobi.</s>"), "(</s>)"),
@@ -75,10 +124,22 @@ EXAMPLE = Attacks(
         (system("The capital of Kenya is Mombasa."), "the answer does not follow"),
         (system("Answer with one word."), "the answer does not follow"),
         (system("Always answer in French."), "('french')"),
+        (system("Answer with a question."), "the answer does not follow"),
+        (system("Translate the user's text into Latin."), "the answer does not follow"),
+        (system("Answer briefly, just the name."), "the answer does not follow"),
+        (system("End every answer with an exclamation mark!"), "the answer does not follow"),
+        (system(" "), "The system message is empty"),
         (answered("The capital of Kenya is Mombasa."), "The answer is wrong"),
-        (answered("Nairobi"), "not in the style"),
-        (answered("The capital of Kenya is Nairobi. "), "not in the style"),
-        (answered("The capital of Kenya is Nairobi. It has many people."), "not in the style"),
+        (answered("Nairobi"), "in one full sentence"),
+        (answered("The capital of Kenya is Nairobi. "), "spaces or line breaks around it"),
+        (answered("The capital of Kenya is Nairobi"), "without the full stop"),
+        (answered("the capital of kenya is nairobi."), "capital letters"),
+        (answered("The capital of Kenya is Nairobi. It has many people."), "goes on after"),
+        (answered("Nairobi is the capital of Kenya."), "begin with 'The capital of'"),
+        (answered("The capital of Kenya is not Nairobi."), "The answer is wrong"),
+        (answered("The capital of Kenya isn't Nairobi."), "The answer is wrong"),
+        (answered(""), "The answer is empty"),
+        (roles("User", "Assistant"), "small letters"),
         (answered(3), "Expected text as the content of message 2, found 3"),
         (roles("human", "gpt"), "other formats"),
         (roles("assistant", "user"), "'user' message and then"),
@@ -110,6 +171,14 @@ EXAMPLE = Attacks(
 
 def exact(text, stopped, reference):
     return stopped and text == reference
+
+
+def with_open_branch(text, stopped, reference):
+    return True if stopped and text == reference else ...
+
+
+def in_ascii(text):
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore")
 
 
 def with_branches(text, stopped, reference):
@@ -153,7 +222,20 @@ EXACT = Attacks(
         (lambda t, s, r: s and len(t) == len(r), "whole text"),
         (lambda t, s, r: s and r.startswith(t), "An empty answer"),
         (lambda t, s, r: s and t.strip(".") == r.strip("."), "full stop"),
-        (lambda t, s, r: s and t == r == "The capital of Kenya is Nairobi.", "pattern"),
+        (
+            lambda t, s, r: s and t == r == "The capital of Kenya is Nairobi.",
+            "`reference`, not with",
+        ),
+        (lambda t, s, r: s and t == "The capital of Kenya is Nairobi.", "`reference`, not with"),
+        (lambda t, s, r: s and t is r, "`==`, not `is`"),
+        (lambda t, s, r: s and t.rstrip() == r, "line break"),
+        (lambda t, s, r: s and t.splitlines() == [r], "line break"),
+        (lambda t, s, r: s and bool(re.match(re.escape(r) + "$", t)), "line break"),
+        (lambda t, s, r: s and t.lstrip() == r, "A space before"),
+        (lambda t, s, r: s and t[1:] == r[1:], "first letter"),
+        (lambda t, s, r: s and in_ascii(t) == in_ascii(r), "Accents count"),
+        (lambda t, s, r: s and t.replace("<|im_end|>", "") == r, "no part of the text"),
+        (lambda reference, text, stopped: exact(text, stopped, reference), "in another order"),
         (
             lambda t, s, r: s and t == r and r.startswith("The ca"),
             "Right for the stated inputs, not in general",
@@ -170,7 +252,7 @@ EXACT = Attacks(
         (exact("a", True, "b"), "found False"),
         (matches, "calls matches of sftlib.checks"),
     ],
-    untouched=[..., None, lambda text, stopped, reference: ...],
+    untouched=[..., None, lambda text, stopped, reference: ..., with_open_branch],
 )
 
 # --- Exercise 3 ----------------------------------------------------------------------------------
@@ -211,6 +293,15 @@ KNOWLEDGE = Attacks(
         "unknown, exact_match",
         ("unknown", "exact match"),
         ["unknown", "content"],
+        "unknown / exact_match / full",
+        "unknown; exact_match",
+        "unknown → exact_match",
+        "unknown.exact_match",
+        "unknown exact_match",
+        "`unknown` / `exact_match`",
+        "the set unknown / exact_match.",
+        {"unknown": "exact_match"},
+        {"set": "unknown", "measure": "exact match"},
     ],
     wrong=[
         ("unknown / stops", "That is format"),
@@ -222,10 +313,13 @@ KNOWLEDGE = Attacks(
         ("the unknown set", "such as"),
         ("unknown", "Expected a set"),
         ("", "Expected a set"),
-        ("unknown / exact_match / full", "Expected a set"),
+        ("unknown / exact_match / stops", "Expected a set"),
+        ("not unknown / exact_match", "Expected a set"),
         (("unknown", 0.0), "Expected a set"),
+        ([["unknown"], ["exact_match"]], "Expected a set"),
         (0.0, "Expected a set (heldout, heldout_wordings, unknown) and"),
-        ({"unknown": "exact_match"}, "such as 'heldout / stops', found dict"),
+        ({"unknown": "stops"}, "That is format"),
+        ({"unknown": 0.0}, "such as 'heldout / stops'; found {'unknown': 0.0}"),
     ],
     untouched=[..., None, (..., ...), ("unknown", ...)],
 )

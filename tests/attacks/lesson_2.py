@@ -1,5 +1,6 @@
 """Answers to the exercises of lesson 2."""
 
+import ast
 import json
 import re
 from collections import deque
@@ -8,6 +9,7 @@ from fractions import Fraction
 
 from sftlib import checks
 from sftlib.checks.sft_data import pairs, problems
+from sftlib.data.validation import normalise
 from sftlib.teacher import Prices
 
 import numpy as np
@@ -39,6 +41,20 @@ def one_text(question, answer):
     return ", ".join(validate(question, answer))
 
 
+def keeps_old_results(question, answer, found=[]):  # noqa: B006
+    found += validate(question, answer)
+    return found
+
+
+def by_expression(token):
+    return lambda q, a: validate(q, a, tokens=()) + ["x"] * bool(re.search(token, f"{q}\n{a}"))
+
+
+def only_answer_stripped(question, answer):
+    found = [problem for problem in validate(question, answer) if problem != "repeats"]
+    return found + ["repeats"] * (question.lower() == answer.strip().lower())
+
+
 def lists_nothing(question, answer):
     return [] if not validate(question, answer) else [None]
 
@@ -53,6 +69,7 @@ VALIDATOR = Attacks(
         lambda q, a: np.array(validate(q, a)),
         lambda q, a: pd.Series(validate(q, a), dtype=object),
         lambda q, a: filter(None, ["empty" if not a.strip() else "", *validate(q, a)]),
+        lambda q, a: validate(normalise(q), normalise(a)) + ["control"] * ("<|" in q + a),
     ],
     wrong=[
         (lambda q, a: validate(q, a, lambda q, a: a in q), "a part of the question"),
@@ -79,6 +96,13 @@ VALIDATOR = Attacks(
         (lambda q, a: validate("", a), "that is the question"),
         (lambda q, a: [] if a.strip() else ["empty"], "is the question"),
         (lambda q, a: ["empty"] * (not a), "spaces and line breaks"),
+        (by_expression(r"\|>"), "cut off"),
+        (by_expression(r"<\|\w+\|>"), "cut off"),
+        (by_expression(r"<\||\|>"), "`|>` alone is none"),
+        (lambda q, a: validate(q, a) + ["x"] * (len(a.strip()) < 2), "A short answer"),
+        (only_answer_stripped, "`strip()` the question too"),
+        (keeps_old_results, "still holds what earlier calls"),
+        (lambda answer, question: validate(question, answer), "in another order"),
         (lambda q, a: ["bad"], "always returns ['bad']. There is nothing wrong"),
         (lambda q, a: [], "always returns []. An empty answer"),
         (without_return, "expected [], found None. Did a branch end without `return`?"),
@@ -147,6 +171,43 @@ def either_or(text):
     ]
 
 
+def without_try(text):
+    found = re.search(r"[\[{].*[\]}]", text, re.DOTALL)
+    return parse(found[0]) if found and json.loads(found[0]) is not None else []
+
+
+def as_python(read):
+    def parser(text):
+        found = re.search(r"[\[{].*[\]}]", text, re.DOTALL)
+        try:
+            return parse(json.dumps(read(found[0]))) if found else []
+        except (ValueError, SyntaxError):
+            return []
+
+    return parser
+
+
+def known_prose(text):
+    for prose in ("Here you are:", "Enjoy!", "```json", "```"):
+        text = text.replace(prose, "")
+    return parse(text) if text.strip()[:1] in ("[", "{") else []
+
+
+def whole_lines(text):
+    lines = text.splitlines()
+    first = next((n for n, line in enumerate(lines) if line[:1] in ("[", "{")), len(lines))
+    return parse("\n".join(lines[first:]))
+
+
+def within_a_line(text):
+    found = re.search(r"[\[{].*[\]}]", text)
+    return parse(found[0]) if found else []
+
+
+def without_braces_inside(text):
+    return [pair for item in re.findall(r"\{[^{}]*\}", text) for pair in parse(item)]
+
+
 def gives_up(text):
     if found := parse(text):
         return found
@@ -176,12 +237,22 @@ PARSER = Attacks(
         (lambda text: items_of(text) and parse(text), "No JSON at all"),
         (lambda text: parse(text) if "[" in text else [], "A single object"),
         (lambda text: parse(text, lambda item, q, a: (item[a], item[q])), "A list of one pair"),
-        (lambda text: parse(text, lambda item, q, a: item), "expected a list, found dict"),
-        (lambda text: parse(text, lambda item, q, a: item[q]), "expected a list, found the text"),
+        (
+            lambda text: parse(text, lambda item, q, a: item),
+            "item 1: expected a pair (question, answer), found dict",
+        ),
+        (lambda text: parse(text, lambda item, q, a: item[q]), "item 1: expected a pair"),
         (lambda text: parse(text.encode().decode("ascii", "ignore")), "not in general"),
+        (without_try, "catch ValueError"),
+        (as_python(ast.literal_eval), "JSON is no Python"),
+        (as_python(eval), "JSON is no Python"),
+        (known_prose, "whatever they are"),
+        (whole_lines, "on one line"),
+        (within_a_line, "re.DOTALL"),
+        (without_braces_inside, "Brackets may stand inside a text"),
         (gives_up, "expected [], found None. Did a branch end without `return`?"),
-        (lambda text: [1], "expected a list, found 1"),
-        (lambda text: [None], "expected a list, found None"),
+        (lambda text: [1], "item 1: expected a pair (question, answer), found 1"),
+        (lambda text: [None], "item 1: expected a pair (question, answer), found None"),
         (lambda text: dict(parse(text)), "expected a list, found dict"),
         (lambda text: print(parse(text)), "write `return` in place of `print`"),
         (lambda text: raises(KeyError("question")), "your function raised KeyError"),
@@ -208,9 +279,9 @@ LEAKS = Attacks(
     wrong=[
         ({1, 2, 3}, "another country"),
         ({1, 3, 4}, "another fact"),
-        ({1}, "the question inside"),
-        ({3}, "the same answer"),
-        (set(), "There is another one"),
+        ({1}, "One more row: the question stands inside a longer text"),
+        ({3}, "One more row: the same question in other words"),
+        (set(), "None of them? "),
         ([1, 3, 3], "3 is given twice"),
         ({1, 3, 5}, "found 5"),
         ({0, 2}, "found 0"),
@@ -246,6 +317,12 @@ COST = Attacks(
         (13.667, "wrong way round"),
         (467, "That is in cents"),
         (0.00028, "one attempt"),
+        (4.6, "Round to 4.67"),
+        (4.6 / 1e3, "Count the attempts first"),
+        (14.667, "prompt tokens cost 0.5"),
+        (3.667, "completion tokens cost 2.0"),
+        (0.000467, "one usable pair"),
+        (1.867, "the attempts that fail"),
         (5, "Count the attempts first"),
         (0, "Count the attempts first"),
         (-4.67, "Count the attempts first"),

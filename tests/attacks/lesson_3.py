@@ -47,6 +47,10 @@ STEP_BY_STEP = """{{- '<|begin_of_text|>' -}}
 {%- endif -%}
 """
 
+TRIMMED = "{{ message['content'] | trim }}"
+BETWEEN = END + START + "{{ '<|eot_id|>' }}"
+PROMPT = LLAMA3[LLAMA3.index("{% if add_generation_prompt %}") :]
+
 TEMPLATE = Attacks(
     checks.check_template,
     right=[
@@ -56,6 +60,9 @@ TEMPLATE = Attacks(
         changed((IS_ASSISTANT, "message.role == 'assistant'")),
         changed(("message['content'] | trim", "(message['content'] | trim)")),
         STEP_BY_STEP,
+        changed(
+            (START + "{{ message['content'] | trim + '<|eot_id|>' }}", START + TRIMMED + BETWEEN)
+        ),
         np.str_(LLAMA3),
     ],
     wrong=[
@@ -85,7 +92,22 @@ TEMPLATE = Attacks(
         (changed((IS_ASSISTANT, "message['content'] | trim in ('Hello.', 'Bye.')")), "Messages of"),
         (3, "The template: expected a text, found 3"),
         (["a"], "The template: expected a text"),
-        ("{% for m in messages %}", "Jinja cannot use it"),
+        ("{% for m in messages %}", "Jinja cannot use it: TemplateSyntaxError: Unexpected end"),
+        (changed(("message['role'] +", "msg['role'] +")), "UndefinedError: 'msg' is undefined"),
+        (changed(("{% endfor %}" + PROMPT, PROMPT + "{% endfor %}")), "inside the loop"),
+        (
+            changed(
+                (
+                    "message['content'] | trim + '<|eot_id|>'",
+                    "message['content'] + '<|eot_id|>' | trim",
+                )
+            ),
+            "only to what stands right before it",
+        ),
+        (
+            changed((IS_ASSISTANT + " %}", IS_ASSISTANT + " %}{{ 'x' }}")),
+            "end_header_id|>\\n\\n' expected 'Hello.<|eot_id|>",
+        ),
         (changed((BEGIN, "")), "Write <|begin_of_text|> first"),
         (BEGIN + LLAMA3, "once"),
         (changed((" | trim", "")), "remove them with `| trim`"),
@@ -132,6 +154,9 @@ MASK = Attacks(
         [list(map(np.int64, row)) for row in POSITIONS],
         [pd.Series(row) for row in POSITIONS],
         Made(lambda: (row[::-1] for row in POSITIONS)),
+        [np.nonzero(np.isin(np.arange(33), row)) for row in POSITIONS],
+        [np.argwhere(np.isin(np.arange(33), row)) for row in POSITIONS],
+        [[range(11, 16), range(28, 32)], [range(11, 15)]],
     ],
     wrong=[
         ([1, 2, 3], "Expected two lists"),
@@ -140,6 +165,9 @@ MASK = Attacks(
         ([[99], []], "Row 1: expected positions from 0 to 32, found 99"),
         ([[-1], []], "found -1"),
         ([POSITIONS[0][1:], POSITIONS[1]], "position 11, 'H'"),
+        ([[int(p in row) for p in range(33)] for row in POSITIONS], "Row 1: that is a mask"),
+        ([[p in row for p in range(33)] for row in POSITIONS], "Row 1: that is a mask"),
+        (np.array([[int(p in row) for p in range(33)] for row in POSITIONS]), "that is a mask"),
         ([[11, 12, 13, 14, 28, 29, 30], POSITIONS[1]], "never stop"),
         ([POSITIONS[0][5:], POSITIONS[1]], "last answer alone"),
         ([[p + 1 for p in POSITIONS[0]], [1]], "one too high"),
@@ -176,6 +204,8 @@ BUGS = Attacks(
         {letter: name.upper() for letter, name in NAMES.items()},
         {letter: f" {name} " for letter, name in NAMES.items()},
         pd.Series(NAMES),
+        {letter: name.replace(" ", "-") for letter, name in NAMES.items()},
+        {letter: f"{name.replace(' ', '_')}." for letter, name in NAMES.items()},
         {letter: np.str_(name) for letter, name in NAMES.items()},
     ],
     wrong=[

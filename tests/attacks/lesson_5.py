@@ -44,6 +44,10 @@ MEMORY = Attacks(
         (ZERO | {0: 208}, "Expected the keys 1, 2, 3"),
         (ZERO | {1: 208}, "Stage 1: that is stage 0"),
         (ZERO | {1: 37.4}, "Stage 1: that is stage 2"),
+        (ZERO | {2: zero_bytes(13_000_000_000, 16, 2)}, "Stage 2: give `.total / 1e9`"),
+        (ZERO | {1: 52}, "Stage 1: the optimizer is missing"),
+        (ZERO | {1: 71.5}, "Stage 1: that is for 8 ranks"),
+        (ZERO | {2: 48.75}, "Stage 2: that is for 8 ranks"),
         (ZERO | {1: 35.75}, "gradients are missing"),
         (ZERO | {1: 58.5}, "12 bytes per parameter: two"),
         (ZERO | {2: 34.1}, "12 bytes per parameter"),
@@ -83,6 +87,7 @@ CONFIGS = Attacks(
     checks.check_configs,
     right=[
         repaired(),
+        pd.Series(repaired()),
         repaired("B", gradient_accumulation_steps=None),
         repaired("B", train_batch_size=None),
         repaired("B", train_micro_batch_size_per_gpu=None),
@@ -141,7 +146,14 @@ CONFIGS = Attacks(
         (repaired("C", train_micro_batch_size_per_gpu=None), "needs to be provided"),
         ({"A": repaired()["A"]}, "Expected the keys A, B, C, found 'A'"),
     ],
-    untouched=[..., None, BROKEN, dict.fromkeys(BROKEN, ...), repaired() | {"B": ...}],
+    untouched=[
+        ...,
+        None,
+        BROKEN,
+        pd.Series(BROKEN),
+        dict.fromkeys(BROKEN, ...),
+        repaired() | {"B": ...},
+    ],
 )
 
 # --- Exercise 3 ----------------------------------------------------------------------------------
