@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -180,8 +181,10 @@ def described(value: Any) -> str:
         return f"the text {shown(value)}"
     if hasattr(value, "shape") and not isinstance(value, type):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    if isinstance(value, type) or callable(value):
-        name = getattr(value, "__name__", type(value).__name__)
+    name = getattr(value, "__name__", "")
+    if isinstance(value, partial):
+        name = "partial"
+    if name and callable(value):  # objects that can be called, such as models, have no name
         return f"{name} itself: a function or class gives its result when it is called, {name}(…)"
     if value is None or isinstance(value, bool | Real | Decimal):
         return shown(value)
