@@ -125,7 +125,13 @@ def mapping(value: Any, keys: Collection, where: str = "") -> dict:
             f"expected a dictionary with the keys {wanted}, found {described(value)}.", where
         )
     if set(value) != set(keys):
+        missing = [str(key) for key in keys if key not in value]
+        extra = [repr(key) for key in value if key not in set(keys)]
         found = ", ".join(map(repr, value)) or "none"
+        if not missing:
+            found = f"also {', '.join(extra)}"
+        elif not extra and value:
+            found += f"; missing: {', '.join(missing)}"
         raise Unread(f"expected the keys {wanted}, found {found}.", where)
     return {key: value[key] for key in keys}
 
