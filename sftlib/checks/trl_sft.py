@@ -143,16 +143,15 @@ CONFIG = {
     "max_length": 512,
     "packing": True,
 }
-# Old defaults that a right answer may name, because today's are others; and what a CPU needs.
+# Old defaults that a right answer may name, because today's are others.
 OPTIONAL = {
-    "use_cpu": True,
     "packing_strategy": "wrapped",
     "learning_rate": 5e-5,
     "bf16": False,
     "activation_checkpointing": False,
     "gradient_checkpointing": False,
 }
-NOT_TRAINING = {"output_dir", "report_to", "run_name", "disable_tqdm", "logging_steps"}
+NOT_TRAINING = {"use_cpu", "output_dir", "report_to", "run_name", "disable_tqdm", "logging_steps"}
 TRAINER = {"train_dataset": "data", "eval_dataset": "eval_data", "processing_class": "tokenizer"}
 WANTED = CONFIG | TRAINER
 # A name such as config, training_args or self.config; or SFTConfig, called with arguments.
@@ -241,7 +240,7 @@ def _difference(found: dict, expected: dict, whose: str) -> str:
         if extra[0] in OPTIONAL:
             return (
                 f"{whose}: {extra[0]}={shown(found[extra[0]])} does not say the same as the old "
-                f"call, in which it was {OPTIONAL[extra[0]]!r}: write that, or leave it out."
+                f"call, in which it was {OPTIONAL[extra[0]]!r}: write that, or nothing."
             )
         return f"{whose}: {', '.join(extra)} was not in the old call."
     for name, value in expected.items():
