@@ -269,7 +269,13 @@ ADVANTAGES = Attacks(
         (lambda r, m: print(advantages(r, m)), "in place of `print`"),
         (trl_preferences.rloo, "calls rloo of sftlib.checks"),
     ],
-    untouched=[..., None, lambda rewards, method: ...],
+    untouched=[
+        ...,
+        None,
+        lambda rewards, method: ...,
+        lambda rewards, method: advantages(rewards, method) if method == "RLOO" else ...,
+        lambda rewards, method: advantages(rewards, method) if method == "GRPO" else ...,
+    ],
 )
 
 # --- Exercise 3 ----------------------------------------------------------------------------------
