@@ -261,10 +261,9 @@ def _draw_score(rng: random.Random, size: int) -> tuple[str, str]:
 @exercise(9, 3, "whether an answer has the form, and whether it is right")
 def check_form_and_content(function: Any) -> Verdict:
     edges = [(why[0].upper() + why[1:], (answer, "Nairobi")) for answer, why in ANSWERS.items()]
-    edges += CODES
     read, sizes = functools.partial(_pair, names=SCORES), (1, 2, 3, 4, 5, 6, 7)
     with _named(SCORES):
-        compare(function, form_and_content, edges, _draw_score, read=read, sizes=sizes)
+        compare(function, form_and_content, edges + MORE, _draw_score, read=read, sizes=sizes)
     return right(f"All {len(edges)} answers, those that were meant to mislead included.")
 
 
@@ -282,12 +281,7 @@ ANSWERS = {  # answer → what is special about it
     "the capital of kenya is nairobi.": "no form, the value in small letters.",
     "Sure! " + _json(): "text before the object.",
     _json() + " I hope it helps.": "text after the object.",
-    _json(answer="Nairobian"): "the value may be a part of a word: look with `in`.",
-    "The Nairobians know it.": "the value may be a part of a word here, too.",
     _json(note="x"): "a fourth key.",
-    _json(answer="Mombasa", note="Nairobi"): (
-        "no form, because of a fourth key: then the value may stand anywhere in the answer."
-    ),
     json.dumps({"subject": "Kenya", "answer": "Nairobi"}): "a key is missing.",
     json.dumps(dict(reversed(KENYA.items()))): "the keys in another order.",
     json.dumps([KENYA]): "a list with the object in it.",
@@ -300,7 +294,16 @@ ANSWERS = {  # answer → what is special about it
     '"Nairobi"': "a text alone, in quotation marks.",
     "": "an empty answer.",
 }
-CODES = [
+MORE = [
+    (
+        "The value may be a part of a word: look with `in`.",
+        (_json(answer="Nairobian"), "Nairobi"),
+    ),
+    ("The value may be a part of a word here, too.", ("The Nairobians know it.", "Nairobi")),
+    (
+        "No form, because of a fourth key: then the value may stand anywhere in the answer.",
+        (_json(answer="Mombasa", note="Nairobi"), "Nairobi"),
+    ),
     ("The value is +254, with its sign.", (_json(answer="+254"), "+254")),
     ("254 is not +254: the whole value counts.", (_json(answer="254"), "+254")),
     ("254 is not +254, without the form either.", ("The calling code is 254.", "+254")),

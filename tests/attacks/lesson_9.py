@@ -262,7 +262,7 @@ FORM = Attacks(
             "254 is not +254: the whole value counts",
         ),
         (whole_words, "The value may be a part of a word"),
-        (answer_field_without_form, "no form, because of a fourth key"[3:]),
+        (answer_field_without_form, "No form, because of a fourth key"),
         (answer_alone, "All fields must be text: the subject is null"),
         (lambda t, v: score(t, v, case=str), "the value in small letters"),
         (lambda t, v: score(t, v, contains=str.__eq__), "look with `in`"),
