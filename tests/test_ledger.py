@@ -146,10 +146,7 @@ def test_rows_stand_in_the_order_of_the_lessons_and_of_their_cells(course):
 def test_control_tokens_and_signs_of_markdown_stay_what_they_are_on_the_page(course):
     row = ROW | {"text": "`<|im_end|>` is a_token", "measured": "<|im_end|> 2*3 for $5"}
     table = claims.page([row], course).splitlines()[-1]
-    assert (
-        table
-        == r"| `<\|im_end\|>` is a\_token | \<\|im\_end\|> 2\*3 for \$5 | above half | seeds | 3 |"
-    )
+    assert table == r"| `<\|im_end\|>` is a\_token | \<\|im\_end\|> 2\*3 for \$5 | above half | seeds | 3 |"
 
 
 # --- What `make newest` and `make real` say ------------------------------------------------------
