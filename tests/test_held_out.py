@@ -5,7 +5,7 @@ import re
 import textwrap
 from types import SimpleNamespace
 
-from sftlib import checks
+from sftlib import checks, evaluate
 from sftlib.checks import exercise, held_out
 from sftlib.checks.held_out import Score, beats, chance
 from sftlib.checks.verdict import NOT_ATTEMPTED
@@ -28,6 +28,19 @@ def row(question, answer):
             {"role": "assistant", "content": answer},
         ]
     }
+
+
+def answering(**more):
+    """A conversation whose answer has more keys."""
+    user, answer = row("Hi.", "Hello.")["messages"]
+    return {"messages": [user, answer | more]}
+
+
+def calling(**arguments):
+    return {"type": "function", "function": {"name": "say", "arguments": arguments}}
+
+
+ITS_CAPITAL = row("Its capital?", "It is Kigali.")["messages"]
 
 
 # --- Chance --------------------------------------------------------------------------------------
@@ -117,6 +130,8 @@ def test_a_row_that_is_open_is_named(no_training):
         ("rows", "Expected rows to train on, a trainer or a model, found the text 'rows'"),
         (3, "Expected rows to train on, a trainer or a model, found 3"),
         ([3], "Row 1: expected a dict with messages, found 3"),
+        ({"messages": "hi"}, "Row 1: expected a list as messages, found the text 'hi'"),
+        ([{"messages": None}], "Row 1: expected a list as messages, found None"),
         ([{"text": "Hello."}], "Row 1: expected a dict with messages, found dict"),
         ([SFT[0], row("Hello?", "")], "Row 2: "),
         ([SFT[0], {"messages": SFT[0]["messages"][::-1]}], "Row 2: "),
@@ -147,6 +162,18 @@ def test_rows_that_cannot_be_trained_on_are_refused(no_training, rows, words):
             },
             "in other words",
         ),
+        (row("And Rwanda?", "It is Kigali."), "in other words"),
+        (row("Which capital does Rwanda have?", "It is Kigali."), "in other words"),
+        (row("Where does Kigali lie?", "In Rwanda."), "in other words"),
+        (row("Say more.", "Rwanda=Kigali"), "in other words"),
+        (row("Say more.", "Rwanda->Kigali"), "in other words"),
+        (
+            {"messages": [*row("I think of Rwanda.", "Yes?")["messages"], *ITS_CAPITAL]},
+            "in other words",
+        ),
+        (answering(reasoning_content="Rwanda has Kigali."), "in other words"),
+        (answering(tool_calls=[calling(text="Rwanda has Kigali.")]), "in other words"),
+        (answering(tool_calls=[calling(Rwanda="Kigali")]), "in other words"),
     ],
 )
 def test_rows_that_give_a_held_out_row_away_are_refused(no_training, leak, reason):
@@ -154,6 +181,27 @@ def test_rows_that_give_a_held_out_row_away_are_refused(no_training, leak, reaso
     assert verdict.passed is False
     assert "Row 4 gives a held-out question away" in verdict.message
     assert reason in verdict.message and "Rwanda" in verdict.message
+
+
+def test_calling_codes_are_found_with_and_without_their_plus(no_training):
+    test = next(row for row in HELD_OUT if row["relation"] == "calling code")
+    code = test["value"].removeprefix("+")
+    for said in (f"Dial {code}.", f"Dial +{code}."):
+        verdict = beats([row(f"What do I dial for {test['entity']}?", said)], 0.5, [test])
+        assert verdict.passed is False and "in other words" in verdict.message
+
+
+def test_of_many_open_places_a_few_are_named(no_training):
+    verdict = beats([row("Hello?", ...) for _ in range(500)], 0.5)
+    assert verdict.passed is None and "item 1, messages, item 2, content" in verdict.message
+    assert "and 497 more" in verdict.message and len(verdict.message) < 300
+
+
+def test_keys_that_say_nothing_are_not_open():
+    """As Arrow adds them to messages without the key."""
+    rows = Dataset.from_list([SFT[0], answering(weight=1)]).to_list()
+    assert rows[0]["messages"][0]["weight"] is None
+    assert len(held_out._rows(rows, 2)) == 2
 
 
 def test_rows_may_be_conversations_and_are_copied():
@@ -191,6 +239,23 @@ def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):
     [
         ({"baseline": 92.0}, "Expected the baseline as a share from 0 to 1, found 92.0"),
         ({"baseline": 0.5, "measure": "loss"}, "Expected a measure (exact_match, content, stops)"),
+        ({"baseline": 0.5, "held_out": []}, "Expected held-out rows, found none"),
+        (
+            {"baseline": 0.5, "held_out": [{"messages": RWANDA["messages"][:1]}]},
+            "Held-out row 1: There is no answer in 1 messages",
+        ),
+        (
+            {"baseline": 0.5, "held_out": [{"messages": RWANDA["messages"][1:]}]},
+            "Held-out row 1: Message 1 comes from the assistant: begin with the user.",
+        ),
+        (
+            {"baseline": 0.5, "held_out": [RWANDA, {}]},
+            "Held-out row 2: expected a dict with messages",
+        ),
+        (
+            {"baseline": 0.5, "held_out": [row("Hi?", "Hello.")], "measure": "content"},
+            "Held-out row 1: expected a `value`",
+        ),
     ],
 )
 def test_a_mistake_of_the_lesson_is_not_the_student_s(tiny, wrong_use, words):
@@ -199,6 +264,22 @@ def test_a_mistake_of_the_lesson_is_not_the_student_s(tiny, wrong_use, words):
     assert verdict.passed is None and "check itself failed" in verdict.message
     assert words in verdict.message
     assert "add `tokenizer=`" in beats(model, 0.5).message
+    before_training = beats(SFT[:2], **wrong_use, steps=10**9)
+    assert before_training.passed is None and words in before_training.message
+
+
+def test_a_model_is_given_alone(tiny):
+    verdict = beats(tiny, 0.5)
+    assert verdict.passed is False and "give its tokenizer as `tokenizer=`" in verdict.message
+    listed = beats([tiny[0]], 0.5).message
+    assert "found LlamaForCausalLM" in listed and "a function" not in listed
+
+
+def test_a_stream_cannot_be_looked_at(no_training, tokenizer):
+    stream = Dataset.from_list([SFT[0]]).to_iterable_dataset()
+    trainer = SimpleNamespace(train_dataset=stream, model=..., processing_class=tokenizer)
+    verdict = beats(trainer, 0.5)
+    assert verdict.passed is False and "found IterableDataset" in verdict.message
 
 
 # --- Models and trainings ------------------------------------------------------------------------
@@ -218,7 +299,28 @@ def test_answers_that_take_too_long_are_stopped(tiny):
     model, tokenizer = tiny
     verdict = beats(model, 0.5, HELD_OUT[:4], tokenizer, most_seconds=0)
     assert verdict.passed is False and not isinstance(verdict, Score)
-    assert "Time is up: 0 of 4 held-out prompts were asked." in verdict.message
+    assert "Time is up: 0 of 4 held-out prompts were asked in" in verdict.message
+    assert "on this machine" in verdict.message
+
+
+def test_a_model_that_says_nothing_does_not_stop(tiny, monkeypatch):
+    model, tokenizer = tiny
+    said = ["", "Kigali."]
+    monkeypatch.setattr(
+        evaluate, "answers", lambda *_, **__: [evaluate.Answer(text, True) for text in said]
+    )
+    assert beats(model, 0.9, HELD_OUT[:2], tokenizer, measure="stops").score == 0.5
+
+
+def test_loading_and_other_processes_do_not_count(monkeypatch):
+    now = {"clock": 100.0, "cpu": 7.0}
+    monkeypatch.setattr(held_out.time, "monotonic", lambda: now["clock"])
+    monkeypatch.setattr(held_out.time, "process_time", lambda: now["cpu"])
+    clock = held_out._Clock()
+    now |= {"clock": 160.0, "cpu": 10.0}  # another process had the machine
+    assert clock.seconds() == 3
+    now |= {"cpu": 200.0}  # several threads
+    assert clock.seconds() == 60
 
 
 @pytest.mark.integration

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from sftlib.checks.functions import SEED
 from sftlib.checks.progress import enter, note
-from sftlib.checks.reading import Unread, open_parts
+from sftlib.checks.reading import Unread, open_parts, shown
 from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
 
 Check = Callable[..., Verdict]
@@ -61,6 +61,9 @@ def exercise(
 
         @functools.wraps(check)
         def recording(*args, **options) -> Verdict:
+            if set(options) <= {"seed"} and 0 < len(args) < answers:
+                names = list(signature.parameters)[:answers]
+                return _too_few(names, args)
             signature.bind(*args, **{n: v for n, v in options.items() if n != "seed"})
             verdict = judge(*args, **options)
             if verdict:
@@ -90,6 +93,12 @@ def judged(check: Check) -> Check:
             SEED.reset(token)
 
     return judge
+
+
+def _too_few(names: list[str], given: tuple) -> Verdict:
+    wanted = f"{', '.join(names[:-1])} and {names[-1]}"
+    found = ", ".join(map(shown, given))
+    return wrong(f"Expected {len(names)} answers, {wanted}, found {len(given)}: {found}.")
 
 
 def _open(answers: dict, none_is_open: bool, parts_may_be_open: bool) -> Verdict | None:

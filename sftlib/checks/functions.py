@@ -31,7 +31,8 @@ SIZES = (1, 2, 3, 5, 8)
 ROUNDS = 8  # random inputs of each size
 LONG_TEXT = 80  # characters: of a longer text, only where it differs is shown
 SEED = ContextVar("SEED", default="")  # what a check was called with; see `exercise`
-_called_by_student: ContextVar[list[str] | None] = ContextVar("_called_by_student", default=None)
+# What a student's function has called, while it runs. No ContextVar: a thread begins without one.
+_called: list[list[str]] = []
 
 Inputs = tuple[Any, ...]
 Edges = Sequence[tuple[str, Inputs]]
@@ -58,9 +59,8 @@ def reference(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def guarded(*args: Any, **options: Any) -> Any:
-        called = _called_by_student.get()
-        if called is not None:
-            called.append(getattr(function, "__name__", "the answer"))
+        if _called:
+            _called[-1].append(getattr(function, "__name__", "the answer"))
         return function(*args, **options)
 
     vars(guarded)["__signature__"] = inspect.signature(function)
@@ -100,7 +100,7 @@ def call(function: Callable, *args: Any) -> Outcome:
     given = tuple(map(_separate, args))
     before = [_values(argument) for argument in copy.deepcopy(args)]
     value, error, line, printed, called = None, None, "", io.StringIO(), []
-    token = _called_by_student.set(called)
+    _called.append(called)
     try:
         with redirect_stdout(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -112,7 +112,7 @@ def call(function: Callable, *args: Any) -> Outcome:
     except BaseException as raised:
         error, line = raised, _line(raised, function)
     finally:
-        _called_by_student.reset(token)
+        _called.pop()
     if called:
         raise CheckEnds(
             wrong(f"Your function calls {called[0]} of sftlib.checks. Write the answer yourself.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import time
+import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 BY_CHANCE = 0.05  # a difference that chance gives more often than this gets a note
 AT_ONCE = 50  # prompts between two looks at the clock
+FEW = 3  # open places that a message names
+MEASURES = ("exact_match", "content", "stops")
 SHORT = 4  # words: a shorter answer ("Yes.") stands in other rows by chance
 NAMES = ("entity", "value")  # of the course's facts
 
@@ -82,10 +85,12 @@ def beats(
         baseline: a share from 0 to 1.
         held_out: rows with `messages` and, for the measure `content`, `value`; without it, the
             course's held-out facts.
-        measure: `exact_match`, `content` or `stops`, see `sftlib.evaluate`.
+        measure: `exact_match`, `content` or `stops`, see `sftlib.evaluate`. An answer without text
+            counts for none of them.
         steps: optimizer steps of a training on rows.
         most_rows: more rows are refused.
-        most_seconds: of training and answering; what takes longer is stopped and refused.
+        most_seconds: of training and answering, without the loading of libraries and models;
+            what takes longer is stopped and refused. Time counts only while this process works.
         settings: for `sftlib.training.prepare`: `peft_config`, or arguments of `trl.SFTConfig`.
 
     Returns:
@@ -99,19 +104,38 @@ def beats(
     if not 0 <= baseline <= 1:
         raise ValueError(f"Expected the baseline as a share from 0 to 1, found {baseline!r}.")
     tests = read_facts("heldout") if held_out is None else list(held_out)
-    deadline = time.monotonic() + most_seconds
-    model: Any = model_or_rows
+    _refuse_other_tests(tests, measure)
+    model, spent = model_or_rows, 0.0
     if hasattr(model, "train_dataset"):  # a trainer
         _refuse_leaks(_seen_by(model), tests)
         model, tokenizer = model.model, model.processing_class
     elif not hasattr(model, "generate"):
         rows = _rows(model_or_rows, most_rows)
         _refuse_leaks(rows, tests)
-        model, tokenizer = _trained(rows, steps, deadline, settings)
+        model, tokenizer, spent = _trained(rows, steps, most_seconds, settings)
     if tokenizer is None:
         raise ValueError("Expected a model with its tokenizer, found none: add `tokenizer=`.")
-    hits = _hits(model, tokenizer, tests, measure, deadline)
+    hits = _hits(model, tokenizer, tests, measure, most_seconds - spent)
     return _score(hits, len(tests), baseline, measure)
+
+
+def _refuse_other_tests(tests: Sequence[Row], measure: str) -> None:
+    """Raise before any training if the model could not be judged after it."""
+    if measure not in MEASURES:
+        raise ValueError(f"Expected a measure ({', '.join(MEASURES)}), found {measure!r}.")
+    if not tests:
+        raise ValueError("Expected held-out rows, found none.")
+    for number, row in enumerate(tests, 1):
+        messages = row.get("messages") if isinstance(row, Mapping) else None
+        problems = (
+            validate(list(messages))
+            if isinstance(messages, list | tuple)
+            else [f"expected a dict with messages, found {described(row)}."]
+        )
+        if problems:
+            raise ValueError(f"Held-out row {number}: {problems[0]}")
+        if measure == "content" and not row.get("value"):
+            raise ValueError(f"Held-out row {number}: expected a `value` for the measure content.")
 
 
 # --- Rows ----------------------------------------------------------------------------------------
@@ -125,26 +149,55 @@ def _rows(answer: Any, most: int) -> list[dict]:
     """
     if answer is None:
         raise CheckEnds(NOT_ATTEMPTED)
+    if isinstance(answer, tuple) and any(hasattr(part, "generate") for part in answer):
+        raise CheckEnds(wrong("Expected a model alone: give its tokenizer as `tokenizer=`."))
     if isinstance(answer, Mapping) or answer is ...:
         answer = [answer]
     given = sequence(answer, what="rows to train on, a trainer or a model")
-    places, filled = open_parts(given)
-    if places:
-        raise CheckEnds(still_open(places) if filled else NOT_ATTEMPTED)
+    _refuse_open(given)
     if not given:
         raise CheckEnds(wrong("Expected rows to train on, found none."))
     if len(given) > most:
         raise CheckEnds(wrong(f"Expected at most {most:,} rows, found {len(given):,}."))
     rows = []
     for number, row in enumerate(given, 1):
-        messages = row.get("messages") if isinstance(row, Mapping) else row
+        messages = _messages(row)
         if not isinstance(messages, list | tuple):
-            found = described(row)
-            raise CheckEnds(wrong(f"Row {number}: expected a dict with messages, found {found}."))
+            has = isinstance(row, Mapping) and "messages" in row
+            wanted = "a list as messages" if has else "a dict with messages"
+            found = described(messages if has else row)
+            raise CheckEnds(wrong(f"Row {number}: expected {wanted}, found {found}."))
         if problems := validate(list(messages)):
             raise CheckEnds(wrong(f"Row {number}: {problems[0]}"))
         rows.append({"messages": [dict(message) for message in messages]})
     return rows
+
+
+def _messages(row: Any) -> Any:
+    """The messages of a row, or of a conversation that stands for one."""
+    return row.get("messages") if isinstance(row, Mapping) else row
+
+
+def _refuse_open(given: Sequence[Any]) -> None:
+    """Raise if a role or a content is still `...`. Other keys may be None: Arrow adds such keys."""
+
+    def said(message: Any) -> Any:
+        keys = ("role", "content")
+        is_message = isinstance(message, Mapping)
+        return {k: message[k] for k in keys if k in message} if is_message else message
+
+    rows = []
+    for row in given:
+        messages = _messages(row)
+        if isinstance(messages, list | tuple):
+            messages = [said(message) for message in messages]
+        rows.append({"messages": messages} if isinstance(row, Mapping) else messages)
+    places, filled = open_parts(rows, none=False)
+    if places and not filled:
+        raise CheckEnds(NOT_ATTEMPTED)
+    if places:
+        more = f"and {len(places) - FEW:,} more"
+        raise CheckEnds(still_open([*places[:FEW], *[more] * (len(places) > FEW)]))
 
 
 def _seen_by(trainer: Any) -> list[dict]:
@@ -152,9 +205,17 @@ def _seen_by(trainer: Any) -> list[dict]:
     dataset = trainer.train_dataset
     if dataset is None:
         return []
-    if "messages" in dataset.column_names:
+    if not hasattr(dataset, "__len__"):
+        raise CheckEnds(
+            wrong(
+                "Expected a trainer with a dataset that has a length, found "
+                f"{type(dataset).__name__}: its rows cannot be looked at. Use a Dataset."
+            )
+        )
+    columns = getattr(dataset, "column_names", ())
+    if "messages" in columns:
         return [{"messages": messages} for messages in dataset["messages"]]
-    if "input_ids" not in dataset.column_names:
+    if "input_ids" not in columns:
         return []
     decode = trainer.processing_class.decode
     texts = [decode(ids, skip_special_tokens=True) for ids in dataset["input_ids"]]
@@ -179,39 +240,65 @@ def _refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
 
 
 def _told(rows: Sequence[dict], held_out: Sequence[Row]) -> list[tuple[dict, Row, str]]:
-    """The first row that tells a held-out answer inside of a longer text, in any wording."""
+    """The first row that tells a held-out answer inside of a longer text, in any wording.
+
+    The messages of a row are read as one text: a question and its answer tell a fact together.
+    """
     tests = [
         (test, _spaced(test["messages"][-1]["content"]), *(_name(test, n) for n in NAMES))
         for test in held_out
     ]
     for row in rows:
-        for text in (_spaced(message["content"]) for message in row["messages"]):
-            for test, answer, entity, value in tests:
-                if answer.count(" ") > SHORT and answer in text:
-                    return [(row, test, "its answer, inside")]
-                if entity and value and entity in text and value in text.replace(entity, "  "):
-                    return [(row, test, "its fact, in other words")]
+        text = _spaced(" ".join(_texts(row["messages"])))
+        for test, answer, entity, value in tests:
+            if answer.count(" ") > SHORT and answer in text:
+                return [(row, test, "its answer, inside")]
+            if entity and value and entity in text and value in text.replace(entity, "  "):
+                return [(row, test, "its fact, in other words")]
     return []
 
 
+def _texts(part: Any) -> Iterator[str]:
+    """All that messages tell: contents, thoughts, and calls with the arguments' names."""
+    if isinstance(part, Mapping):
+        told = {k: v for k, v in part.items() if k not in ("role", "type", "weight")}
+        yield from _texts([*told.keys(), *told.values()])
+    elif isinstance(part, list | tuple):
+        yield from (text for item in part for text in _texts(item))
+    elif part is not None:
+        yield str(part)
+
+
 def _spaced(text: str) -> str:
-    """A text as comparisons see it, between spaces, so that only whole words are found in it."""
-    return f" {normalise(text)} "
+    """A text as comparisons see it, without symbols, so that only whole words are found in it."""
+    kept = (" " if unicodedata.category(c)[0] == "S" else c for c in normalise(text))
+    return f" {' '.join(''.join(kept).split())} "
 
 
 def _name(row: Row, key: str) -> str:
     """What a row is about, or its value; empty if it does not say."""
-    name = normalise(str(row.get(key, ""))).removeprefix("the ")
+    name = _spaced(str(row.get(key, ""))).strip().removeprefix("the ")
     return name and f" {name} "
 
 
 # --- Training and asking -------------------------------------------------------------------------
 
 
+class _Clock:
+    """Seconds since it was made, without those in which other processes had the machine."""
+
+    def __init__(self) -> None:
+        self.clock, self.cpu = time.monotonic(), time.process_time()
+
+    def seconds(self) -> float:
+        # Several threads use more CPU time than the clock shows; on a busy machine it is less.
+        return min(time.monotonic() - self.clock, time.process_time() - self.cpu)
+
+
 def _trained(
-    rows: list[dict], steps: int, deadline: float, settings: dict[str, Any]
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model after `steps` optimizer steps on the rows.
+    rows: list[dict], steps: int, most_seconds: float, settings: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase, float]:
+    """The base model after `steps` optimizer steps on the rows, and the seconds that they took.
 
     Raises:
         CheckEnds: time is up, or the rows cannot be encoded.
@@ -225,13 +312,18 @@ def _trained(
         trainer = prepare(model, tokenizer, rows, **settings)
     except ValueError as error:
         raise CheckEnds(wrong(f"These rows cannot be trained on: {error}")) from error
-    trainer.add_callback(_stop_at(deadline))
+    clock = _Clock()
+    trainer.add_callback(_stop_after(most_seconds, clock))
     trainer.train()
     done = trainer.state.global_step
     if done < settings["max_steps"]:
-        said = f"Time is up: {done} of {settings['max_steps']} steps were done."
-        raise CheckEnds(wrong(f"{said} Shorter rows take less time."))
-    return trainer.model, tokenizer
+        raise CheckEnds(
+            wrong(
+                f"Time is up: {done} of {settings['max_steps']} steps were done in "
+                f"{most_seconds:g} seconds on this machine. Shorter rows take less time."
+            )
+        )
+    return trainer.model, tokenizer, clock.seconds()
 
 
 def _training_seed() -> int:
@@ -239,15 +331,15 @@ def _training_seed() -> int:
     return int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
 
 
-def _stop_at(deadline: float) -> Any:
+def _stop_after(most_seconds: float, clock: _Clock) -> Any:
     from transformers import TrainerCallback
 
-    class StopAt(TrainerCallback):
+    class StopAfter(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            control.should_training_stop |= time.monotonic() > deadline
+            control.should_training_stop |= clock.seconds() > most_seconds
             return control
 
-    return StopAt()
+    return StopAfter()
 
 
 def _hits(
@@ -255,7 +347,7 @@ def _hits(
     tokenizer: PreTrainedTokenizerBase,
     tests: Sequence[Row],
     measure: str,
-    deadline: float,
+    most_seconds: float,
 ) -> int:
     """How many of the held-out prompts are answered as the measure asks.
 
@@ -267,15 +359,13 @@ def _hits(
     measures = {
         "exact_match": lambda given, rows: evaluate.exact_match(given, rows, tokenizer),
         "content": evaluate.content,
-        "stops": lambda given, rows: evaluate.stops(given),
+        "stops": lambda given, rows: sum(a.stopped and bool(a.text) for a in given) / len(given),
     }
-    if measure not in measures:
-        raise ValueError(f"Expected a measure ({', '.join(measures)}), found {measure!r}.")
-    hits = 0
+    hits, clock = 0, _Clock()
     for start in range(0, len(tests), AT_ONCE):
-        if time.monotonic() > deadline:
-            said = f"Time is up: {start} of {len(tests)} held-out prompts were asked."
-            raise CheckEnds(wrong(said))
+        if clock.seconds() > most_seconds:
+            said = f"Time is up: {start} of {len(tests)} held-out prompts were asked"
+            raise CheckEnds(wrong(f"{said} in the time that is allowed, on this machine."))
         part = tests[start : start + AT_ONCE]
         asked, tools = [row["messages"][:-1] for row in part], [row.get("tools") for row in part]
         given = evaluate.answers(model, tokenizer, asked, tools=tools)

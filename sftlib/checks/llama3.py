@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import random
+from collections.abc import Callable, Generator
+from decimal import Decimal
+from numbers import Rational
 from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
 from sftlib.checks.reading import Unread, number, sequence, shown
-from sftlib.checks.verdict import Verdict, right
+from sftlib.checks.verdict import CheckEnds, Verdict, right
 
 # --- GPU hours -----------------------------------------------------------------------------------
 
@@ -46,7 +51,41 @@ def _times(factor: Any) -> Any:
     )
 
 
+def _rounded(digits: int, to: Callable = round) -> Callable:
+    return lambda *given: to(gpu_hours(*given) * 10**digits) / 10**digits
+
+
 HOUR_MISTAKES = {
+    "Do not round: a short training takes a part of an hour.": _rounded(0),
+    "Do not round down: a short training takes a part of an hour.": _rounded(0, math.floor),
+    "Do not round up: a short training takes a part of an hour.": _rounded(0, math.ceil),
+    "Do not round, not even to one digit.": _rounded(1),
+    "Do not round, not even to two digits.": _rounded(2),
+    "`peak` is in TFLOP/s, 10¹² operations per second; 10⁹ would be GFLOP/s.": (
+        _times(lambda used, method: 1e3)
+    ),
+    "`peak` is in TFLOP/s, 10¹² operations per second; 10¹⁵ would be PFLOP/s.": (
+        _times(lambda used, method: 1e-3)
+    ),
+    "`peak` is in TFLOP/s, 10¹² operations per second, and an hour has 3,600 seconds.": (
+        _times(lambda used, method: 3.6e15)
+    ),
+    "Divide by the utilisation, too, and by the 3,600 seconds of an hour.": (
+        _times(lambda used, method: 3600 * used)
+    ),
+    "Divide by 3,600: that multiplies.": _times(lambda used, method: 3600**2),
+    "a / b * c divides by b alone: put brackets around the divisor.": (
+        _times(lambda used, method: 1e24 * used**2)
+    ),
+    "`utilisation` goes from 0 to 1, it is no percentage: do not multiply it by 100.": (
+        _times(lambda used, method: 0.01)
+    ),
+    "`utilisation` goes from 0 to 1, it is no percentage: do not divide it by 100.": (
+        _times(lambda used, method: 100)
+    ),
+    "LoRA skips the gradients of frozen weights, 2 · N · D; forward and backward remain.": (
+        _times(lambda used, method: 0.5 if method == "lora" else 1)
+    ),
     "Those are seconds: an hour has 3,600.": _times(lambda used, method: 3600),
     "Those are minutes: an hour has 60.": _times(lambda used, method: 60),
     "Those are days: give hours.": _times(lambda used, method: 1 / 24),
@@ -90,23 +129,53 @@ def _draw_schedule(rng: random.Random, size: int) -> tuple[int, int, int, int]:
 
 
 def _whole_numbers(found: Any) -> list[int]:
-    """Accumulation and steps, which must be ints: TrainingArguments refuses 8.0."""
-    items = sequence(found, what="(accumulation, steps)")
-    if len(items) != 2:
-        raise Unread(f"expected (accumulation, steps), found {shown(found)}.")
-    values = [number(v, n) for n, v in zip(("accumulation", "steps"), items, strict=True)]
-    for name, value in zip(("accumulation", "steps"), values, strict=True):
-        if not isinstance(value, int):
-            raise Unread(f"expected {name} as an int, found {value!r}: `//` gives one, `/` not.")
+    """Accumulation and steps, which must be whole: TrainingArguments refuses 8.0."""
+    items = _pair(found, PLAN)
+    values = [number(value, name) for name, value in zip(PLAN, items, strict=True)]
+    for name, item, value in zip(PLAN, items, values, strict=True):
+        exact = isinstance(item, int | Rational | Decimal) and value == int(value)
+        if not isinstance(value, int) and not exact:
+            raise Unread(
+                f"expected {name} as an int, found {value!r}: `//` and math.ceil give one, `/` and "
+                "np.ceil do not."
+            )
     return [int(value) for value in values]
+
+
+def _pair(found: Any, names: tuple[str, str]) -> list:
+    """The two values that a function returns."""
+    wanted = f"({', '.join(names)})"
+    items = sequence(found, what=wanted)
+    if len(items) != 2:
+        raise Unread(f"expected {wanted}, found {shown(found)}.")
+    return items
+
+
+@contextlib.contextmanager
+def _named(names: tuple[str, str]) -> Generator[None]:
+    """What is still open in a pair is called by its name, not by its place."""
+    try:
+        yield
+    except CheckEnds as end:
+        if end.verdict.passed is not None:
+            raise
+        said = end.verdict.message
+        for number_, name in enumerate(names, 1):
+            said = said.replace(f"item {number_}", name)
+        raise CheckEnds(Verdict(None, said)) from end
+
+
+PLAN = ("accumulation", "steps")
+SCORES = ("form", "content")
 
 
 @exercise(9, 2, "accumulation and steps that keep the batch on other GPUs")
 def check_schedule(function: Any) -> Verdict:
     sizes = (1, 2, 4, 8, 16)
-    compare(
-        function, schedule, BATCHES, _draw_schedule, BATCH_MISTAKES, _whole_numbers, sizes=sizes
-    )
+    with _named(PLAN):
+        compare(
+            function, schedule, BATCHES, _draw_schedule, BATCH_MISTAKES, _whole_numbers, sizes=sizes
+        )
     return right("The same steps on any number of GPUs, and the learning rate holds.")
 
 
@@ -192,7 +261,9 @@ def _draw_score(rng: random.Random, size: int) -> tuple[str, str]:
 @exercise(9, 3, "whether an answer has the form, and whether it is right")
 def check_form_and_content(function: Any) -> Verdict:
     edges = [(why[0].upper() + why[1:], (answer, "Nairobi")) for answer, why in ANSWERS.items()]
-    compare(function, form_and_content, edges, _draw_score, sizes=(1, 2, 3, 4, 5, 6, 7))
+    read, sizes = functools.partial(_pair, names=SCORES), (1, 2, 3, 4, 5, 6, 7)
+    with _named(SCORES):
+        compare(function, form_and_content, edges + MORE, _draw_score, read=read, sizes=sizes)
     return right(f"All {len(edges)} answers, those that were meant to mislead included.")
 
 
@@ -223,3 +294,17 @@ ANSWERS = {  # answer → what is special about it
     '"Nairobi"': "a text alone, in quotation marks.",
     "": "an empty answer.",
 }
+MORE = [
+    (
+        "The value may be a part of a word: look with `in`.",
+        (_json(answer="Nairobian"), "Nairobi"),
+    ),
+    ("The value may be a part of a word here, too.", ("The Nairobians know it.", "Nairobi")),
+    (
+        "No form, because of a fourth key: then the value may stand anywhere in the answer.",
+        (_json(answer="Mombasa", note="Nairobi"), "Nairobi"),
+    ),
+    ("The value is +254, with its sign.", (_json(answer="+254"), "+254")),
+    ("254 is not +254: the whole value counts.", (_json(answer="254"), "+254")),
+    ("254 is not +254, without the form either.", ("The calling code is 254.", "+254")),
+]

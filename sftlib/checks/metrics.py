@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def check_diagnosis(answer: Any) -> Verdict:
                 "see; compare later."
             )
         if sign is not None and sign is not ...:
-            given[letter] = " ".join(text(sign, letter).lower().split())
+            given[letter] = re.sub(r"[\W_]+", " ", text(sign, letter).lower()).strip()
             if given[letter] not in SIGNS:
                 return wrong(f"{letter}: expected one of {', '.join(SIGNS)}; found {sign!r}.")
     if not given:
@@ -104,6 +105,8 @@ RATE_EDGES = [
     ("At step `steps` the rate is 0.", (24, 24, 4, 0.004)),
     ("Without warm-up it should begin at the peak.", (0, 24, 0, 0.004)),
     ("Without warm-up it falls as a cosine, too.", (6, 24, 0, 0.004)),
+    ("One step before the end the rate is small, but not 0.", (23, 24, 4, 0.004)),
+    ("One step before the end it is not 0, for any number of steps.", (11, 12, 0, 0.004)),
 ]
 
 
@@ -138,7 +141,7 @@ RATE_MISTAKES = {
     "The first step has rate 0: count from 0.": (
         lambda step, steps, warmup, peak: cosine(step + 1, steps, warmup, peak)
     ),
-    "The rate stays at the peak after the warm-up: then half a cosine goes down to 0.": (
+    "Your rate stays at the peak after the warm-up; it should fall to 0, as half a cosine.": (
         _after_warmup(lambda done: 1)
     ),
 }
@@ -155,14 +158,25 @@ def check_train_output(rows: Any, rows_per_step: Any, tokens_per_row: Any) -> Ve
     causes = {
         ("rows", 12000): "rows counts each row once; samples per second count it in each epoch.",
         ("rows", 1333): "It is the other way round: 12,000 rows were read in three epochs.",
+        ("rows", 36000): "12,000 rows were read in three epochs: divide by 3, do not multiply.",
+        ("rows", 375): "That is the steps: samples per second times seconds are rows.",
+        ("rows", 1500): "That is the seconds: samples per second times seconds are rows.",
+        ("rows_per_step", 4): "That is seconds for a step: how many rows are read in them?",
+        ("rows_per_step", 96): "12,000 rows were read in all, three epochs included.",
         ("rows_per_step", 8): "That is samples per second: a step took four seconds.",
         ("rows_per_step", 11): "Rows were read in three epochs: divide all 12,000 by the steps.",
-        ("tokens_per_row", 540): "The tokens are those of three epochs: divide by 12,000 rows.",
+        ("tokens_per_row", 540): (
+            "Three times too many: total_flos are 6 · N · D, not 2 · N · D, and D is the tokens "
+            "of all three epochs."
+        ),
+        ("tokens_per_row", 270): "That is with 4 · N · D; a full training takes 6 · N · D.",
+        ("tokens_per_row", 60): "The 12,000 rows are those of all three epochs: not 36,000.",
+        ("tokens_per_row", 2_160_000): "That is all tokens of the training: divide by its rows.",
         ("tokens_per_row", 1080): "6 · N · D: the 6 is left.",
         ("tokens_per_row", 5760): "That is for each step; a step has 32 rows.",
     }
     for name, value in found.items():
-        if abs(value - expected[name]) > 0.5:
+        if abs(value - expected[name]) > 0.01:
             fallback = f"{name}: {value:g} does not agree with the figures."
             return wrong(causes.get((name, round(value)), fallback))
     return right("4,000 rows of 180 tokens, 32 in a step, three times.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -124,7 +125,13 @@ def mapping(value: Any, keys: Collection, where: str = "") -> dict:
             f"expected a dictionary with the keys {wanted}, found {described(value)}.", where
         )
     if set(value) != set(keys):
+        missing = [str(key) for key in keys if key not in value]
+        extra = [repr(key) for key in value if key not in set(keys)]
         found = ", ".join(map(repr, value)) or "none"
+        if not missing:
+            found = f"also {', '.join(extra)}"
+        elif not extra and value:
+            found += f"; missing: {', '.join(missing)}"
         raise Unread(f"expected the keys {wanted}, found {found}.", where)
     return {key: value[key] for key in keys}
 
@@ -180,8 +187,10 @@ def described(value: Any) -> str:
         return f"the text {shown(value)}"
     if hasattr(value, "shape") and not isinstance(value, type):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    if isinstance(value, type) or callable(value):
-        name = getattr(value, "__name__", type(value).__name__)
+    name = getattr(value, "__name__", "")
+    if isinstance(value, partial):
+        name = "partial"
+    if name and callable(value):  # objects that can be called, such as models, have no name
         return f"{name} itself: a function or class gives its result when it is called, {name}(…)"
     if value is None or isinstance(value, bool | Real | Decimal):
         return shown(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -63,6 +65,9 @@ LABEL_EDGES = [
     ("0 is a token, too, and may be the only one that is learned.", (P, [5, 6, 7, 0], 10)),
     ("`together` may end before the prompt does.", ([5, 6, 7, 8], [5, 11], 10)),
     ("`together` may be the prompt's beginning: nothing is left to learn.", (P, [5, 6], 10)),
+    ("The prompt may be empty: then all of `together` is learned.", ([], [8, 9], 10)),
+    ("`together` may be empty: nothing is left to learn.", (P, [], 10)),
+    ("Both may be empty: nothing is left to learn.", ([], [], 10)),
 ]
 
 
@@ -101,14 +106,18 @@ def check_training_steps(steps: Any, warmup: Any) -> Verdict:
         407: "That is one epoch: there are three.",
         1219: "The last, smaller step of each epoch counts: round up before you multiply.",
         1218: "The last, smaller step of each epoch counts: round up, not down.",
-        3 * 1626: "That is without the accumulation: four batches make a step.",
-        3 * 3251: "That is one GPU: eight of them work on each step.",
-        3 * 13001: "That is one GPU without accumulation.",
+        3 * 1626: (
+            "That is 32 rows a step: either the batch of 4 or the accumulation of 4 is missing. "
+            "Both count."
+        ),
+        3 * 3251: "That is 16 rows a step, of one GPU: eight of them work on each step.",
+        3 * 6501: "That is 8 rows a step: each GPU has a batch of 4, and accumulates 4 of them.",
+        3 * 13001: "That is 4 rows a step: batch, GPUs and accumulation all count.",
         156_006: "That is rows: 128 of them make a step.",
     }
     if found != 1221:
-        fallback = f"Expected rows / (4 · 8 · 4), rounded up, times 3; found {found:,}."
-        return wrong(causes.get(found, fallback))
+        fallback = "How many rows does a step see, and how many steps has one epoch?"
+        return wrong(causes.get(found, f"{found:,} are not the steps. {fallback}"))
     if warm != 37:
         if 36 <= warm < 37:
             return wrong("Transformers rounds the fraction up.")
@@ -134,32 +143,29 @@ CONFIG = {
     "max_length": 512,
     "packing": True,
 }
-# Old defaults that a right answer may name, because today's are others; and what a CPU needs.
+# Old defaults that a right answer may name, because today's are others.
 OPTIONAL = {
-    "use_cpu": True,
     "packing_strategy": "wrapped",
     "learning_rate": 5e-5,
     "bf16": False,
     "activation_checkpointing": False,
     "gradient_checkpointing": False,
 }
-NOT_TRAINING = {"output_dir", "report_to", "run_name", "disable_tqdm", "logging_steps"}
+NOT_TRAINING = {"use_cpu", "output_dir", "report_to", "run_name", "disable_tqdm", "logging_steps"}
 TRAINER = {"train_dataset": "data", "eval_dataset": "eval_data", "processing_class": "tokenizer"}
 WANTED = CONFIG | TRAINER
-OBJECTS = {"model", *TRAINER.values()}
+# A name such as config, training_args or self.config; or SFTConfig, called with arguments.
+A_CONFIG = re.compile(
+    r"([a-z_]\w*\.)*[a-z_]*(config|cfg|args|arguments)\w*|(trl\.)?SFTConfig\(.*[*=].+\)"
+)
 
 
 @exercise(6, 3, "an old tutorial's call, with today's arguments", answers=2, none_is_open=False)
 def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
     from trl import SFTConfig, SFTTrainer
 
-    given = {"SFTConfig": config_arguments, "SFTTrainer": trainer_arguments}
-    for whose, arguments in given.items():
-        if not isinstance(arguments, Mapping):
-            raise Unread(
-                "expected two dictionaries, for SFTConfig and for SFTTrainer; found for "
-                f"{whose} {described(arguments)}."
-            )
+    config_arguments = _arguments(config_arguments, "SFTConfig")
+    trainer_arguments = _arguments(trainer_arguments, "SFTTrainer")
     if moved := MOVED & set(trainer_arguments):
         return wrong(f"{', '.join(sorted(moved))}: no longer the trainer's; it moved to SFTConfig.")
     for name in (*config_arguments, *trainer_arguments):
@@ -180,6 +186,20 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
     return right("TRL takes it.")
 
 
+def _arguments(given: Any, whose: str) -> dict[str, Any]:
+    """The student's arguments, of a dictionary or a Series."""
+    if hasattr(given, "to_dict") and not hasattr(given, "columns"):
+        given = given.to_dict()
+    if not isinstance(given, Mapping):
+        raise Unread(
+            "expected two dictionaries, for SFTConfig and for SFTTrainer; found for "
+            f"{whose} {described(given)}."
+        )
+    if odd := [name for name in given if not isinstance(name, str)]:
+        raise Unread(f"expected names of arguments as keys for {whose}, found {shown(odd[0])}.")
+    return dict(given)
+
+
 def _without_defaults(arguments: Mapping, callee: Callable, optional: Collection[str]) -> dict:
     """The arguments that change something: without TRL's defaults and those that are optional."""
     defaults = {name: p.default for name, p in inspect.signature(callee).parameters.items()}
@@ -187,7 +207,7 @@ def _without_defaults(arguments: Mapping, callee: Callable, optional: Collection
     return {
         name: value
         for name, value in arguments.items()
-        if name not in optional and (name not in unchanged or value != unchanged[name])
+        if name not in optional and (name not in unchanged or not _equal(value, unchanged[name]))
     }
 
 
@@ -199,12 +219,13 @@ def _wrong_objects(trainer: Mapping, config: Mapping) -> str:
             "reach the trainer; without `model`, it has nothing to train. Write 'model', and "
             "'config' for the SFTConfig."
         )
-    if trainer["model"] != "model":
+    if not _equal(trainer["model"], "model"):
         return f"SFTTrainer: model should be 'model', found {shown(trainer['model'])}."
     args = trainer["args"]
-    named = isinstance(args, str) and (args.isidentifier() or args.startswith("SFTConfig("))
-    made = type(args).__name__ == "SFTConfig" or args == config
-    if args in list(OBJECTS) or not (named or made):
+    if type(args).__name__ == "SFTConfig":
+        args = {name: getattr(args, name) for name in config}
+    named = isinstance(args, str) and A_CONFIG.fullmatch(args.strip())
+    if not named and not (isinstance(args, Mapping) and _equal(dict(args), dict(config))):
         return f"SFTTrainer: args should name the SFTConfig, such as 'config'; found {shown(args)}."
     return ""
 
@@ -212,14 +233,28 @@ def _wrong_objects(trainer: Mapping, config: Mapping) -> str:
 def _difference(found: dict, expected: dict, whose: str) -> str:
     """How arguments differ from the right ones; empty if they do not."""
     if extra := sorted(set(found) - set(expected)):
+        others = [name for name in extra if name in WANTED or name in ("model", "args")]
+        if others:
+            other = "SFTTrainer" if whose == "SFTConfig" else "SFTConfig"
+            return f"{whose}: {', '.join(others)} belongs to {other}."
+        if extra[0] in OPTIONAL:
+            return (
+                f"{whose}: {extra[0]}={shown(found[extra[0]])} does not say the same as the old "
+                f"call, in which it was {OPTIONAL[extra[0]]!r}: write that, or nothing."
+            )
         return f"{whose}: {', '.join(extra)} was not in the old call."
     for name, value in expected.items():
         if name not in found:
             return f"{whose}: {name} is missing."
-        try:
-            equal = same(found[name], value)
-        except Unread:
-            equal = False
-        if not equal:
+        if not _equal(found[name], value):
             return f"{whose}: {name} should be {value!r}, found {shown(found[name])}."
     return ""
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Whether two arguments are the same, of whatever types they are."""
+    with contextlib.suppress(Exception):
+        if found is expected or bool(found == expected):
+            return True
+        return same(found, expected)
+    return False

@@ -9,8 +9,10 @@ from sftlib import checks
 from sftlib.checks import trl_sft
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig
 
 from tests.attacks import Attacks, raises
 
@@ -79,6 +81,12 @@ LABELS = Attacks(
         as_kind(iter),
     ],
     wrong=[
+        (
+            lambda p, t, n: labels(p, t, n) if p else None,
+            "The prompt may be empty: then all of `together` is learned. For prompt=[]",
+        ),
+        (lambda p, t, n: labels(p, t, n) if t else [], "`together` may be empty"),
+        (lambda p, t, n: (t[0], labels(p, t, n))[1], "raised IndexError"),
         (too_early, "Even below the prompt's length something may be left"),
         (with_index_error, "but your function raised IndexError: list index out of range in line"),
         (lambda p, t, n: t[len(p) :], "as many, with −100"),
@@ -133,17 +141,20 @@ STEPS = Attacks(
         ((407, 13), "one epoch"),
         ((1219, 37), "round up before"),
         ((1218, 37), "not down"),
-        ((4878, 147), "without the accumulation"),
+        ((4878, 147), "either the batch of 4 or the accumulation of 4 is missing"),
+        ((19503, 586), "8 rows a step"),
+        ((1000, 30), "1,000 are not the steps. How many rows does a step see"),
+        ([(1221, 37)], "Expected 2 answers, steps and warmup, found 1: (1221, 37)"),
         ((9753, 293), "one GPU"),
-        ((39003, 1171), "without accumulation"),
+        ((39003, 1171), "4 rows a step"),
         ((156_006, 37), "That is rows"),
-        ((1218.796875, 37), "found 1,218.796875"),
+        ((1218.796875, 37), "1,218.796875 are not the steps"),
         ((1221, 36), "rounds the fraction up"),
         ((1221, 36.63), "rounds the fraction up"),
         ((1221, 122), "is not 122"),
         ((1221, 0.03), "That is the share"),
         ((1221, 3), "That is the share"),
-        ((37, 1221), "found 37"),
+        ((37, 1221), "37 are not the steps"),
         (("1221", 37), "steps: expected a number, found the text '1221'"),
         ((1221, "37"), "warmup: expected a number, found the text '37'"),
         ((1221, [37]), "warmup: expected a number, found list"),
@@ -195,10 +206,16 @@ CALL = Attacks(
         config(**AS_BEFORE),
         config(packing_strategy="wrapped", use_cpu=True),
         config(assistant_only_loss=False),
+        config(use_cpu=False),
         config(report_to="none"),
         config(report_to=["tensorboard"], seed=42),
         trainer(args="SFTConfig(**config_arguments)"),
         trainer(args=CONFIG),
+        trainer(args=SFTConfig(**CONFIG, use_cpu=True, bf16=False)),
+        trainer(args="trl.SFTConfig(**config_arguments)"),
+        trainer(args="self.config"),
+        trainer(args="training_args"),
+        (pd.Series(CONFIG), pd.Series(TRAINER)),
         trainer(peft_config=None),
         (UserDict(CONFIG), UserDict(TRAINER)),
         config(max_length=np.int64(512), warmup_steps=Fraction(3, 100), packing=np.bool_(True)),
@@ -208,6 +225,36 @@ CALL = Attacks(
         ((CONFIG, without(TRAINER, "args")), "args is missing. Without `args`, the settings"),
         ((CONFIG, without(TRAINER, "model")), "model is missing"),
         ((CONFIG, without(TRAINER, "model", "args")), "model, args is missing"),
+        *(
+            (
+                trainer(args=name),
+                f"args should name the SFTConfig, such as 'config'; found '{name}'",
+            )
+            for name in (
+                "SFTConfig()",
+                "SFTConfig",
+                "TrainingArguments",
+                "None",
+                "banana",
+                "epoch",
+                "out",
+                "eval_dataset",
+                "SFTConfig(nonsense)",
+                "",
+            )
+        ),
+        (trainer(args=SFTConfig("out", use_cpu=True, bf16=False)), "args should name the SFTCon"),
+        (trainer(args=np.arange(3)), "args should name the SFTConfig"),
+        (trainer(args=pd.DataFrame({"a": [1, 2]})), "args should name the SFTConfig"),
+        (trainer(model=np.arange(3)), "model should be 'model', found [0, 1, 2]"),
+        ((CONFIG | {3: 4}, TRAINER), "names of arguments as keys for SFTConfig, found 3"),
+        ((CONFIG, TRAINER | {None: 4, (1, 2): 5}), "as keys for SFTTrainer, found None"),
+        (config(learning_rate=np.arange(3)), "does not say the same as the old call"),
+        (config(learning_rate=2e-5), "in which it was 5e-05: write that, or nothing"),
+        (config(processing_class="tokenizer"), "processing_class belongs to SFTTrainer"),
+        (trainer(eval_strategy="epoch"), "eval_strategy belongs to SFTConfig"),
+        ((CONFIG | TRAINER, TRAINER), "model, processing_class, train_dataset belongs to SFTTr"),
+        ((pd.DataFrame([CONFIG]), TRAINER), "found for SFTConfig DataFrame"),
         (trainer(args=42), "args should name the SFTConfig, such as 'config'; found 42"),
         (trainer(args="tokenizer"), "args should name the SFTConfig"),
         (trainer(args=None), "args should name the SFTConfig"),
@@ -227,8 +274,8 @@ CALL = Attacks(
         (config(warmup_steps=3), "warmup_steps should be 0.03"),
         ((CONFIG, without(TRAINER, "eval_dataset")), "eval_dataset is missing"),
         (trainer(eval_dataset="data"), "eval_dataset should be 'eval_data'"),
-        (config(bf16=True), "not in the old call"),
-        (config(packing_strategy="bfd"), "not in the old"),
+        (config(bf16=True), "in which it was False"),
+        (config(packing_strategy="bfd"), "in which it was 'wrapped'"),
         (config(assistant_only_loss=True), "assistant_only_loss was not in the old call"),
         (config(per_device_batch=4), "per_device_batch was not in the old call"),
         (trainer(peft_config="lora"), "peft_config was not in the old call"),

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 
 from sftlib import checks
 from sftlib.checks import trl_preferences
@@ -42,6 +44,16 @@ def no_return(chosen, rejected, ref_chosen, ref_rejected, beta):
     dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
+def in_a_thread(function):
+    """The function, called in a thread of its own."""
+
+    def call(*given):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *given).result()
+
+    return call
+
+
 LOSS = Attacks(
     checks.check_dpo_loss,
     right=[
@@ -56,6 +68,21 @@ LOSS = Attacks(
     ],
     wrong=[
         (of_margin(lambda m: -logsigmoid(torch.tensor(max(m, -4999.5)))), "found 4999.5"),
+        (lambda *a: round(in_plain_python(*a), 2), "For chosen=-5.0, rejected=-9.0"),
+        (lambda *a: round(in_plain_python(*a), 3), "For chosen=-5.0, rejected=-9.0"),
+        (of_margin(lambda m: np.logaddexp(0, -np.clip(m, -1e9, 5))), "A margin of 8 leaves"),
+        (of_margin(lambda m: np.logaddexp(0, -abs(m))), "The margin may be negative"),
+        (of_margin(lambda m: np.logaddexp(0, -max(0, m))), "The margin may be negative"),
+        (of_margin(lambda m: 0.5 * m), "how much more the model prefers the chosen answer than"),
+        (in_a_thread(trl_preferences.dpo_loss), "calls dpo_loss of sftlib.checks"),
+        (
+            lambda *a: copy_context().run(trl_preferences.dpo_loss, *a),
+            "calls dpo_loss of sftlib.checks",
+        ),
+        (
+            lambda *a: Context().run(trl_preferences.dpo_loss, *a),
+            "calls dpo_loss of sftlib.checks",
+        ),
         (lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, 1 - b), "not 1 − β"),
         (lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, 1 / b), "here it divides it"),
         (lambda c, r, rc, rr, b: dpo_loss(c, r, 0.0, 0.0, b), "without the reference"),
@@ -135,6 +162,41 @@ def sorted_in_place(rewards, method):
     return expected
 
 
+def centred_in_place(rewards, method):
+    """It works with tensors alone, and changes its own."""
+    n = rewards.numel()
+    rewards -= rewards.mean()
+    if method == "RLOO":
+        return rewards * n / (n - 1)
+    return rewards / (rewards.std() + 1e-4)
+
+
+def with_spread(spread):
+    """GRPO with a deviation that is changed, of NumPy's, which divides by n."""
+
+    def change(rewards, method):
+        if method == "RLOO":
+            return with_numpy(rewards, method)
+        with np.errstate(all="ignore"):
+            return (np.array(rewards) - np.mean(rewards)) / spread(np.std(rewards))
+
+    return change
+
+
+def zeros_if(is_equal, length=None):
+    """Zeros for equal rewards that a condition finds, else without a small number."""
+
+    def change(rewards, method):
+        if is_equal(rewards) and method == "GRPO":
+            return [0.0] * (length or len(rewards))
+        return with_spread(lambda std: std)(rewards, method)
+
+    return change
+
+
+EQUAL_IN_GRPO = "GRPO: equal rewards teach nothing, so expect zeros. Their standard deviation is 0"
+
+
 def grpo_without_return(rewards, method):
     if method == "RLOO":
         return advantages(rewards, method)
@@ -150,12 +212,23 @@ ADVANTAGES = Attacks(
         lambda r, m: advantages(r, m, epsilon=1e-6).tolist(),
         lambda r, m: (r - r.mean()) * len(r) / (len(r) - 1) if m == "RLOO" else advantages(r, m),
         lambda r, m: pd.Series(with_numpy(r, m)),
+        lambda r, m: advantages(r, m, epsilon=1e-3),
         lambda r, m: tuple(map(torch.tensor, advantages(r, m))),
     ],
     wrong=[
         (
             lambda r, m: [x - (sum(r) - x) / 3 for x in r] if m == "RLOO" else advantages(r, m),
             "which is not always 3",
+        ),
+        (centred_in_place, "changes its argument rewards in place"),
+        (with_spread(lambda std: std), EQUAL_IN_GRPO),
+        (zeros_if(lambda r: min(r) == 1), EQUAL_IN_GRPO),
+        (zeros_if(lambda r: len(set(r)) == 1, 4), EQUAL_IN_GRPO),
+        (zeros_if(lambda r: np.std(r) < 0.1), "GRPO: the rewards may lie close together"),
+        (with_spread(lambda std: max(std, 0.1)), "GRPO: the rewards may lie close together"),
+        (
+            lambda r, m: r if len(set(r)) == 1 else advantages(r, m),
+            "RLOO: equal rewards teach nothing, so expect zeros. For rewards",
         ),
         (crashes_on_equal, "RLOO: equal rewards teach nothing, so expect zeros"),
         (
@@ -196,7 +269,13 @@ ADVANTAGES = Attacks(
         (lambda r, m: print(advantages(r, m)), "in place of `print`"),
         (trl_preferences.rloo, "calls rloo of sftlib.checks"),
     ],
-    untouched=[..., None, lambda rewards, method: ...],
+    untouched=[
+        ...,
+        None,
+        lambda rewards, method: ...,
+        lambda rewards, method: advantages(rewards, method) if method == "RLOO" else ...,
+        lambda rewards, method: advantages(rewards, method) if method == "GRPO" else ...,
+    ],
 )
 
 # --- Exercise 3 ----------------------------------------------------------------------------------
@@ -214,12 +293,13 @@ METHODS = Attacks(
         CHOICE,
         {task: method.lower() for task, method in CHOICE.items()},
         CHOICE | {"frozen": "Best-of-n", "today": " SFT on the  best samples"},
+        CHOICE | {"frozen": "best\u2011of\u2011n"},
         pd.Series(CHOICE),
         {task: np.str_(method) for task, method in CHOICE.items()},
     ],
     wrong=[
         (["DPO"], "keys frozen, pairs, today, further, found list"),
-        ({"frozen": "best of n"}, "Expected the keys frozen, pairs, today, further"),
+        ({"frozen": "best of n"}, "found 'frozen'; missing: pairs, today, further"),
         (CHOICE | {"frozen": "DPO"}, "3 of 4 are right. Look again at frozen"),
         (CHOICE | {"pairs": "GRPO"}, "pairs: what is there to learn from"),
         (CHOICE | {"today": "GRPO"}, "today: which trainer does lesson 6 have"),
@@ -229,7 +309,7 @@ METHODS = Attacks(
         (CHOICE | {"today": ["DPO"]}, "today: expected a text, found list"),
         (CHOICE | {"today": 2}, "today: expected a text, found 2"),
         (dict.fromkeys(CHOICE, "DPO"), "1 of 4"),
-        (CHOICE | {"later": "DPO"}, "'later'"),
+        (CHOICE | {"later": "DPO"}, "today, further, found also 'later'."),
     ],
     untouched=[..., None, dict.fromkeys(CHOICE, ...), CHOICE | {"further": ...}],
 )

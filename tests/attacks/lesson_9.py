@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 
@@ -51,6 +52,19 @@ HOURS = Attacks(
         (times(60), "minutes"),
         (times(1 / 24), "days"),
         (times(1e12), "TFLOP/s"),
+        (times(1e3), "10⁹ would be GFLOP/s"),
+        (times(1e-3), "10¹⁵ would be PFLOP/s"),
+        (times(3.6e15), "and an hour has 3,600 seconds"),
+        (lambda *a: 3600 * a[3] * hours(*a), "Divide by the utilisation, too, and by the 3,600"),
+        (times(3600**2), "Divide by 3,600"),
+        (lambda *a: 1e24 * a[3] ** 2 * hours(*a), "brackets around the divisor"),
+        (times(0.01), "no percentage: do not multiply"),
+        (times(100), "no percentage: do not divide"),
+        (lambda *a: hours(*a) / (2 if a[4] == "lora" else 1), "LoRA skips the gradients"),
+        (lambda *a: math.floor(hours(*a)), "Do not round down"),
+        (lambda *a: math.ceil(hours(*a)), "Do not round up"),
+        (lambda *a: round(hours(*a)), "Do not round: "),
+        (lambda *a: round(hours(*a), 2), "Do not round, not even to two digits"),
         (lambda *a: a[3] * hours(*a), "No GPU reaches"),
         (lambda *a: a[3] ** 2 * hours(*a), "used less needs longer"),
         (lambda *a: hours(*a[:4], "full"), "4 · N · D for LoRA"),
@@ -123,6 +137,8 @@ SCHEDULE = Attacks(
         lambda *given: torch.tensor(schedule(*given)),
         lambda *given: pd.Series(schedule(*given)),
         lambda *given: (n for n in schedule(*given)),
+        lambda *given: tuple(map(Fraction, schedule(*given))),
+        lambda *given: tuple(map(Decimal, schedule(*given))),
         lambda c, b, g, r: (np.int64(schedule(c, b, g, r)[0]), int(np.ceil(c / b))),
     ],
     wrong=[
@@ -133,7 +149,7 @@ SCHEDULE = Attacks(
         ),
         (
             lambda c, b, g, r: (schedule(c, b, g, r)[0], np.ceil(c / b)),
-            "expected steps as an int, found 16.0",
+            "expected steps as an int, found 16.0: `//` and math.ceil give one",
         ),
         (returns_error, "as a returned value: `raise` it"),
         (asserts, "expected a ValueError, but your function raised AssertionError"),
@@ -143,6 +159,10 @@ SCHEDULE = Attacks(
         (lambda c, b, g, r: (schedule(c, b, g, r)[0], c // b + 1), "even if the one before it"),
         (lambda c, b, g, r: (max(1, b // r // g), -(-c // b)), "cannot see exactly 64"),
         (lambda c, b, g, r: schedule(c, max(b, g * r), g, r), "see more than 8"),
+        (
+            lambda c, b, g, r: (Fraction(b, g * r) + Fraction(1, 2), -(-c // b)),
+            "expected accumulation as an int, found 8.5",
+        ),
         (lambda *_: 3, "expected (accumulation, steps), found 3"),
         (lambda *_: (8, 16, 1), "expected (accumulation, steps), found (8, 16, 1)"),
         (lambda *_: (8, 16), "always returns (8, 16)"),
@@ -202,6 +222,22 @@ def no_content_without_form(text, value):
     return form, form and content
 
 
+def whole_words(text, value):
+    """The value must stand between spaces or punctuation."""
+    form, _ = score(text, value)
+    said = json.loads(text)["answer"] if form else text
+    return form, re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said, re.IGNORECASE) is not None
+
+
+def answer_field_without_form(text, value):
+    """The field `answer` is looked at even if the form is wrong."""
+    try:
+        said = json.loads(text)["answer"].lower()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        said = text.lower()
+    return score(text, value)[0], value.lower() in said
+
+
 def prints(text, value):
     print(score(text, value))
 
@@ -217,6 +253,16 @@ FORM = Attacks(
         lambda t, v: score(t, v, case=str.casefold),
     ],
     wrong=[
+        (
+            lambda t, v: score(t, v, contains=lambda v, said: v.strip("+-") in said),
+            "254 is not +254: the whole value counts",
+        ),
+        (
+            lambda t, v: score(t, v.strip("+-")),
+            "254 is not +254: the whole value counts",
+        ),
+        (whole_words, "The value may be a part of a word"),
+        (answer_field_without_form, "No form, because of a fourth key"),
         (answer_alone, "All fields must be text: the subject is null"),
         (lambda t, v: score(t, v, case=str), "the value in small letters"),
         (lambda t, v: score(t, v, contains=str.__eq__), "look with `in`"),
@@ -237,8 +283,8 @@ FORM = Attacks(
         (lambda t, v: (score(t, v)[0] or t.startswith("["), score(t, v)[1]), "A list with the"),
         (lambda t, v: score(t, v)[::-1], "expected (True, False), found (False, True)"),
         (lambda t, v: (True, True), "always returns (True, True)"),
-        (lambda t, v: True, "expected a list, found True"),
-        (lambda t, v: (*score(t, v), 1), "expected (True, True), found (True, True, 1)"),
+        (lambda t, v: True, "expected (form, content), found True"),
+        (lambda t, v: (*score(t, v), 1), "expected (form, content), found (True, True, 1)"),
         (lambda t, v: tuple(map(str, score(t, v))), "True or False, found the text 'True'"),
         (lambda t, v: 1 / 0, "your function raised ZeroDivisionError"),
         (
