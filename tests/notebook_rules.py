@@ -428,6 +428,7 @@ RULES: list[Rule] = [
 def claims_stand_alone(nb: NotebookNode, path: Path) -> list[str]:
     """A claim is a line below a result; how it is checked is folded away, and nothing else is."""
     problems, cells = [], list(code_cells(nb))
+    known = [names(cell.source) for _, cell in cells]
     for place, (i, cell) in enumerate(cells):
         where, tagged = f"cell {i}, {cell.get('id')}", "claim" in cell.metadata.get("tags", [])
         if not any(map(calls_claim, walked(cell.source))):
@@ -437,12 +438,12 @@ def claims_stand_alone(nb: NotebookNode, path: Path) -> list[str]:
             problems.append(f"{where}: it does more than claim. Give claims a cell of their own")
         elif not tagged or not cell.metadata.get("jupyter", {}).get("source_hidden"):
             problems.append(f"{where}: a claim that is not tagged and folded. Run: make format")
-        made = names(cell.source).made
-        for _, later in cells[place + 1 :]:
-            if found := made & names(later.source).used:
+        made = known[place].made
+        for (_, later), own in zip(cells[place + 1 :], known[place + 1 :], strict=True):
+            if found := made & own.used:
                 it = f"{', '.join(sorted(found))}, which {later.get('id')} uses"
                 problems.append(f"{where}: it computes {it}. Compute it in a cell that is seen")
-            made -= names(later.source).made
+            made -= own.made
     return problems
 
 
