@@ -199,7 +199,7 @@ def compare(
     inputs = [*edges, *(("", given) for given in (random_inputs(draw, sizes) if draw else ()))]
     trials, still_open_for = [], []
     for why, given in inputs:
-        expected, outcome = _result(right_one, given), _called(function, given)
+        expected, outcome = _result(right_one, given), _outcome(function, given)
         if outcome is None:
             still_open_for.append(given)
             continue
@@ -220,7 +220,7 @@ def compare(
         raise CheckEnds(wrong(_message(trials, hint, names)))
 
 
-def _called(function: Callable, given: Inputs) -> Outcome | None:
+def _outcome(function: Callable, given: Inputs) -> Outcome | None:
     """What came of a call; None if the function returned `...`."""
     try:
         return call(function, *given)
