@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sftlib.lesson.claims import line, read_ledger
 
-from tools.notebooks import NBCONVERT, SETTINGS
+from tools.notebooks import NBCONVERT, SETTINGS, replace_text
 from tools.readme_table import opening
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def problems(notebook: Path, rows: list[Row]) -> list[str]:
         return [f"{name}: {why}. {again if wanted else 'Add lesson.claim(…)'}"]
     found: dict[str, list[str]] = {cell: [] for cell in wanted}
     for row in rows:
-        found.setdefault(row["id"].split("/")[0], []).append(line(row))
+        found.setdefault(_cell(row), []).append(line(row))
     twice = [text for text, n in Counter(row["text"] for row in rows).items() if n > 1]
     said = [f"{name}: claimed twice: {text}. Say how the two differ" for text in twice]
     failed = [row for row in rows if not row["holds"]]
@@ -185,9 +185,7 @@ def write(rows: list[Row], root: Path) -> None:
         (root / "data" / "claims.json", f"[\n{text}\n]\n" if rows else "[]\n"),
         (root / "notebooks" / "claims.md", page(rows, root)),
     ):
-        part = path.with_suffix(".part")
-        part.write_text(new, encoding="utf-8")
-        part.replace(path)
+        replace_text(path, new)
 
 
 def update(notebook: Path, rows: list[Row]) -> None:

@@ -9,10 +9,11 @@ fits, it is as it was written, and a new edition of the lesson may replace it.
 
 import hashlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
+
+from tools.notebooks import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGEST = "sft_fresh"  # in the notebook's metadata
@@ -70,9 +71,7 @@ def main(root: Path = ROOT) -> int:
         if copy.exists() and not is_ours(copy):
             kept.append(name)
         elif not copy.exists() or copy.read_text(encoding="utf-8") != text + "\n":
-            draft = copy.with_name(f".{name}.draft")
-            draft.write_text(text + "\n", encoding="utf-8")
-            os.replace(draft, copy)
+            replace_text(copy, text + "\n")
     print(f"work/: {len(lessons) - len(kept)} lessons without outputs. Open them there.")
     if kept:
         print(f"You have changed or run these, and they are kept as they are: {', '.join(kept)}.")

@@ -119,8 +119,15 @@ def fold_claims(path: Path, verify: bool = False) -> bool:
         print(f"{path.name}: claims are not folded in {', '.join(cells)}", file=sys.stderr)
     elif cells:  # as nbformat writes it
         text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text + "\n")
     return bool(cells)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave it as it was."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def clean(paths: list[Path], verify: bool = False) -> int:
