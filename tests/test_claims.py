@@ -237,13 +237,60 @@ def test_of_each_lesson_the_last_run_with_the_model_counts(begun):
     assert [row["text"] for row in read_ledger(begun, "smollm2-135m")] == ["of another model"]
 
 
-def test_a_damaged_line_costs_no_other_and_no_file_is_no_claims(begun):
+def test_no_file_is_no_claims(begun):
     assert read_ledger(begun) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"lesson": "01_su',
+        '{"lesson": "01_sums", "text": "\udcc3',  # ends within a character
+        "[1]\n\n7",
+        "[" * 100_000,
+        '{"lesson": ["01_sums"], "run": "1", "id": "1", "model": "%s"}',
+        '{"lesson": "of others", "run": "1", "id": "1/a", "model": "%s"}\n' * 2,
+    ],
+)
+def test_a_damaged_line_costs_no_other(line, begun):
+    claim("one", True)
+    with begun.open("a", errors="surrogateescape") as file:
+        file.write(line.replace("%s", models.DEFAULT) + "\n")
+    claim("two", True)
+    found = [row["text"] for row in read_ledger(begun) if row["lesson"] == "01_sums"]
+    assert found == ["one", "two"]
+
+
+@pytest.mark.parametrize("rest", ["", ', "id": 1', ', "id": null'])
+def test_a_damaged_line_begins_no_run(rest, begun):
     claim("one", True)
     with begun.open("a") as file:
-        file.write('{"lesson": "01_su\n[1]\n\n7\n')
-    claim("two", True)
-    assert [row["text"] for row in read_ledger(begun)] == ["one", "two"]
+        file.write(f'{{"lesson": "01_sums", "run": "1", "model": "{models.DEFAULT}"{rest}}}\n')
+    assert [row["text"] for row in read_ledger(begun)] == ["one"]
+
+
+def test_a_line_ends_only_where_the_file_says_so(begun):
+    claim(TEXT, True, bound="at most\u2028or\x85so")
+    assert [row["bound"] for row in read_ledger(begun)] == ["at most\u2028or\x85so"]
+
+
+def test_of_a_cell_that_ran_again_a_damaged_claim_leaves_the_old_one(begun):
+    claims.enter("cell")
+    for text in ("one", "two", "three"):
+        claim(text, True)
+    claims.enter("cell")
+    claim("new one", True)
+    claim("new two", True)
+    lines = begun.read_text().splitlines(keepends=True)
+    begun.write_text("".join([*lines[:3], lines[3][:20] + "\n", lines[4]]))
+    assert [row["text"] for row in read_ledger(begun)] == ["one", "new two"]
+
+
+def test_claims_of_a_cell_are_counted_past_nine(begun):
+    claims.enter("cell")
+    for number in range(1, 12):
+        claim(f"claim {number}", True)
+    assert [row["text"] for row in read_ledger(begun)] == [f"claim {n}" for n in range(1, 12)]
 
 
 def test_a_ledger_that_cannot_be_written_is_no_error(begun, capsys):

@@ -14,6 +14,7 @@ from sftlib.data import (
     to_messages,
     write_jsonl,
 )
+from sftlib.data.files import read_valid_rows
 from sftlib.data.validation import normalise
 
 import pytest
@@ -41,6 +42,39 @@ def test_a_bad_line_is_named(tmp_path, bad):
     file.write_text('{"a": 1}\n' + bad + "\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected"):
         read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"name": "b", "numb',  # torn
+        b'{"name": "\xc3',  # torn within a character
+        b'{"name": "\xff", "number": 2}',
+        b"\x00" * 40,
+        b"[" * 100_000,
+        b'{"name": "b", "number": ' + b"9" * 5000 + b"}",
+        b"null",
+        b'["name", "number"]',
+        b'{"name": "b"}',
+        b'{"name": ["b"], "number": 2}',
+        b'{"name": "b", "number": 2, "more": NaN}',
+        b'{"name": "b", "number": 2, "more": 1e999}',
+        b'{"name": "b", "number": 2, "more": "\\ud800"}',
+    ],
+)
+def test_a_damaged_line_costs_no_other(tmp_path, damage):
+    file = tmp_path / "a.jsonl"
+    rows = [{"name": "a\u2028\x85é", "number": 1}, {"name": "c", "number": None, "more": [3]}]
+    write_jsonl(file, rows)
+    first, second = file.read_bytes().split(b"\n", 1)
+    file.write_bytes(first + b"\r\n\n" + damage + b"\n" + second + damage)
+    assert list(read_valid_rows(file, name=str, number=int | None)) == rows
+
+
+def test_no_file_has_no_rows_but_one_that_cannot_be_read_is_an_error(tmp_path):
+    assert list(read_valid_rows(tmp_path / "a.jsonl")) == []
+    with pytest.raises(OSError, match="directory"):
+        list(read_valid_rows(tmp_path))
 
 
 def test_an_unknown_set_lists_those_there_are():

@@ -387,6 +387,7 @@ def test_it_is_kept_beside_the_lessons_in_the_folder_that_git_ignores():
     [
         '{"lesson": "01_what_is_sft", "id": "as',
         "[]",
+        "[" * 100_000,
         "3",
         '{"lesson": "01_what_is_sft", "id": "ask"}',
         '{"lesson": 1, "id": 2, "predicted": "x", "right": null}',

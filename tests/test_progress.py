@@ -106,11 +106,25 @@ def test_a_note_that_cannot_be_written_is_no_error(two, solved, somebody_comes):
     assert not solved.exists()
 
 
-def test_a_damaged_line_costs_no_other(two, solved, somebody_comes):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"lesson": 1, "exerc',
+        '{"lesson": 1, "exercise": 2, "on": "\udcc3',  # ends within a character
+        "[]",
+        "[" * 100_000,
+        '{"lesson": 1, "exercise": 2}',
+        '{"lesson": [1], "exercise": 2, "on": "2026-10-01"}',
+        '{"lesson": "one", "exercise": 2, "on": "2026-10-01"}',
+        '{"lesson": 1, "exercise": 2, "on": NaN}',
+        '{"lesson": 1, "exercise": 2, "on": "\\ud800"}',
+    ],
+)
+def test_a_damaged_line_costs_no_other(line, two, solved, somebody_comes):
     somebody_comes()
     two[0](1)
-    with solved.open("a") as file:
-        file.write('{"lesson": 1, "exerc')
+    with solved.open("a", errors="surrogateescape") as file:
+        file.write(line)
     assert list(progress().solved) == ["✓ ○"]
     assert two[1](2) and list(progress().solved) == ["✓ ✓"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftlib import progress_bars
+from sftlib.data.files import read_valid_rows, write_jsonl
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +31,6 @@ def note(lesson: int, number: int) -> None:
 
 
 def _record(lesson: int, number: int) -> None:
-    from sftlib.data import write_jsonl
-
     solved = _solved()
     if (lesson, number) not in solved:
         solved[lesson, number] = date.today().isoformat()
@@ -42,13 +40,9 @@ def _record(lesson: int, number: int) -> None:
 
 
 def _solved() -> dict[tuple[int, int], str]:
-    """The day on which each exercise was solved; damaged lines are skipped."""
-    found = {}
-    for line in SOLVED.read_text(encoding="utf-8").splitlines() if SOLVED.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            row = json.loads(line)
-            found[row["lesson"], row["exercise"]] = row["on"]
-    return found
+    """The day on which each exercise was solved."""
+    rows = read_valid_rows(SOLVED, lesson=int, exercise=int, on=str)
+    return {(row["lesson"], row["exercise"]): row["on"] for row in rows}
 
 
 def progress() -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Read and write JSON lines, all or nothing, and find the course's own sets."""
+"""Read JSON lines, write them all or nothing, and find the course's own sets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 FACTS = Path(__file__).parents[2] / "data" / "facts"
 MIXTURE = FACTS.parent / "mixture.jsonl"  # made by lesson 2 from all its sources
@@ -38,6 +40,16 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
                 )
             records.append(record)
     return records
+
+
+def read_valid_rows(path: Path, **columns: Any) -> Iterator[dict]:
+    """The rows with columns of these types; other lines are skipped, and no file has no rows."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, LookupError, RecursionError):
+            row = json.loads(line)
+            _line(0, row)  # a dict that can be written again
+            if all(isinstance(row[name], kind) for name, kind in columns.items()):
+                yield row
 
 
 def read_facts(name: str) -> list[dict]:

@@ -135,27 +135,25 @@ def line(row: dict[str, Any]) -> str:
 def read_ledger(path: Path, model: str = models.DEFAULT) -> list[dict[str, Any]]:
     """The claims of the last run of each lesson with a model, in the order in which they ran.
 
-    Of a cell that ran again in that run, the claims of its last time count. Damaged lines are
-    skipped, and without the file there are no claims.
+    Of a cell that ran again in that run, the claims of its last time count.
     """
-    last: dict[str, str] = {}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            row = json.loads(text)
-            if row["model"] == model:
-                last[row["lesson"]] = row["run"]
-                for place in [p for p in rows if p[0] == row["run"] and _since(row["id"], p[1])]:
-                    del rows[place]
-                rows[row["run"], row["id"]] = row
-    return [row for row in rows.values() if row["run"] == last[row["lesson"]]]
+    from sftlib.data.files import read_valid_rows
+
+    columns = {"lesson": str, "run": str, "id": str, "model": str}
+    rows = [row for row in read_valid_rows(path, **columns) if row["model"] == model]
+    last = {row["lesson"]: row["run"] for row in rows}
+    rows = [row for row in rows if row["run"] == last[row["lesson"]]]
+    return [
+        row
+        for i, row in enumerate(rows, 1)
+        if not any(new["run"] == row["run"] and _since(new["id"], row["id"]) for new in rows[i:])
+    ]
 
 
 def _since(claim_id: str, other: str) -> bool:
-    """Whether an id is that of the same or a later claim of the same cell."""
-    cell, _, number = claim_id.partition("/")
-    other_cell, _, other_number = other.partition("/")
-    return cell == other_cell and int(other_number or 1) >= int(number or 1)
+    """Whether another id is that of the same or a later claim of the same cell: c, c/2, … c/10."""
+    same_cell = claim_id.partition("/")[0] == other.partition("/")[0]
+    return same_cell and (len(other), other) >= (len(claim_id), claim_id)
 
 
 def _check(text: str, seeds: int, kind: str) -> None:

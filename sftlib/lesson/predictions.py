@@ -13,7 +13,6 @@ nor kept nor read, and so the outputs do not depend on who has run the lesson.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections import Counter
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
 KEPT = Path(__file__).parents[2] / "work" / "predictions.jsonl"
-COLUMNS = ("lesson", "id", "predicted", "right")  # `right` is null until the outcome is shown
+COLUMNS = {"lesson": str, "id": str, "predicted": object, "right": bool | None}
 
 
 class _Lesson:
@@ -253,14 +252,11 @@ def _keep(question: Question, predicted: Any, right: bool | None = None) -> bool
 
 
 def _rows() -> dict[tuple[str, str], dict]:
-    """The kept predictions; damaged lines are skipped."""
+    """The kept predictions; `right` is None until the outcome is shown."""
+    from sftlib.data.files import read_valid_rows
+
     found = {}
     with contextlib.suppress(OSError):
-        for line in KEPT.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                row = {name: json.loads(line)[name] for name in COLUMNS}
-                place = row["lesson"], row["id"]
-                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # else no write works
-                if all(isinstance(it, str) for it in place) and row["right"] in (None, True, False):
-                    found[place] = row
+        for row in read_valid_rows(KEPT, **COLUMNS):
+            found[row["lesson"], row["id"]] = row
     return found | _unwritten
