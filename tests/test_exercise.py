@@ -1,4 +1,4 @@
-"""What all checks have in common: every answer gets a verdict, whatever it is and whatever it does."""
+"""What all checks have in common: each answer gets a verdict, whatever it is and does."""
 
 import math
 import sys

@@ -82,7 +82,12 @@ def test_chance_copes_with_many_prompts():
         (190, 0.5, True, "Baseline: 50.0 %. Difference: +45.0 percentage points."),
         (20, 0.5, False, "Difference: -40.0 percentage points."),
         (100, 0.5, False, "Difference: 0.0 percentage points."),
-        (105, 0.5, True, "may be chance. A model as good as the baseline scores this high or higher"),
+        (
+            105,
+            0.5,
+            True,
+            "may be chance. A model as good as the baseline scores this high or higher",
+        ),
         (105, 0.5, True, "high or higher in 26 % of such tests."),
         (97, 0.5, False, "low or lower in 36 % of such tests."),
     ],

@@ -1,4 +1,4 @@
-"""What all checks have in common: an answer gets a verdict, whatever it is and whatever it does.
+"""What all checks have in common: each answer gets a verdict, whatever it is and does.
 
 A check is a function of an answer that returns a `Verdict`; `@exercise` gives it its place in the
 course, and the following:

@@ -98,7 +98,8 @@ def beats(
     Returns:
         A `Score`; or a plain `Verdict` that says why there is none: nothing was attempted, rows
         contain held-out rows, there are none or too many, a row is no sound conversation, a model
-        has no tokenizer, or time is up. What a model was trained on cannot be seen, but what a trainer was given can.
+        has no tokenizer, or time is up. What a model was trained on cannot be seen, but what a
+        trainer was given can.
 
     Raises:
         Nothing: a wrong argument is reported as a failure of the check itself.
@@ -108,18 +109,19 @@ def beats(
     tests = read_facts("heldout") if held_out is None else list(held_out)
     _refuse_other_tests(tests, measure)
     model, spent = model_or_rows, 0.0
-    is_trainer = hasattr(model_or_rows, "train_dataset")
+    is_trainer = hasattr(model, "train_dataset")
     if is_trainer:
-        model, tokenizer = model.model, model.processing_class
-    if (is_trainer or hasattr(model, "generate")) and tokenizer is None:
-        found = "a trainer" if is_trainer else "a model"
-        raise CheckEnds(wrong(f"Found {found} without a tokenizer. {GIVE_A_TRAINER}"))
-    if is_trainer:
-        _refuse_leaks(_seen_by(model_or_rows), tests)
-    elif not hasattr(model, "generate"):
-        rows = _rows(model_or_rows, most_rows)
+        tokenizer = model.processing_class
+    if not is_trainer and not hasattr(model, "generate"):
+        rows = _rows(model, most_rows)
         _refuse_leaks(rows, tests)
         model, tokenizer, spent = _trained(rows, steps, most_seconds, settings)
+    elif tokenizer is None:
+        found = "a trainer" if is_trainer else "a model"
+        raise CheckEnds(wrong(f"Found {found} without a tokenizer. {GIVE_A_TRAINER}"))
+    elif is_trainer:
+        _refuse_leaks(_seen_by(model), tests)
+        model = model.model
     hits = _hits(model, tokenizer, tests, measure, most_seconds - spent)
     return _score(hits, len(tests), baseline, measure)
 
