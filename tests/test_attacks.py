@@ -59,7 +59,8 @@ def test_a_wrong_answer_gets_its_cause(attacks, attack):
 def test_an_open_answer_is_not_judged(attacks, answer):
     for verdict in judged(attacks, answer):
         assert verdict.passed is None
-        assert repr(verdict).startswith(("○ Not attempted yet", "○ Still open: "))
+        said = ("Not attempted yet", "Still open: ", "Your answer is None", "None in your answer: ")
+        assert repr(verdict).startswith(tuple(f"○ {words}" for words in said))
 
 
 def test_each_exercise_has_its_attacks():

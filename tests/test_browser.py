@@ -365,8 +365,10 @@ def test_a_prediction_is_made_by_mouse(asking, jupyterlab: Lab, request):
     page.locator(".jp-CodeCell .jp-InputPrompt").nth(3).click()
     wait_for("the number", lambda: kept_by(jupyterlab).get("share") == (80, None))
     page.keyboard.press("Shift+Enter")
-    page.get_by_text("You predicted 80 %; it was 97.3 %: wrong").wait_for(timeout=60_000)
-    assert page.get_by_text('You predicted "`42`"; it was "no answer at all": wrong.').count() == 1
+    page.get_by_text("Wrong: you predicted 80 %, but it was 97.3 %").wait_for(timeout=60_000)
+    assert (
+        page.get_by_text('Wrong: you predicted "`42`", but it was "no answer at all".').count() == 1
+    )
     assert kept_by(jupyterlab) == {"ask": ("`42`", False), "share": (80, False)}
     assert chosen.is_disabled()  # loaded again, the page does not replace it
     assert "widgets" not in saved(page, jupyterlab, request.node.name)["metadata"]
@@ -400,7 +402,7 @@ def test_a_prediction_is_made_by_keyboard(asking, jupyterlab: Lab, request):
     tab_to(page, page.locator(".jp-Cell.jp-mod-active"), "Shift+Tab")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Shift+Enter")
-    page.get_by_text("You predicted 90 %; it was 97.3 %: right").wait_for(timeout=60_000)
+    page.get_by_text("Right: you predicted 90 %, and it was 97.3 %").wait_for(timeout=60_000)
     assert kept_by(jupyterlab) == {"ask": ("no answer at all", True), "share": (90, True)}
     assert page.locator(".sft-prediction").count() == 0
     stored = saved(page, jupyterlab, request.node.name)

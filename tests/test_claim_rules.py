@@ -1,8 +1,9 @@
 """Claims have cells of their own, folded away, and a sentence that says why has a control.
 
-These rules apply to the notebooks in `CONVERTED`. Each rule is broken here once, and lets pass what
-it should.
+These rules apply to every notebook. Each rule is broken here once, and lets pass what it should.
 """
+
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,23 +14,18 @@ from tests import notebook_rules as rules
 from tools import notebooks
 
 FOLDER = notebooks.FOLDER
-NOTEBOOKS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in notebooks.find()}
-RULES = rules.RULES_OF_THE_SECOND_EDITION
+NOTEBOOKS = notebooks.find()
+RULES = rules.CLAIM_RULES
 CLAIM = 'lesson.claim("Most answers are right", share > 0.5, f"{share:.0%}")'
 CLAIMS = f"share = right / asked\n{CLAIM}"
 FOLDED = {"tags": ["claim"], "jupyter": {"source_hidden": True}}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("name", sorted(rules.CONVERTED))
-def test_a_converted_notebook_obeys(name: str, rule: rules.Rule):
-    path = NOTEBOOKS[name]
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.parent.name + "/" + path.name)
+def test_notebook_obeys(path: Path, rule: rules.Rule):
     nb = nbformat.reads(path.read_text(encoding="utf-8"), nbformat.NO_CONVERT)
     assert not rule(nb, path), "\n".join(rule(nb, path))
-
-
-def test_what_is_converted_exists():
-    assert set(NOTEBOOKS) >= rules.CONVERTED
 
 
 def printed(text: str) -> list[NotebookNode]:
@@ -146,6 +142,12 @@ def test_solutions_are_accepted_by_their_checks(output, accepted):
     problems = rules.solutions_are_accepted(nb, FOLDER / "solutions" / "01_ask.ipynb")
     assert len(problems) == 1 - accepted
     assert rules.solutions_are_accepted(nb, FOLDER / "01_ask.ipynb") == []
+
+
+def test_solutions_may_assert_that_their_check_accepts_them():
+    nb = lesson(exercise="verdict = checks.check_asked(9)\nassert verdict\nverdict")
+    assert rules.nothing_is_asserted(nb, FOLDER / "solutions" / "01_ask.ipynb") == []
+    assert len(rules.nothing_is_asserted(nb, FOLDER / "01_ask.ipynb")) == 1
 
 
 def test_a_reason_needs_a_control_in_its_own_section():

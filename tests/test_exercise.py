@@ -1,4 +1,4 @@
-"""The frame of the checks: every answer gets a verdict, whatever it is and whatever it does."""
+"""What all checks have in common: each answer gets a verdict, whatever it is and does."""
 
 import math
 import sys
@@ -169,10 +169,24 @@ def test_values_are_shown_short():
 
 
 @pytest.mark.parametrize(
-    "answer", [..., None, {"a": ...}, [..., (..., ...)], {"a": {"b": [...]}}, {...}, [None]]
+    "answer", [..., {"a": ...}, [..., (..., ...)], {"a": {"b": [...]}}, {...}, [..., None]]
 )
 def test_an_answer_that_was_not_touched_is_no_attempt(answer):
     assert frame(lambda answer: right("Yes."))(answer) is NOT_ATTEMPTED
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "Your answer is None. Did you forget `return`? `print` and"),
+        ([None], "None in your answer: item 1. Did you forget `return`?"),
+        ({"a": 1, "b": {"c": None}}, "None in your answer: b, c."),
+    ],
+)
+def test_where_the_student_sees_none_and_no_dots_the_message_says_none(answer, words):
+    verdict = frame(lambda answer: right("Yes."))(answer)
+    assert verdict.passed is None and verdict.message.startswith(words)
+    assert "..." not in verdict.message
 
 
 @pytest.mark.parametrize(
@@ -199,14 +213,17 @@ def test_several_answers_are_open_by_their_names_and_the_rest_is_not_looked_at()
     assert check(..., ..., None) is NOT_ATTEMPTED
     assert "Still open: steps." in check(1, ..., None).message
     assert "Still open: rows." in check(steps=1, rows=..., given=...).message
+    assert "None in your answer: steps." in check(1, None, None).message
+    assert "None in your answer: rows; steps." in check(None, None, 1).message
     assert check(1, 2, ...)
 
 
 def test_none_may_be_a_value_and_parts_may_be_left_to_the_check():
     check = frame(lambda answer: right("Yes."), none_is_open=False)
-    assert check({"a": None, "b": 1}) and check(None) is NOT_ATTEMPTED
+    assert check({"a": None, "b": 1}) and "answer is None" in check(None).message
     check = frame(lambda answer: right("Yes."), parts_may_be_open=True)
     assert check({"a": ..., "b": 1}) and check({"a": ..., "b": ...}) is NOT_ATTEMPTED
+    assert check({"a": None, "b": 1})
 
 
 def test_an_answer_that_holds_itself_is_judged():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from sftlib import checks, evaluate
 from sftlib.checks import exercise, held_out
 from sftlib.checks.held_out import Score, beats, chance
-from sftlib.checks.verdict import NOT_ATTEMPTED
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, right
 from sftlib.data import read_facts
 from sftlib.models import load
 from sftlib.training import tune
@@ -78,12 +78,18 @@ def test_chance_copes_with_many_prompts():
 @pytest.mark.parametrize(
     ("hits", "baseline", "passed", "words"),
     [
-        (190, 0.5, True, "95.0 % of 200 held-out prompts (exact match): 45.0 points above the bas"),
-        (20, 0.5, False, "10.0 % of 200 held-out prompts (exact match): 40.0 points below the bas"),
-        (100, 0.5, False, "no more than the baseline, 50.0 %."),
-        (105, 0.5, True, "within what chance gives: a model exactly as good as the baseline is at"),
-        (105, 0.5, True, "at least as far above it in 26 % of such tests."),
-        (97, 0.5, False, "at least as far below it in 36 % of such tests."),
+        (190, 0.5, True, "Score: 95.0 % of 200 held-out prompts (exact match). Baseline: 50.0 %."),
+        (190, 0.5, True, "Baseline: 50.0 %. Difference: +45.0 percentage points."),
+        (20, 0.5, False, "Difference: -40.0 percentage points."),
+        (100, 0.5, False, "Difference: 0.0 percentage points."),
+        (
+            105,
+            0.5,
+            True,
+            "may be chance. A model as good as the baseline scores this high or higher",
+        ),
+        (105, 0.5, True, "high or higher in 26 % of such tests."),
+        (97, 0.5, False, "low or lower in 36 % of such tests."),
     ],
 )
 def test_the_verdict_says_by_how_much_and_what_chance_gives(hits, baseline, passed, words):
@@ -111,9 +117,14 @@ def no_training(monkeypatch):
     monkeypatch.setattr(held_out, "_hits", refuse)
 
 
-@pytest.mark.parametrize("answer", [..., None, [...], [{"messages": ...}], {"messages": ...}])
+@pytest.mark.parametrize("answer", [..., [...], [{"messages": ...}], {"messages": ...}])
 def test_open_rows_are_no_attempt(no_training, answer):
     assert beats(answer, 0.5) is NOT_ATTEMPTED
+
+
+def test_rows_that_are_none_are_asked_for_their_return(no_training):
+    verdict = beats(None, 0.5)
+    assert verdict.passed is None and "Your answer is None. Did you forget" in verdict.message
 
 
 def test_a_row_that_is_open_is_named(no_training):
@@ -127,8 +138,8 @@ def test_a_row_that_is_open_is_named(no_training):
     [
         ([], "Expected rows to train on, found none."),
         (SFT[:501], "Expected at most 500 rows, found 501."),
-        ("rows", "Expected rows to train on, a trainer or a model, found the text 'rows'"),
-        (3, "Expected rows to train on, a trainer or a model, found 3"),
+        ("rows", "Expected a list of rows, a trainer, or a model, found the text 'rows'"),
+        (3, "Expected a list of rows, a trainer, or a model, found 3"),
         ([3], "Row 1: expected a dict with messages, found 3"),
         ({"messages": "hi"}, "Row 1: expected a list as messages, found the text 'hi'"),
         ([{"messages": None}], "Row 1: expected a list as messages, found None"),
@@ -150,7 +161,7 @@ def test_rows_that_cannot_be_trained_on_are_refused(no_training, rows, words):
         (row("tell me THE CAPITAL of rwanda!", "Kigali."), "same question"),
         (row("For a quiz: tell me the capital of Rwanda.", "It is well known."), "question inside"),
         (row("What is governed from where?", RWANDA["messages"][1]["content"]), "same answer"),
-        (row("Say more.", "Sure! The capital of Rwanda is Kigali. Nice city."), "answer, inside"),
+        (row("Say more.", "Sure! The capital of Rwanda is Kigali. Nice city."), "answer inside"),
         (row("Say more.", "Kigali, in the hills, is where Rwanda is governed."), "in other words"),
         (row("Is Kigali in Rwanda?", "Yes, it is."), "in other words"),
         (
@@ -179,8 +190,9 @@ def test_rows_that_cannot_be_trained_on_are_refused(no_training, rows, words):
 def test_rows_that_give_a_held_out_row_away_are_refused(no_training, leak, reason):
     verdict = beats([*SFT[:3], leak], 0.5)
     assert verdict.passed is False
-    assert "Row 4 gives a held-out question away" in verdict.message
+    assert "Row 4 contains a held-out question or its answer (" in verdict.message
     assert reason in verdict.message and "Rwanda" in verdict.message
+    assert "Remove this row" in verdict.message
 
 
 def test_calling_codes_are_found_with_and_without_their_plus(no_training):
@@ -219,6 +231,22 @@ def test_the_seed_of_the_training_follows_that_of_the_check(monkeypatch):
     assert held_out._training_seed() not in (0, 7)
 
 
+def test_inside_a_check_the_training_follows_the_seed_of_that_check(monkeypatch):
+    monkeypatch.delenv("SFT_CHECK_SEED", raising=False)
+    trained = []
+
+    def train(*_):
+        trained.append(held_out._training_seed())
+        raise CheckEnds(right("Trained."))
+
+    monkeypatch.setattr(held_out, "_trained", train)
+    check = exercise.judged(lambda rows: beats(rows, 0.5))
+    for options in ({"seed": 7}, {"seed": "autumn"}, {}):
+        assert check(SFT[:2], **options)
+    assert beats(SFT[:2], 0.5, seed=7)
+    assert trained[::3] == [7, 7] and trained[1] not in (0, 7) and trained[2] == 0
+
+
 def test_the_course_s_own_rows_give_nothing_away():
     held_out._refuse_leaks(SFT, HELD_OUT)
     held_out._refuse_leaks(read_facts("never_asked"), HELD_OUT)  # Sierra Leone's leone is a name
@@ -231,7 +259,7 @@ def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):
         Dataset.from_list([{"input_ids": ids}]),
     ):
         trainer = SimpleNamespace(train_dataset=dataset, model=..., processing_class=tokenizer)
-        assert "held-out question away" in beats(trainer, 0.5).message
+        assert "contains a held-out question" in beats(trainer, 0.5).message
 
 
 @pytest.mark.parametrize(
@@ -263,14 +291,20 @@ def test_a_mistake_of_the_lesson_is_not_the_student_s(tiny, wrong_use, words):
     verdict = beats(model, tokenizer=tokenizer, **wrong_use)
     assert verdict.passed is None and "check itself failed" in verdict.message
     assert words in verdict.message
-    assert "add `tokenizer=`" in beats(model, 0.5).message
     before_training = beats(SFT[:2], **wrong_use, steps=10**9)
     assert before_training.passed is None and words in before_training.message
 
 
-def test_a_model_is_given_alone(tiny):
-    verdict = beats(tiny, 0.5)
-    assert verdict.passed is False and "give its tokenizer as `tokenizer=`" in verdict.message
+def test_a_model_without_a_tokenizer_is_a_wrong_answer(tiny):
+    trainer = SimpleNamespace(train_dataset=[], model=tiny[0], processing_class=None)
+    for answer, found in [
+        (tiny[0], "a model without a tokenizer"),
+        (trainer, "a trainer without a tokenizer"),
+        (tiny, "a tuple with a model in it"),
+    ]:
+        verdict = beats(answer, 0.5)
+        assert verdict.passed is False
+        assert f"Found {found}. Give the SFTTrainer: it has" in verdict.message
     listed = beats([tiny[0]], 0.5).message
     assert "found LlamaForCausalLM" in listed and "a function" not in listed
 
@@ -290,7 +324,7 @@ def test_a_model_is_asked_and_stays_as_it_was(tiny):
     before = {name: p.clone() for name, p in model.named_parameters()}
     verdict = beats(model, 0.5, HELD_OUT[:4], tokenizer)
     assert isinstance(verdict, Score) and verdict.passed is False and verdict.prompts == 4
-    assert "0.0 % of 4 held-out prompts (exact match): 50.0 points below" in verdict.message
+    assert "Score: 0.0 % of 4 held-out prompts (exact match)" in verdict.message
     assert "in 6 % of such tests" in verdict.message  # 0.5 ** 4
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
 
@@ -333,7 +367,8 @@ def test_the_example_of_the_docstring_is_true():
     exec(code.replace(call, f"verdict = {call}"), place)
     figures = [float(n) for n in re.findall(r"\d+\.\d", said)]
     assert place["verdict"].passed is True and place["verdict"].prompts == 200
-    assert re.sub(r"\d+\.\d", "N", repr(place["verdict"])) == re.sub(r"\d+\.\d", "N", said.strip())
+    told = " ".join(said.split())
+    assert re.sub(r"\d+\.\d", "N", repr(place["verdict"])) == re.sub(r"\d+\.\d", "N", told)
     assert abs(100 * place["verdict"].score - figures[0]) <= 15  # another machine, another base
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import nbformat
 import pytest
 
 from tests import notebook_rules as rules
+from tests.test_pages import SAID
 from tools import claims, copies, notebooks
 from tools.new_lesson import main, new_lesson, with_check
 
@@ -31,6 +33,8 @@ def test_the_title_and_the_names_stand_where_they_belong(course: Path):
     )
     first = json.loads(lesson.read_text())["cells"][0]["source"][0]
     assert first == '# Lesson 10: The "big" \\ one\n'
+    takes = re.search(r"\*\*Takes\*\* (.+?) of computing on two CPU cores", lesson.read_text())
+    assert takes and takes[1] in SAID
     assert 'lesson.begin("10_big_data")' in lesson.read_text().replace('\\"', '"')
     assert "check_big_data" in solutions.read_text() and "def check_big_data" in checks.read_text()
     assert "@exercise(10, 1, " in checks.read_text()
@@ -82,7 +86,7 @@ def test_a_new_lesson_runs_and_obeys_the_rules(course: Path):
         subprocess.run([*notebooks.NBCONVERT, *store], env=settings, check=True)
         assert notebooks.clean([path]) == 0
         nb = nbformat.read(path, 4)
-        every = rules.RULES + rules.RULES_OF_THE_SECOND_EDITION
+        every = rules.RULES + rules.CLAIM_RULES
         problems = {rule.__name__: rule(nb, path) for rule in every}
         assert not {name: found for name, found in problems.items() if found}
     claimed = read_ledger(course / "work" / "claims.jsonl")

@@ -105,7 +105,7 @@ def test_a_choice_is_kept_at_once_and_said_with_the_outcome(page, kept, capsys):
     assert not kept.exists()
     page.click(2)
     assert rows(kept) == [("01_what_is_sft", "ask", "a wrong answer", None)]
-    line = 'You predicted "a wrong answer"; it was "no answer at all": wrong.\n'
+    line = 'Wrong: you predicted "a wrong answer", but it was "no answer at all".\n'
     assert said(capsys, "ask", 3) == line
     assert rows(kept) == [("01_what_is_sft", "ask", "a wrong answer", False)]
 
@@ -114,7 +114,7 @@ def test_a_right_choice_is_called_right(page, kept, capsys):
     page = page()
     lesson.predict(*ASK)
     page.click(3)
-    line = 'You predicted "no answer at all"; it was "no answer at all": right.\n'
+    line = 'Right: you predicted "no answer at all", and it was "no answer at all".\n'
     assert said(capsys, "ask", np.int64(3)) == line
     assert rows(kept)[0][-1] is True
 
@@ -141,7 +141,7 @@ def test_after_the_outcome_the_first_choice_counts_and_the_form_is_gone(page, ke
     assert rows(kept) == [("01_what_is_sft", "ask", "the right answer", False)]
     assert stale[0].description == "✓ 1. the right answer" and stale[2].description[0] == "3"
     assert all(button.disabled for button in stale)
-    assert 'You predicted "the right answer"' in said(capsys, "ask", 3)
+    assert 'Wrong: you predicted "the right answer"' in said(capsys, "ask", 3)
 
 
 def test_after_the_outcome_it_is_too_late_until_the_lesson_begins_again(page, kept, capsys):
@@ -157,7 +157,7 @@ def test_after_the_outcome_it_is_too_late_until_the_lesson_begins_again(page, ke
     predictions.start("01_what_is_sft")
     lesson.predict(*ASK)
     page.click(3)
-    assert said(capsys, "ask", 3).endswith("right.\n")
+    assert said(capsys, "ask", 3).startswith("Right: ")
 
 
 @pytest.mark.parametrize("shown", [False, True])
@@ -208,21 +208,25 @@ def test_lessons_may_use_the_same_id(page, kept):
 @pytest.mark.parametrize(
     ("typed", "value", "line"),
     [
-        ("90", 97.3, "You predicted 90 %; it was 97.3 %: right, within 10 percentage points.\n"),
+        (
+            "90",
+            97.3,
+            "Right: you predicted 90 %, and it was 97.3 % (within 10 percentage points).\n",
+        ),
         (
             "6.1 %",
             16.1,
-            "You predicted 6.1 %; it was 16.1 %: right, within 10 percentage points.\n",
+            "Right: you predicted 6.1 %, and it was 16.1 % (within 10 percentage points).\n",
         ),
         (
             " 80% ",
             97.3,
-            "You predicted 80 %; it was 97.3 %: wrong, more than 10 percentage points off.\n",
+            "Wrong: you predicted 80 %, but it was 97.3 % (more than 10 percentage points off).\n",
         ),
         (
             "0",
             np.float32(0),
-            "You predicted 0 %; it was 0 %: right, within 10 percentage points.\n",
+            "Right: you predicted 0 %, and it was 0 % (within 10 percentage points).\n",
         ),
     ],
 )
@@ -239,10 +243,13 @@ def test_what_is_no_number_in_the_range_is_said_and_not_kept(typed, page, kept, 
     lesson.predict(*SCORE, **PERCENT)
     page.type("50")
     page.type(typed)
-    assert "Expected a number from 0 to 100 %, such as 12.5, found" in page.note
+    assert "Expected a number from 0 to 100 %, found" in page.note
+    assert "Write decimals with a point" in page.note
     assert 'role="alert"' in page.note
     assert rows(kept)[0][2] == 50
-    assert said(capsys, "score", 50, tolerance=0).startswith("You predicted 50 %; it was 50 %")
+    assert said(capsys, "score", 50, tolerance=0).startswith(
+        "Right: you predicted 50 %, and it was 50 %"
+    )
 
 
 def test_a_number_may_have_another_unit_or_none_and_open_bounds(page, kept, capsys):
@@ -250,15 +257,40 @@ def test_a_number_may_have_another_unit_or_none_and_open_bounds(page, kept, caps
     lesson.predict("steps", "After how many steps?", number="steps", low=1)
     page.type("1200 steps")
     assert said(capsys, "steps", 1000, tolerance=200) == (
-        "You predicted 1,200 steps; it was 1,000 steps: right, within 200 steps.\n"
+        "Right: you predicted 1,200 steps, and it was 1,000 steps (within 200 steps).\n"
     )
     lesson.predict("ratio", "Which ratio?", number="")
     page.type("inf")
-    assert "Expected a number, such as 12.5, found 'inf'" in html.unescape(page.note)
+    assert "Expected a number, found 'inf'" in html.unescape(page.note)
     page.type("-0.5")
     assert said(capsys, "ratio", torch.tensor(0.25), tolerance=0.5) == (
-        "You predicted -0.5; it was 0.25: wrong, more than 0.5 off.\n"
+        "Wrong: you predicted -0.5, but it was 0.25 (more than 0.5 off).\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept_as"),
+    [
+        ("1,000 GB", 1000),
+        ("12,345,678.5", 12_345_678.5),
+        ("1200", 1200),
+        ("1,00", None),
+        ("1000,000", None),
+        ("2,5", None),
+        (",100", None),
+    ],
+)
+def test_a_number_is_read_as_the_question_writes_it(typed, kept_as, page, kept):
+    page = page()
+    lesson.predict("size", "How large?", number="GB", low=1)
+    page.type(typed)
+    assert [row[2] for row in rows(kept)] == [kept_as] if kept_as else not kept.exists()
+
+
+def test_the_field_names_the_unit_as_it_is(page):
+    page = page()
+    lesson.predict("size", "How large?", number="GB", low=0, high=100)
+    assert page.form.children[1].description == "A number from 0 to 100 GB:"
 
 
 def test_an_earlier_number_stands_in_the_field(page):
@@ -284,7 +316,7 @@ def test_numbers_are_written_as_people_write_them(number, text):
     [
         (Number("%", 0, 100), "a number from 0 to 100 %"),
         (Number("s", low=0), "a number from 0 s"),
-        (Number(high=8), "a number to 8"),
+        (Number(high=8), "a number up to 8"),
         (Number(), "a number"),
     ],
 )
@@ -372,7 +404,9 @@ def test_after_a_restart_the_outcome_can_be_run_alone(page, kept, tmp_path, monk
     shell.run_cell(cells["told"], cell_id="told")
     printed = capsys.readouterr().out
     assert printed.startswith("First running ask …")
-    assert printed.endswith('You predicted "no answer at all"; it was "no answer at all": right.\n')
+    assert printed.endswith(
+        'Right: you predicted "no answer at all", and it was "no answer at all".\n'
+    )
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -415,8 +449,8 @@ def test_a_choice_that_cannot_be_written_is_no_error_and_counts(page, kept, caps
     kept.parent.write_text("a file where the folder should be")
     lesson.predict(*ASK)
     page.click(2)
-    assert "predictions.jsonl cannot be written" in page.note
-    assert said(capsys, "ask", 2).endswith("right.\n")
+    assert "Your prediction could not be saved in predictions.jsonl. It is kept only" in page.note
+    assert said(capsys, "ask", 2).startswith("Right: ")
     kept.parent.unlink()
     lesson.predict(*SCORE, **PERCENT)
     page.type("40")
@@ -430,8 +464,8 @@ def test_what_is_written_replaces_what_could_not_be(page, kept, capsys):
     page.click(2)
     kept.parent.unlink()
     page.click(3)
-    assert "cannot be written" not in page.note
-    assert said(capsys, "ask", 3).startswith('You predicted "no answer at all"')
+    assert "could not be saved" not in page.note
+    assert said(capsys, "ask", 3).startswith('Right: you predicted "no answer at all"')
 
 
 def test_beginning_a_lesson_deletes_nothing(page, kept, tmp_path, monkeypatch):
@@ -457,14 +491,14 @@ def test_beginning_a_lesson_deletes_nothing(page, kept, tmp_path, monkeypatch):
     [
         (("a", "Which?", "one"), {}, "at least two options, found 1"),
         (("a", "Which?"), {}, "at least two options, found 0"),
-        (("a", "Which?", "x", "x "), {}, "options that differ"),
+        (("a", "Which?", "x", "x "), {}, "options that differ.*Change or remove one"),
         (("a", "Which?", "x", " "), {}, "options that differ"),
-        (("", "Which?", "x", "y"), {}, "an id and a question"),
+        (("", "Which?", "x", "y"), {}, "an id and a question.*Give both"),
         (("a", " ", "x", "y"), {}, "an id and a question"),
-        (("a", "Which?", "x", "y"), {"number": "%"}, "options or a number, found both"),
+        (("a", "Which?", "x", "y"), {"number": "%"}, "options or a number, found both.*Remove"),
         (("a", "Which?", "x", "y"), {"low": 0}, "options or a number, found both"),
-        (("a", "Which?"), {"low": 0, "high": 1}, "a unit beside low and high"),
-        (("a", "Which?"), {"number": "%", "low": 1, "high": 1}, "low < high"),
+        (("a", "Which?"), {"low": 0, "high": 1}, "a unit beside low and high.*Add it"),
+        (("a", "Which?"), {"number": "%", "low": 1, "high": 1}, "low < high.*Correct one"),
         (("a", "Which?"), {"number": "%", "low": float("nan")}, "low < high"),
     ],
 )
@@ -492,19 +526,24 @@ def test_no_lesson_is_said():
     ("arguments", "options", "error", "expected"),
     [
         (("say", 1), {}, ValueError, r"\(ask, score\), found 'say'.*lesson.predict\('say'"),
-        (("ask", 0), {}, ValueError, "1 to 3, found 0"),
+        (("ask", 0), {}, ValueError, "1 to 3, found 0. The first option has the number 1"),
         (("ask", 4), {}, ValueError, "1 to 3, found 4"),
-        (("ask", True), {}, TypeError, "1 to 3, found True"),
+        (("ask", True), {}, TypeError, "1 to 3, found True. Give its place"),
         (("ask", "a wrong answer"), {}, TypeError, "number of an option"),
         (("ask", 2.0), {}, TypeError, "number of an option"),
         (("ask", 2), {"tolerance": 1}, ValueError, "no tolerance with options"),
-        (("score", 2), {}, ValueError, "Expected a tolerance.*found None"),
+        (("score", 2), {}, ValueError, "Expected a tolerance.*found None. Give `tolerance`"),
         (("score", 2), {"tolerance": -1}, ValueError, "Expected a tolerance"),
         (("score", 2), {"tolerance": float("nan")}, ValueError, "Expected a tolerance"),
-        (("score", "2"), {"tolerance": 1}, TypeError, "a number that came out, found '2'"),
+        (("score", "2"), {"tolerance": 1}, TypeError, "a number that came out, found '2'. Give a"),
         (("score", None), {"tolerance": 1}, TypeError, "a number that came out, found None"),
         (("score", True), {"tolerance": 1}, TypeError, "a number that came out, found True"),
-        (("score", float("nan")), {"tolerance": 1}, ValueError, "a finite number"),
+        (
+            ("score", float("nan")),
+            {"tolerance": 1},
+            ValueError,
+            "a finite number.*Look for its cause",
+        ),
     ],
 )
 def test_an_outcome_that_cannot_be_is_refused(arguments, options, error, expected, capsys):

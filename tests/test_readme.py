@@ -53,10 +53,11 @@ def test_the_lesson_table_is_current():
     assert current == README, "The table is not current. Run: make format"
 
 
-def test_the_instructors_table_is_current():
+@pytest.mark.parametrize("block", [readme_table.pages, readme_table.sections])
+def test_the_instructors_list_and_table_are_current(block):
     page = (ROOT / "instructor/README.md").read_text(encoding="utf-8")
-    current = readme_table.updated(page, readme_table.sections())
-    assert current == page, "The table is not current. Run: make format"
+    current = readme_table.updated(page, block())
+    assert current == page, "The list or table is not current. Run: make format"
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
@@ -135,6 +136,7 @@ def test_the_table_names_title_promise_and_measured_minutes(course: Path):
     assert f"{row} 1.5 | 7 s |" in readme_table.table(course)
     assert "two busy cores; 2 in all" in readme_table.table(course)
     assert "| 1 | Set-up | 3 |" in readme_table.sections(course)
+    assert "\n1. [Sums](01_sums.md)\n" in readme_table.pages(course)
 
 
 def test_the_table_replaces_only_what_lies_between_its_marks(course: Path):

@@ -1,4 +1,4 @@
-"""Write the README's tables, and the instructors' of sections; `make format` does it.
+"""Write the README's tables, and the instructors' list and table; `make format` does it.
 
 A lesson's first cell begins with `# Lesson 1: Title` and has a line `> promise`. Times come from
 `data/benchmarks.json`, `{"machine": "...", "seconds": {"01_what_is_sft": 61.2}, "lessons": …}`,
@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
+PAGES_BEGIN, PAGES_END = "<!-- pages:begin -->", "<!-- pages:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 TITLE = re.compile(r"^# Lesson (\d+): (.+)$", re.MULTILINE)
 PROMISE = re.compile(r"^> (.+)$", re.MULTILINE)
@@ -57,6 +58,14 @@ def table(root: Path = ROOT) -> str:
             f"{whole:.0f} in all.",
         ]
     return "\n".join([BEGIN, *rows, END])
+
+
+def pages(root: Path = ROOT) -> str:
+    """The instructors' pages, one for each lesson, marks included."""
+    lessons = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    titles = [(path, *opening(path)) for path in lessons]
+    rows = [f"{number}. [{title}]({path.stem}.md)" for path, number, title, _ in titles]
+    return "\n".join([PAGES_BEGIN, *rows, PAGES_END])
 
 
 def sections(root: Path = ROOT) -> str:
@@ -124,7 +133,8 @@ def updated(page: str, block: str) -> str:
 
 def main() -> None:
     readme, instructors = ROOT / "README.md", ROOT / "instructor/README.md"
-    for path, block in ((readme, table()), (readme, gpu()), (instructors, sections())):
+    blocks = (readme, table()), (readme, gpu()), (instructors, pages()), (instructors, sections())
+    for path, block in blocks:
         path.write_text(updated(path.read_text(encoding="utf-8"), block), encoding="utf-8")
 
 

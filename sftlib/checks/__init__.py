@@ -5,7 +5,7 @@ answer is still `...`) says so and is no error, so a notebook with open exercise
 
 | file | what it does |
 |---|---|
-| `exercise` | `@exercise`, the frame of all checks: open answers, errors, seeds |
+| `exercise` | `@exercise`, what all checks have in common: open answers, errors, seeds |
 | `reading` | answers of any type as plain Python values |
 | `functions` | `compare`: a student's function against a right one, on many inputs |
 | `causes` | why a student found this number |

@@ -20,7 +20,11 @@ UNITS: dict[str, dict[float, str]] = {
         100: "that is in cents. The prices are in whole units.",
     },
 }
-"""Unit → how many times as large a number is in another unit, and the hint."""
+"""For each unit of a right answer, the usual wrong ones.
+
+A factor stands for each wrong unit: a student who used that unit gives the right number times this
+factor. Its value is the hint. In percent, for example, a share is 100 times as large.
+"""
 
 
 def near(found: float, expected: float, tolerance: float) -> bool:

@@ -1,13 +1,14 @@
-"""The frame of all checks: an answer gets a verdict, whatever it is and whatever it does.
+"""What all checks have in common: each answer gets a verdict, whatever it is and does.
 
 A check is a function of an answer that returns a `Verdict`; `@exercise` gives it its place in the
-course and all that checks have in common:
+course, and the following:
 
 - An answer that is still `...` was not attempted; if a part of it is, the verdict names that part.
+  For None, the verdict asks whether a `return` is missing.
 - A wrong type is no error but a verdict that says what was expected (see `reading`).
 - `seed`, an argument of every check, or the environment's `SFT_CHECK_SEED`, draws other random
-  inputs for the answers that are functions (see `functions`). Whoever grades sets one that students
-  do not know: `SFT_CHECK_SEED=autumn`.
+  inputs for the answers that are functions (see `functions`). It also seeds the trainings of
+  `held_out.beats`. To grade, set a seed that students do not know: `SFT_CHECK_SEED=autumn`.
 - A check that fails by itself says so, and blames nobody.
 
 A check runs beside the answer in one process, so it is no defence against a student who rewrites
@@ -25,7 +26,7 @@ from pathlib import Path
 from sftlib.checks.functions import SEED
 from sftlib.checks.progress import enter, note
 from sftlib.checks.reading import Unread, open_parts, shown
-from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, is_none, still_open, wrong
 
 Check = Callable[..., Verdict]
 
@@ -76,11 +77,15 @@ def exercise(
 
 
 def judged(check: Check) -> Check:
-    """The check, with a verdict in place of every error, and with the argument `seed`."""
+    """The check, with a verdict in place of every error, and with the argument `seed`.
+
+    Inside another check, such as `beats` in a lesson's own, the outer check's seed stays in force
+    where no other seed is given.
+    """
 
     @functools.wraps(check)
     def judge(*args, seed: object = "", **options) -> Verdict:
-        token = SEED.set(str(seed))
+        token = SEED.set(str(seed) or SEED.get())
         try:
             return check(*args, **options)
         except CheckEnds as end:
@@ -104,10 +109,14 @@ def _too_few(names: list[str], given: tuple) -> Verdict:
 def _open(answers: dict, none_is_open: bool, parts_may_be_open: bool) -> Verdict | None:
     """The verdict on answers that are open, in all parts or in some; None if they are not."""
     named = {name: ... if value is None else value for name, value in answers.items()}
-    whole = named if len(named) > 1 else next(iter(named.values()))
+    given, whole = (
+        found if len(found) > 1 else next(iter(found.values())) for found in (answers, named)
+    )
     places, filled = open_parts(whole, none_is_open)
     if not places or (filled and parts_may_be_open):
         return None
+    if not open_parts(given, none=False)[0]:  # the student sees no `...`
+        return is_none(places)
     return still_open(places) if filled else NOT_ATTEMPTED
 
 

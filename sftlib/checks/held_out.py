@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sftlib.checks.exercise import judged
 from sftlib.checks.functions import current_seed
 from sftlib.checks.reading import described, open_parts, sequence, shown
-from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, still_open, wrong
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, is_none, still_open, wrong
 from sftlib.data import decontaminate, read_facts, validate
 from sftlib.data.validation import normalise
 
@@ -28,6 +28,7 @@ FEW = 3  # open places that a message names
 MEASURES = ("exact_match", "content", "stops")
 SHORT = 4  # words: a shorter answer ("Yes.") stands in other rows by chance
 NAMES = ("entity", "value")  # of the course's facts
+GIVE_A_TRAINER = "Give the SFTTrainer: it has the model and its tokenizer."
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +73,8 @@ def beats(
 
         check_rows(read_facts("sft")[:20])
 
-    ✓ 85.0 % of 200 held-out prompts (exact match): 35.0 points above the baseline, 50.0 %.
+    ✓ Score: 85.0 % of 200 held-out prompts (exact match). Baseline: 50.0 %.
+    Difference: +35.0 percentage points.
 
     **Chance.** The prompts are taken for independent draws, and the baseline for exactly known. If
     a model's true share were the baseline, the number of right answers would follow a binomial
@@ -81,7 +83,7 @@ def beats(
 
     Args:
         model_or_rows: rows with `messages` (or conversations) to train on; a trainer that has
-            trained; or a model, together with its `tokenizer`.
+            trained, which brings its tokenizer; or a model, if the check gives its `tokenizer`.
         baseline: a share from 0 to 1.
         held_out: rows with `messages` and, for the measure `content`, `value`; without it, the
             course's held-out facts.
@@ -95,8 +97,9 @@ def beats(
 
     Returns:
         A `Score`; or a plain `Verdict` that says why there is none: nothing was attempted, rows
-        give held-out rows away, there are none or too many, a row is no sound conversation, or
-        time is up. What a model was trained on cannot be seen, but what a trainer was given can.
+        contain held-out rows, there are none or too many, a row is no sound conversation, a model
+        has no tokenizer, or time is up. What a model was trained on cannot be seen, but what a
+        trainer was given can.
 
     Raises:
         Nothing: a wrong argument is reported as a failure of the check itself.
@@ -106,15 +109,19 @@ def beats(
     tests = read_facts("heldout") if held_out is None else list(held_out)
     _refuse_other_tests(tests, measure)
     model, spent = model_or_rows, 0.0
-    if hasattr(model, "train_dataset"):  # a trainer
-        _refuse_leaks(_seen_by(model), tests)
-        model, tokenizer = model.model, model.processing_class
-    elif not hasattr(model, "generate"):
-        rows = _rows(model_or_rows, most_rows)
+    is_trainer = hasattr(model, "train_dataset")
+    if is_trainer:
+        tokenizer = model.processing_class
+    if not is_trainer and not hasattr(model, "generate"):
+        rows = _rows(model, most_rows)
         _refuse_leaks(rows, tests)
         model, tokenizer, spent = _trained(rows, steps, most_seconds, settings)
-    if tokenizer is None:
-        raise ValueError("Expected a model with its tokenizer, found none: add `tokenizer=`.")
+    elif tokenizer is None:
+        found = "a trainer" if is_trainer else "a model"
+        raise CheckEnds(wrong(f"Found {found} without a tokenizer. {GIVE_A_TRAINER}"))
+    elif is_trainer:
+        _refuse_leaks(_seen_by(model), tests)
+        model = model.model
     hits = _hits(model, tokenizer, tests, measure, most_seconds - spent)
     return _score(hits, len(tests), baseline, measure)
 
@@ -148,12 +155,12 @@ def _rows(answer: Any, most: int) -> list[dict]:
         CheckEnds: they are open, none, too many, or not sound.
     """
     if answer is None:
-        raise CheckEnds(NOT_ATTEMPTED)
+        raise CheckEnds(is_none([]))
     if isinstance(answer, tuple) and any(hasattr(part, "generate") for part in answer):
-        raise CheckEnds(wrong("Expected a model alone: give its tokenizer as `tokenizer=`."))
+        raise CheckEnds(wrong(f"Found a tuple with a model in it. {GIVE_A_TRAINER}"))
     if isinstance(answer, Mapping) or answer is ...:
         answer = [answer]
-    given = sequence(answer, what="rows to train on, a trainer or a model")
+    given = sequence(answer, what="a list of rows, a trainer, or a model")
     _refuse_open(given)
     if not given:
         raise CheckEnds(wrong("Expected rows to train on, found none."))
@@ -223,7 +230,7 @@ def _seen_by(trainer: Any) -> list[dict]:
 
 
 def _refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
-    """Raise if a row gives a held-out row away, in its question or in what it tells."""
+    """Raise if a row contains a held-out question, its answer or its fact."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many leaks: one is enough here
         _, leaks = decontaminate(rows, [dict(row) for row in held_out])
@@ -233,8 +240,8 @@ def _refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
         asked = test["messages"][-2]["content"]
         raise CheckEnds(
             wrong(
-                f"Row {rows.index(row) + 1} gives a held-out question away ({reason}): "
-                f"{shown(asked, 100)}. Held-out rows are for the test alone: leave this row out."
+                f"Row {rows.index(row) + 1} contains a held-out question or its answer "
+                f"({reason}): {shown(asked, 100)}. Remove this row: held-out rows are for the test."
             )
         )
 
@@ -252,9 +259,9 @@ def _told(rows: Sequence[dict], held_out: Sequence[Row]) -> list[tuple[dict, Row
         text = _spaced(" ".join(_texts(row["messages"])))
         for test, answer, entity, value in tests:
             if answer.count(" ") > SHORT and answer in text:
-                return [(row, test, "its answer, inside")]
+                return [(row, test, "answer inside")]
             if entity and value and entity in text and value in text.replace(entity, "  "):
-                return [(row, test, "its fact, in other words")]
+                return [(row, test, "same fact in other words")]
     return []
 
 
@@ -396,16 +403,15 @@ def chance(hits: int, prompts: int, baseline: float) -> float:
 def _score(hits: int, prompts: int, baseline: float, measure: str) -> Score:
     score, often = hits / prompts, chance(hits, prompts, baseline)
     points = 100 * (score - baseline)
-    side = "above" if points > 0 else "below"
-    by = f"{abs(points):.1f} points {side}" if points else "no more than"
-    named = measure.replace("_", " ")
     message = (
-        f"{100 * score:.1f} % of {prompts} held-out prompts ({named}): {by} the baseline, "
-        f"{100 * baseline:.1f} %."
+        f"Score: {100 * score:.1f} % of {prompts} held-out prompts ({measure.replace('_', ' ')}). "
+        f"Baseline: {100 * baseline:.1f} %. "
+        f"Difference: {f'{points:+.1f}' if points else '0.0'} percentage points."
     )
     if points and often > BY_CHANCE:
+        side = "high or higher" if points > 0 else "low or lower"
         message += (
-            " That is within what chance gives: a model exactly as good as the baseline is at "
-            f"least as far {side} it in {100 * often:.0f} % of such tests."
+            " This difference may be chance. A model as good as the baseline scores this "
+            f"{side} in {100 * often:.0f} % of such tests."
         )
     return Score(score > baseline, message, score, baseline, prompts, often)

@@ -1,9 +1,9 @@
 """A lesson's work folder, and what must run first after a restart.
 
-After a restart of the kernel, run the set-up cell and then any other cell: `begin` runs the earlier
-cells that this one needs, and prints their names. It finds them by the names in the code. A cell
-needs the last earlier cell that makes a name it uses, and the cells that changed it since. The same
-holds for files that a cell writes.
+After a restart of the kernel, run the set-up cell and then any other cell. Before a cell runs,
+`begin` runs the earlier cells that it needs, and prints their ids. It finds them by the variables
+in the code. For each variable that a cell uses, it needs the last earlier cell that makes the
+variable, and the cells that changed it since. The same holds for files that a cell reads.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Cells:
 
 
 def begin(name: str) -> Path:
-    """Empty the lesson's work folder; from now on, run before each cell the cells that it needs.
+    """Empty the lesson's work folder. From then on, run the cells that a cell needs before it.
 
     Each call starts with an empty folder and an empty record of the cells that were run. So a cell
     that reads a file first runs the cell that writes it. After a restart a later cell lacks
@@ -213,7 +213,10 @@ def begin(name: str) -> Path:
         ValueError: the name is not plain, so that another folder might be emptied.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"Expected the name of a notebook such as '01_topic', found {name!r}.")
+        raise ValueError(
+            f"Expected the name of a notebook such as '01_topic', found {name!r}. Give its file "
+            "name without a folder and without .ipynb."
+        )
     work = Path("../work", name)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)

@@ -95,12 +95,14 @@ def claim(
         measured: the values found, with their units; a function of them is called, too.
         bound: the condition in words, such as "at most five points apart", for the ledger.
         seeds: the number of runs, each with another seed, behind the measured values.
-        kind: of the evidence, one of `KINDS` [`seeds` if there are several, else `one run`].
+        kind: of the evidence, one of `KINDS`. Without it, `seeds` if there are several seeds, else
+            `one run`.
 
     Raises:
         ClaimFails: the claim does not hold with the shipped base.
         TypeError: `holds` is not one truth value.
         ValueError: the text is empty, or `kind` or `seeds` is not possible.
+        Exception: with the shipped base, whatever `holds` or `measured` raises as a function.
     """
     text, kind = " ".join(str(text).split()), kind or ("one run" if seeds == 1 else "seeds")
     _check(text, seeds, kind)
@@ -116,9 +118,10 @@ def claim(
     if shipped and problem:
         raise problem
     if shipped and not holds:
+        measured_now = f" Found: {found}." if found else ""
         raise ClaimFails(
-            f"Expected with the shipped base: {text}. Found: {found or 'it is not so'}. "
-            "Correct the lesson, or say in a report of this problem what lesson.environment() says."
+            f"This claim does not hold: {text}.{measured_now} Did you change a setting? If not, "
+            "please report this, with the output of lesson.environment()."
         )
     print(line(row))
 

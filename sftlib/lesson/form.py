@@ -114,7 +114,8 @@ def _field(question: Question, chosen: Any, choose: Choose, below: HTML) -> Sequ
     from ipywidgets import Text
 
     answer = cast(Number, question.answer)
-    label = str(answer).capitalize()
+    label = str(answer)
+    label = label[0].upper() + label[1:]  # the unit stays as it is
     value = "" if chosen is None else f"{chosen:.12g}"
     style = {"description_width": "initial"}
     field = Text(value=value, description=f"{label}:", continuous_update=False, style=style)

@@ -67,9 +67,9 @@ def predict(
         id: names the question in its lesson, for `outcome`.
         question: a sentence; code in it may stand in backticks.
         options: two or more answers.
-        number: the unit of the number, in place of options ["" for a number without a unit].
-        low: the least number that can be predicted.
-        high: the greatest.
+        number: ask for a number in this unit, in place of options; use "" for no unit.
+        low: the least number that can be predicted. Without it there is no least one.
+        high: the greatest. Without it there is no greatest one.
 
     Raises:
         ValueError: no lesson has begun, fewer than two options, options together with a number,
@@ -118,9 +118,10 @@ def outcome(id: str, value: Any, *, tolerance: float | None = None) -> None:
     if predicted is None:
         print(f"It was: {answer.said(value).removesuffix('.')}.")
     else:
-        right, verdict = answer.judged(predicted, value, tolerance)
-        said = f"You predicted {answer.quoted(predicted)}; it was {answer.quoted(value)}"
-        print(f"{said}: {verdict}.")
+        right, how_far = answer.judged(predicted, value, tolerance)
+        said, link = ("Right", "and") if right else ("Wrong", "but")
+        said += f": you predicted {answer.quoted(predicted)}, {link} it was {answer.quoted(value)}"
+        print(f"{said} ({how_far})." if how_far else f"{said}.")
         _keep(question, predicted, right)
     if looked_at and predicted is None:
         _lesson.too_late.add(id)
@@ -148,12 +149,18 @@ def _question(
     if not _lesson.name:
         raise ValueError("Expected a lesson, found none. Run the set-up cell (lesson.begin) first.")
     if not id.strip() or not text.strip():
-        raise ValueError(f"Expected an id and a question, found {id!r} and {text!r}.")
+        raise ValueError(f"Expected an id and a question, found {id!r} and {text!r}. Give both.")
     bounded = (low, high) != (-math.inf, math.inf)
     if options and (unit is not None or bounded):
-        raise ValueError(f"Expected options or a number, found both: {list(options)} and a number.")
+        raise ValueError(
+            f"Expected options or a number, found both: {list(options)} and a number. Remove the "
+            "options, or number, low and high."
+        )
     if unit is None and bounded:
-        raise ValueError('Expected a unit beside low and high, such as number="%", found none.')
+        raise ValueError(
+            'Expected a unit beside low and high, found none. Add it, such as number="%"; '
+            'number="" has no unit.'
+        )
     if unit is not None:
         return Question(_lesson.name, id, _one_line(text), Number(unit, low, high))
     return Question(_lesson.name, id, _one_line(text), Options(tuple(map(_one_line, options))))
@@ -184,10 +191,13 @@ def _as_form(question: Question) -> Shown:
 
     def choose(answer: Any) -> tuple[Any, str]:
         written = _is_over(question) or _keep(question, answer)
-        lost = (
-            "" if written else f" {KEPT.name} cannot be written: it counts until the kernel stops."
-        )
-        return _predicted(question), _note(question) + lost
+        note = _note(question)
+        if not written:
+            note += (
+                f" Your prediction could not be saved in {KEPT.name}. It is kept only until the "
+                "kernel stops."
+            )
+        return _predicted(question), note
 
     if _is_over(question):
         return Shown(question, _note(question))

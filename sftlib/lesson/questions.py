@@ -23,7 +23,10 @@ class Options:
                 'number: number="%", low=0, high=100.'
             )
         if not all(self.options) or len(set(self.options)) < len(self.options):
-            raise ValueError(f"Expected options that differ, found {list(self.options)}.")
+            raise ValueError(
+                f"Expected options that differ, none of them empty, found {list(self.options)}. "
+                "Change or remove one."
+            )
 
     def fits(self, predicted: Any) -> bool:
         """Whether it is one of the options: those of a lesson may change after it was kept."""
@@ -33,14 +36,15 @@ class Options:
         """The option with the number `value`."""
         if tolerance is not None:
             raise ValueError(f"Expected no tolerance with options, found {tolerance!r}. Drop it.")
-        count = len(self.options)
+        expected = f"Expected the number of an option, 1 to {len(self.options)}, found {value!r}."
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"Expected the number of an option, 1 to {count}, found {value!r}.")
-        if not 1 <= operator.index(value) <= count:
-            raise ValueError(f"Expected the number of an option, 1 to {count}, found {value}.")
+            raise TypeError(f"{expected} Give its place in the list as a whole number.")
+        if not 1 <= operator.index(value) <= len(self.options):
+            raise ValueError(f"{expected} The first option has the number 1.")
         return self.options[operator.index(value) - 1]
 
     def said(self, value: str) -> str:
+        """The option as `outcome` prints it where nothing was predicted."""
         return value
 
     def quoted(self, value: str) -> str:
@@ -48,8 +52,8 @@ class Options:
         return f'"{value}"'
 
     def judged(self, predicted: str, value: str, tolerance: float | None) -> tuple[bool, str]:
-        """Whether a prediction is right, and how a sentence says so."""
-        return predicted == value, "right" if predicted == value else "wrong"
+        """Whether a prediction is right; of options there is nothing more to say."""
+        return predicted == value, ""
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,34 @@ class Number:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:  # nor NaN
-            raise ValueError(f"Expected low < high, found low={self.low}, high={self.high}.")
+            raise ValueError(
+                f"Expected low < high, found low={self.low}, high={self.high}. Correct one of them."
+            )
 
     def __str__(self) -> str:
         """Which numbers can be predicted."""
-        bounds = f" from {plain(self.low)}" if math.isfinite(self.low) else ""
-        bounds += f" to {plain(self.high)}" if math.isfinite(self.high) else ""
+        has_low = math.isfinite(self.low)
+        bounds = f" from {plain(self.low)}" if has_low else ""
+        if math.isfinite(self.high):
+            bounds += f" {'to' if has_low else 'up to'} {plain(self.high)}"
         return f"a number{bounds} {self.unit}".strip()
 
     def read(self, typed: str) -> float:
-        """The number in what a student has typed, with or without its unit.
+        """The number in what a student has typed, with or without its unit and commas (1,000).
 
         Raises:
             ValueError: there is none, or it is out of range.
         """
         with contextlib.suppress(ValueError):
-            number = float(typed.strip().removesuffix(self.unit))
+            text = typed.strip().removesuffix(self.unit).strip()
+            if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):  # as `plain` writes it
+                text = text.replace(",", "")
+            number = float(text)
             if self.fits(number):
                 return number
-        raise ValueError(f"Expected {self}, such as 12.5, found {typed.strip()!r}.")
+        raise ValueError(
+            f"Expected {self}, found {typed.strip()!r}. Write decimals with a point, not a comma."
+        )
 
     def fits(self, predicted: Any) -> bool:
         """Whether it is a number within the bounds."""
@@ -92,28 +105,34 @@ class Number:
         if tolerance is None or not 0 <= tolerance < math.inf:
             raise ValueError(
                 f"Expected a tolerance from 0, in the unit of the question, found {tolerance!r}. "
-                "It says how far off a prediction may be that still is right."
+                "Give `tolerance`: how far a right prediction may be off."
             )
         if isinstance(value, str | bool) or not hasattr(value, "__float__"):
-            raise TypeError(f"Expected a number that came out, found {value!r}.")
+            raise TypeError(
+                f"Expected a number that came out, found {value!r}. Give a number of Python, "
+                "NumPy or torch."
+            )
         if not math.isfinite(value):
-            raise ValueError(f"Expected a finite number that came out, found {value}.")
+            raise ValueError(
+                f"Expected a finite number that came out, found {value}. Look for its cause."
+            )
         return float(value)
 
     def said(self, value: float) -> str:
+        """The number with its unit."""
         return f"{plain(value)} {self.unit}".strip()
 
     quoted = said
 
     def judged(self, predicted: float, value: float, tolerance: float) -> tuple[bool, str]:
-        """Whether a prediction is right, and how a sentence says so."""
+        """Whether a prediction is right, and how far off it may be or is."""
         unit = "percentage points" if self.unit == "%" else self.unit
         allowed = f"{plain(tolerance)} {unit}".strip()
         off = abs(predicted - value)
         # 97.3 - 87.3 is a little more than 10
         if off <= tolerance or math.isclose(off, tolerance, rel_tol=1e-9):
-            return True, f"right, within {allowed}"
-        return False, f"wrong, more than {allowed} off"
+            return True, f"within {allowed}"
+        return False, f"more than {allowed} off"
 
 
 @dataclass(frozen=True)
