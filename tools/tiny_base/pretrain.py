@@ -1,7 +1,7 @@
-"""Pretrain the tiny base model: a Llama of 3.3 million parameters, on two CPU cores.
+"""Pretrain the tiny base model: a Llama of 2.8 million parameters, on two CPU cores.
 
-603 steps take about eleven minutes: 1.1 s per step on a CPU with bfloat16 instructions, 1.03 s on
-one with AVX2 alone (6.1 s, an hour in all, if Muon orthogonalizes in bfloat16 there).
+STEPS steps take MINUTES minutes: SECONDS s per step. In bfloat16 Muon would take six times as long on
+a CPU without bfloat16 instructions (those with AVX2 alone).
 """
 
 import math
