@@ -16,15 +16,23 @@ ATTACKS: list[Attacks] = [
     for name in MODULES
     for attacks in importlib.import_module(f"tests.attacks.{name}").ATTACKS
 ]
-SEEDS = ("", "autumn")  # the usual one, and one that nobody knew when the answers were written
+SEEDS = {  # the usual one, and one that nobody knew when the answers were written
+    "": (),
+    "autumn": (pytest.mark.integration,),
+}
 
 
 def answers(kind: str) -> list:
-    """A parameter for each answer of a kind: the attacks that it belongs to, and the answer."""
+    """A parameter for each answer of a kind and each seed: its attacks, the answer, the seed."""
     return [
-        pytest.param(attacks, answer, id=f"{attacks.check.__name__}-{number}")
+        pytest.param(
+            *(attacks, answer, seed),
+            id="-".join(filter(None, (attacks.check.__name__, str(number), seed))),
+            marks=marks,
+        )
         for attacks in ATTACKS
         for number, answer in enumerate(getattr(attacks, kind))
+        for seed, marks in SEEDS.items()
     ]
 
 
@@ -32,35 +40,35 @@ def _all_dots(answer: object) -> bool:
     return isinstance(answer, tuple) and set(answer) == {...}
 
 
-def judged(attacks: Attacks, answer: object) -> list[Verdict]:
-    """The verdicts with each seed; the answer must stay as it was."""
+def judged(attacks: Attacks, answer: object, seed: str) -> Verdict:
+    """The verdict; the answer must stay as it was."""
     before = repr(answer)
-    verdicts = [attacks.verdict(answer, seed=seed) for seed in SEEDS]
+    verdict = attacks.verdict(answer, seed=seed)
     assert repr(answer) == before
-    return verdicts
+    return verdict
 
 
-@pytest.mark.parametrize(("attacks", "answer"), answers("right"))
-def test_a_right_answer_passes(attacks, answer):
-    for verdict in judged(attacks, answer):
-        assert verdict.passed is True, verdict
-        assert repr(verdict).startswith("✓ ")
+@pytest.mark.parametrize(("attacks", "answer", "seed"), answers("right"))
+def test_a_right_answer_passes(attacks, answer, seed):
+    verdict = judged(attacks, answer, seed)
+    assert verdict.passed is True, verdict
+    assert repr(verdict).startswith("✓ ")
 
 
-@pytest.mark.parametrize(("attacks", "attack"), answers("wrong"))
-def test_a_wrong_answer_gets_its_cause(attacks, attack):
+@pytest.mark.parametrize(("attacks", "attack", "seed"), answers("wrong"))
+def test_a_wrong_answer_gets_its_cause(attacks, attack, seed):
     answer, hint = attack
-    for verdict in judged(attacks, answer):
-        assert verdict.passed is False, verdict
-        assert hint in verdict.message
+    verdict = judged(attacks, answer, seed)
+    assert verdict.passed is False, verdict
+    assert hint in verdict.message
 
 
-@pytest.mark.parametrize(("attacks", "answer"), answers("untouched"))
-def test_an_open_answer_is_not_judged(attacks, answer):
-    for verdict in judged(attacks, answer):
-        assert verdict.passed is None
-        said = ("Not attempted yet", "Still open: ", "Your answer is None", "None in your answer: ")
-        assert repr(verdict).startswith(tuple(f"○ {words}" for words in said))
+@pytest.mark.parametrize(("attacks", "answer", "seed"), answers("untouched"))
+def test_an_open_answer_is_not_judged(attacks, answer, seed):
+    verdict = judged(attacks, answer, seed)
+    assert verdict.passed is None
+    said = ("Not attempted yet", "Still open: ", "Your answer is None", "None in your answer: ")
+    assert repr(verdict).startswith(tuple(f"○ {words}" for words in said))
 
 
 def test_each_exercise_has_its_attacks():

@@ -3,6 +3,8 @@
 import ast
 import json
 
+import pytest
+
 from tools import copies, mutation
 from tools.mutation import COPIED, SCRIPT, STORED, damages, draw
 
@@ -61,6 +63,33 @@ def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
     assert mutation.tests_of("sftlib/chat/encoding.py")[0] == "tests/test_chat.py"
     assert "tests/test_data.py" in mutation.tests_of("sftlib/data/hygiene.py")  # data imports it
     assert "tests/test_logs.py" in mutation.tests_of("sftlib/experiments/logs.py")
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sftlib").mkdir()
+    (tmp_path / "sftlib" / "a.py").write_text("x = 1\ny = 2\nz = 3\n")
+    (tmp_path / SCRIPT).write_text("")
+    monkeypatch.setattr(mutation.copies, "course", lambda *_: tmp_path)
+    monkeypatch.setattr(mutation, "KEPT", tmp_path / "work" / "kept.jsonl")
+    monkeypatch.setattr(mutation.sys, "argv", ["mutation", "--count=3", "--passed"])
+    monkeypatch.setattr(mutation, "tests_of", lambda _: [])
+    tried = []
+
+    def noticed(damage, _):
+        if len(tried) == 2:
+            tried.append(None)
+            raise KeyboardInterrupt
+        tried.append(damage)
+        return "" if len(tried) == 1 else "a test"
+
+    monkeypatch.setattr(mutation, "noticed", noticed)
+    with pytest.raises(KeyboardInterrupt):
+        mutation.main()
+    assert len(mutation.KEPT.read_text().splitlines()) == 2
+    assert mutation.main() == 1, "two of three are fewer than nine of ten"
+    assert len(set(tried) - {None}) == 3 == len(tried) - 1, "one was tried twice"
+    assert "2 of 3 noticed (67%), 0 harmless, 1 missed" in capsys.readouterr().out
+    assert not mutation.KEPT.exists()
 
 
 def test_nine_of_ten_stored_damages_were_noticed_and_the_rest_have_a_reason():

@@ -1,11 +1,14 @@
 """Damage `sftlib` and the script in small ways, one at a time; count what the tests notice.
 
-`make mutation` does it (half an hour). A damage is one change of one expression: a limit, a sign,
-an operator, a constant, a key, a check that is dropped. They are drawn by a fixed seed from all
-that are possible, as many from a small file as from a large one. Each runs in a copy of the
-repository, in a process forked from one that has imported the large libraries already: the unit
-tests that name the damaged module, and if none of them fails, the integration tests. First all
-those tests run once without a damage: one that fails then would notice everything.
+`make mutation` does it (three quarters of an hour on one core). A damage is one change of one
+expression: a limit, a sign, an operator, a constant, a key, a check that is dropped. They are drawn
+by a fixed seed from all that are possible, as many from a small file as from a large one. Each runs
+in a copy of the repository, in a process forked from one that has imported the large libraries
+already: the unit tests that name the damaged module, and if none of them fails, the integration
+tests. First all those tests run once without a damage: one that fails then would notice everything.
+
+Each result is kept in `work/mutation.jsonl` at once: an interrupted run goes on where it was. To
+begin anew, delete that file.
 
 `HARMLESS` names damages that change nothing that can be seen, with the reason.
 """
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sftlib  # noqa: F401  (before the libraries below: it quiets them)
+from sftlib.data.files import read_valid_rows
 
 import datasets  # noqa: F401
 import peft  # noqa: F401
@@ -37,8 +41,10 @@ from tools import copies
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "data" / "runs" / "mutation.json"
+KEPT = ROOT / "work" / "mutation.jsonl"  # results of a run that has not ended
 SCRIPT = "class_5_llama3.py"
 COPIED = ("sftlib", SCRIPT, "tests", "tools", "notebooks")  # `tools` finds the notebooks beside it
+COLUMNS = {"file": str, "kind": str, "before": str, "after": str, "noticed": bool, "by": str}
 LEFT_OUT = {"__main__.py", "__init__.py"}
 # What pytest's `-m` takes, and the seconds after which a test hangs (which is noticed).
 TIERS = {"not integration and not nightly": 400, "integration and not nightly": 1600}
@@ -279,6 +285,33 @@ def _run_tests(copy: Path, files: list[str], tier: str, log: Path) -> None:
     os._exit(int(pytest.main([*files, "-m", tier, "-x", "-q", "-p", "no:cacheprovider"])))
 
 
+def judge(damage: Damage, copy: Path, before: str, after: str) -> dict:
+    """What became of a damage, printed as one line; `before` and `after` are its line of code."""
+    began = time.monotonic()
+    by = noticed(damage, copy)
+    why = "".join(
+        reason
+        for (file, text), reason in HARMLESS.items()
+        if file == damage.file and text in after and text not in before
+    )
+    sign = "✓" if by else "harmless" if why else "MISSED"
+    print(
+        f"{sign} {damage.file}: {before!r} → {after!r} ({damage.kind}; {by or why}; "
+        f"{time.monotonic() - began:.0f} s)",
+        flush=True,
+    )
+    values = (damage.file, damage.kind, before, after, bool(by), by or why)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def keep(row: dict) -> dict:
+    """Append a result to those of this run, and give it back."""
+    KEPT.parent.mkdir(exist_ok=True)
+    with KEPT.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=100)
@@ -289,7 +322,8 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run what the stored result missed")
     args = parser.parse_args()
     stored = json.loads(STORED.read_text(encoding="utf-8"))["damages"] if args.again else []
-    known = {(row["file"], row["before"], row["after"]): row for row in stored if row["noticed"]}
+    found = [row for row in stored if row["noticed"]] + [*read_valid_rows(KEPT, **COLUMNS)]
+    known = {(row["file"], row["before"], row["after"]): row for row in found}
     sys.dont_write_bytecode = True
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -303,33 +337,8 @@ def main() -> int:
             return 1
         for damage in drawn:
             before, after = damage.lines((copy / damage.file).read_text(encoding="utf-8"))
-            if row := known.get((damage.file, before, after)):
-                rows.append(row)
-                continue
-            began = time.monotonic()
-            by = noticed(damage, copy)
-            caught = bool(by)
-            why = "".join(
-                reason
-                for (file, text), reason in HARMLESS.items()
-                if file == damage.file and text in after and text not in before
-            )
-            sign = "✓" if caught else "harmless" if why else "MISSED"
-            print(
-                f"{sign} {damage.file}: {before!r} → {after!r} ({damage.kind}; "
-                f"{by if caught else why}; {time.monotonic() - began:.0f} s)",
-                flush=True,
-            )
-            rows.append(
-                {
-                    "file": damage.file,
-                    "kind": damage.kind,
-                    "before": before,
-                    "after": after,
-                    "noticed": caught,
-                    "by": by if caught else why,
-                }
-            )
+            row = known.get((damage.file, before, after))
+            rows.append(row or keep(judge(damage, copy, before, after)))
     counts = Counter((row["noticed"], bool(row["by"])) for row in rows)
     caught = sum(count for (noticed_, _), count in counts.items() if noticed_)
     print(
@@ -340,6 +349,7 @@ def main() -> int:
         STORED.write_text(
             json.dumps({"seed": args.seed, "damages": rows}, indent=1, ensure_ascii=False) + "\n"
         )
+    KEPT.unlink(missing_ok=True)
     return int(caught < 0.9 * len(rows))
 
 
