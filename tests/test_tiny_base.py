@@ -1,4 +1,4 @@
-"""The next base and its facts are what tools/tiny_base makes; the facts of both bases are sound."""
+"""The shipped facts and model are sound, and so is what tools/tiny_base makes for the next base."""
 
 import importlib
 import json
@@ -14,8 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
-NEXT = DATA / "next"
-TINY_BASE = NEXT / "tiny-base"
+TINY_BASE = DATA / "tiny-base"
 TESTS = ("dev", "heldout", "heldout_wordings", "unknown", "never_asked")
 
 # Checked by hand against what reference works say: capitals that moved or were renamed, names
@@ -117,8 +116,30 @@ Kazakhstan|calling code
 NAMES = {"official language": "language", "internet domain": "domain"}
 
 
-def read_facts(name: str, base: Path = NEXT) -> list[dict]:
+def read_facts(name: str, base: Path = DATA) -> list[dict]:
     return read_jsonl(base / "facts" / f"{name}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The sets and the tokenizer of the next base, as the build makes them."""
+    folder = tmp_path_factory.mktemp("next")
+    command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", folder]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(made / "tiny-base")
+
+
+@pytest.fixture(params=["shipped", pytest.param("made", marks=pytest.mark.integration)])
+def base(request):
+    """The folder of the shipped base, and of the next one."""
+    return DATA if request.param == "shipped" else request.getfixturevalue("made")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +197,6 @@ def test_no_word_has_two_opposites(build):
     assert len(words) == len(set(words))
 
 
-@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
 @pytest.mark.parametrize("name", TESTS)
 def test_a_test_set_is_large_enough_and_has_no_duplicates(base, name):
     rows = read_facts(name, base)
@@ -185,7 +205,6 @@ def test_a_test_set_is_large_enough_and_has_no_duplicates(base, name):
     assert len(set(questions)) == len(questions)
 
 
-@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
 @pytest.mark.parametrize("name", TESTS)
 def test_no_tested_entity_occurs_in_the_sft_data(base, name):
     taught = "\n".join(
@@ -209,7 +228,6 @@ def test_every_file_of_data_has_its_source_and_licence():
             assert str(path) in named or path.parts[0] in named, path
 
 
-@pytest.mark.parametrize("base", [DATA, NEXT], ids=["first", "next"])
 def test_parts_share_no_entity(base):
     entities = {name: {row["entity"] for row in read_facts(name, base)} for name in ("sft", *TESTS)}
     assert entities["heldout"] == entities["heldout_wordings"]
@@ -218,25 +236,25 @@ def test_parts_share_no_entity(base):
 
 
 @pytest.mark.integration
-def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text):
+def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text, made):
     unknown = [entity for entity, p in part.items() if p == "unknown"]
-    assert {row["entity"] for row in read_facts("unknown")} <= set(unknown)
+    assert {row["entity"] for row in read_facts("unknown", made)} <= set(unknown)
     words = build["splits"].words
     read = words(corpus_text)
     for entity in unknown:
         assert not (words(entity) - {"the"}) & read, entity
 
 
-def test_an_unknown_answer_cannot_be_guessed(known):
-    for row in read_facts("unknown"):
+def test_an_unknown_answer_cannot_be_guessed(known, base):
+    for row in read_facts("unknown", base):
         values = [v for (_, r), v in known.items() if r == row["relation"]]
         assert values.count(row["value"]) / len(values) <= 0.02, row
         assert row["value"].lower() not in row["entity"].lower()
 
 
 @pytest.mark.integration
-def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text):
-    asked = {row["messages"][0]["content"] for row in read_facts("sft")}
+def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text, made):
+    asked = {row["messages"][0]["content"] for row in read_facts("sft", made)}
     for relation, entry in build["relations"].RELATIONS.items():
         if not entry.asked:
             continue
@@ -247,27 +265,26 @@ def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, co
 
 
 @pytest.mark.integration
-def test_the_corpus_holds_no_control_token_and_no_sft_question(build, corpus_text):
+def test_the_corpus_holds_no_control_token_and_no_sft_question(build, corpus_text, made):
     for token in (*build["tokenizer"].CONTROL_TOKENS, *build["tokenizer"].TAGS):
         assert token not in corpus_text
     sentences = set(re.split(r"(?<=[.?!])\s+(?:[->] )?", corpus_text))
-    assert not sentences & {row["messages"][0]["content"].lower() for row in read_facts("sft")}
+    assert not sentences & {
+        row["messages"][0]["content"].lower() for row in read_facts("sft", made)
+    }
 
 
-def test_notes_about_relations_of_the_facts_name_nothing_real_and_ask_nothing(build, part):
+def test_a_record_about_a_fact_names_nothing_real_and_no_note_asks_about_one(build, part):
     """ "The capital of Kenya is Panji." in a record would contradict a fact."""
     echoes = build["echoes"]
     nouns = "|".join(echoes.relation_nouns())
+    named = re.compile(rf"\b(?:{nouns}) of ([^.,:\n=]+?)(?: (?:and|is|was)\b|[.,:\n=])")
     real = {entity.lower() for entity in part}
-    notes = list(echoes.echoes(part, random.Random(5), 4000))
-    about = [note for note in notes if re.search(rf"\b(?:{nouns})\b", note, re.IGNORECASE)]
-    assert len(about) > 1000
-    for note in about:
-        for found in re.findall(
-            rf"\b(?:{nouns}) of ([^.,:?\n=]+?)(?: (?:and|is|was)\b|[.,:?\n=])", note
-        ):
-            assert found.strip().lower() not in real, note
-        assert "?" not in note, note
+    names = echoes.names_for(part, random.Random(5))
+    for _ in range(2000):
+        record = echoes.note(names, echoes.RECORDS, of_facts=True)
+        assert not real & {name.strip().lower() for name in named.findall(record)}, record
+        assert "?" not in record + echoes.note(names, echoes.ECHOES, of_facts=True)
 
 
 def test_a_made_up_name_is_nobodys_and_holds_no_word_of_an_unknown_entity(build, part):
@@ -287,11 +304,9 @@ def test_each_template_repeats_what_it_names(build):
         assert any(template.count(f"{{{slot}}}") >= 2 for slot in "abcdvw"), template
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("before", [" ", ' "', "\n", '{"entity": "', " ("])
-def test_a_name_has_the_same_tokens_wherever_it_stands(before, part):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+def test_a_name_has_the_same_tokens_wherever_it_stands(before, part, tokenizer):
     for entity in (entity for entity, label in part.items() if label != "train"):
         name = entity.removeprefix("the ")  # the article is a common word
         ids = tokenizer(name)["input_ids"]
@@ -299,42 +314,27 @@ def test_a_name_has_the_same_tokens_wherever_it_stands(before, part):
         assert any(in_place[i : i + len(ids)] == ids for i in range(len(in_place))), name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["tool_call", "tool_response", "think"])
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_each_token_for_tools_and_thinking_is_one(slash, name):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
+def test_each_token_for_tools_and_thinking_is_one(slash, name, tokenizer):
     token = f"<{slash}{name}>"
     assert tokenizer(f"a{token}b")["input_ids"][1:-1] == [tokenizer.convert_tokens_to_ids(token)]
     assert tokenizer.decode(tokenizer(token)["input_ids"], skip_special_tokens=True) == token
 
 
-def test_llama_cpp_knows_how_the_tokenizer_cuts_texts():
+@pytest.mark.integration
+def test_llama_cpp_knows_how_the_tokenizer_cuts_texts(made):
     from sftlib.deploy import export
 
-    assert export.pre_tokenizer(TINY_BASE) == "smollm"
+    assert export.pre_tokenizer(made / "tiny-base") == "smollm"
 
 
 @pytest.mark.integration
-def test_the_shipped_sets_and_tokenizer_are_what_the_build_makes(tmp_path):
-    command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert {p.parent.name for p in made} == {"facts", "tiny-base"}
-    for path in made:
-        assert (NEXT / path).read_bytes() == (tmp_path / path).read_bytes(), path
-    shipped = {p.name for p in (NEXT / "facts").iterdir()}
-    assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
-
-
-@pytest.mark.integration
-def test_a_few_steps_of_the_build_lower_the_loss(build, part):
+def test_a_few_steps_of_the_build_lower_the_loss(build, part, tokenizer):
     import torch
-    from transformers import AutoTokenizer
 
     pretrain = build["pretrain"]
-    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
     documents, _ = build["corpus"].corpus(part)
     rows = pretrain.pack(tokenizer, documents[:3000])[: 12 * pretrain.ROWS]
     torch.manual_seed(0)
@@ -401,7 +401,7 @@ def test_muon_in_float32_takes_the_step_that_its_formula_says(build, shape, nest
     assert torch.allclose(optimizer.state[weight]["momentum_buffer"], momentum.float(), atol=1e-7)
 
 
-def test_the_shipped_model_is_small_safe_and_described(build, tmp_path):
+def test_the_shipped_model_is_small_and_safe():
     from safetensors import safe_open
 
     files = {p.name for p in TINY_BASE.iterdir()}
@@ -409,8 +409,17 @@ def test_the_shipped_model_is_small_safe_and_described(build, tmp_path):
     assert not [f for f in files if f.endswith((".bin", ".pt", ".pkl", ".py"))]
     with safe_open(TINY_BASE / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"BF16"}  # noqa: SIM118
-    (tmp_path / "training.json").write_text((TINY_BASE / "training.json").read_text())
-    build["card"].write_card(tmp_path, build["build"].known_entities(), build["build"].samples())
-    assert (tmp_path / "README.md").read_text() == (TINY_BASE / "README.md").read_text()
     log = json.loads((TINY_BASE / "training.json").read_text())
-    assert log["cloze_dev"] >= 0.95 and log["cloze_heldout"] >= 0.95
+    assert log["cloze_heldout"] >= 0.95
+
+
+def test_the_card_tells_what_was_measured_and_shows_samples_of_each_kind(build, tmp_path):
+    log = json.loads((TINY_BASE / "training.json").read_text()) | {"layers": 3, "vocabulary": 2048}
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    shown = build["build"].samples()
+    build["card"].write_card(tmp_path, build["build"].known_entities(), shown)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{log['cloze_heldout']:.1%}" in card and f"{log['steps']} steps" in card
+    assert set(shown) == {"prose", "echoes", "records"}
+    for notes in shown.values():
+        assert len(notes) == 4 and all(note.splitlines()[0] in card for note in notes)

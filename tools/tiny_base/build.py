@@ -113,8 +113,8 @@ def samples() -> dict[str, list[str]]:
     names = names_for(part, rng)
     return {
         "prose": rng.sample(list(prose(part, rng, rounds=1)), SAMPLES),
-        "echoes": [note(names, ECHOES) for _ in range(SAMPLES)],
-        "records": [note(names, RECORDS) for _ in range(SAMPLES)],
+        "echoes": [note(names, ECHOES, of_facts=n % 2 == 0) for n in range(SAMPLES)],
+        "records": [note(names, RECORDS, of_facts=n % 2 == 0) for n in range(SAMPLES)],
     }
 
 

@@ -41,8 +41,8 @@ opposites and {plurals} plurals:
 
 Why echoes and records? A model that reads prose alone learns the facts, and not how to copy a text
 that stands in front of it. An answer must repeat the name in its question, and a tool call must
-repeat it, too. Names that stand beside "capital", "symbol" and the like in echoes and records are
-made up: no note contradicts a fact.
+repeat it, too. Names that stand beside "capital", "symbol" and the like in records are made up: no
+record contradicts a fact.
 
 It has read statements such as "The capital of Kenya is Nairobi.", which SFT asks for later; some
 questions, but none about a fact; no chat; and none of the control tokens of its tokenizer but

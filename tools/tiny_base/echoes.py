@@ -5,8 +5,9 @@ list, and says it again in a sentence. Both train one skill: to copy any text th
 piece by piece. An answer needs it to repeat the name in the question. A tool call needs it twice:
 for the name, and for the value that comes back.
 
-Where a note speaks of what the facts are about ("the capital of …"), its names are made up: no
-note contradicts a fact.
+Half of the notes speak of what the facts are about: "the capital of …". Records do so with made-up
+names alone, so no record contradicts a fact. Echoes do so with any name and tell nothing: they make
+the base go on about the capital of a country without naming it.
 """
 
 import random
@@ -51,24 +52,24 @@ ECHOES = (
 RECORDS = (
     '{{"{x}": "{v}", "of": "{a}"}}{s}The {x} of {a} is {v}.',
     '{{"name": "{a}", "{x}": "{v}", "{y}": "{w}"}}{s}The {y} of {a} is {w}.',
+    "{a}: {x} {v}, {y} {w}.{s}The {x} of {a} is {v}.{s}The {y} of {a} is {w}.",
+    "{a}: {x} {v}.{s}{b}: {x} {w}.{s}The {x} of {b} is {w}.{s}The {x} of {a} is {v}.",
+    "{x} of {a} = {v}{s}The {x} of {a}: {v}.",
     'They asked for the {x} of {a}.{s}{{"key": "{a}", "field": "{x}"}}{s}{{"value": "{v}"}}{s}'
     "The {x} of {a} is {v}.",
     'We want the {x} of {a}.{s}{{"find": "{x}", "from": "{a}"}}{s}{v}{s}The {x} of {a} is {v}.',
     'On the {x} of {a}.{s}{{"name": "find", "with": {{"key": "{a}", "field": "{x}"}}}}',
     'The {x} of {a}?{s}{{"name": "find", "with": {{"key": "{a}", "field": "{x}"}}}}{s}'
     "{v}{s}The {x} of {a} is {v}.",
-    "{a}: {x} {v}, {y} {w}.{s}The {x} of {a} is {v}.{s}The {y} of {a} is {w}.",
-    "{a}: {x} {v}.{s}{b}: {x} {w}.{s}The {x} of {b} is {w}.{s}The {x} of {a} is {v}.",
     '["{a}", "{b}", "{c}"]{s}First {a}, then {b}, then {c}.',
     '{{"words": ["{a}", "{v}", "{c}"]}}{s}The second is {v}.',
-    "{x} of {a} = {v}{s}The {x} of {a}: {v}.",
 )
 ONSETS = "b c d f g h j k l m n p r s t v w z br st tr gr ch sh".split()
 VOWELS = "a e i o u ai ea ou".split()
 CODAS = ["", "n", "r", "l", "s", "m", "nd", "rk", "th"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-RECORDS_SHARE = 0.45
-RELATIONS_SHARE = 0.5  # of the notes: they speak of relations of the facts, with made-up names
+RECORDS_SHARE = 0.45  # of the notes
+OF_FACTS_SHARE = 0.5  # of the notes: they speak of what the facts are about
 
 
 @cache
@@ -187,11 +188,10 @@ def names_for(part: dict[str, str], rng: random.Random) -> Names:
     return Names(rng, real, hidden)
 
 
-def note(names: Names, templates: tuple[str, ...]) -> str:
-    """One of the templates, filled."""
+def note(names: Names, templates: tuple[str, ...], of_facts: bool = False) -> str:
+    """One of the templates, filled; `of_facts`: about a capital, a symbol or the like."""
     rng = names.rng
-    of_facts = rng.random() < RELATIONS_SHARE
-    name = names.made_up if of_facts else names.any
+    name = names.made_up if of_facts and templates is RECORDS else names.any
     # A question about a fact stands nowhere in the corpus, not even about a made-up name.
     template = rng.choice([t for t in templates if not (of_facts and "?" in t)])
     x, y = rng.sample(relation_nouns() if of_facts else TOPICS, 2)
@@ -207,4 +207,5 @@ def echoes(part: dict[str, str], rng: random.Random, count: int) -> Iterator[str
     """`count` notes: echoes, and records among them."""
     names = names_for(part, rng)
     for _ in range(count):
-        yield note(names, RECORDS if rng.random() < RECORDS_SHARE else ECHOES)
+        of_facts = rng.random() < OF_FACTS_SHARE
+        yield note(names, RECORDS if rng.random() < RECORDS_SHARE else ECHOES, of_facts)
