@@ -344,7 +344,8 @@ def test_a_prediction_is_made_by_mouse(asking, jupyterlab: Lab, request):
     page.get_by_role("button", name="2. 42").click()
     wait_for("another choice", lambda: kept_by(jupyterlab) == {"ask": ("`42`", None)})
     chosen = page.get_by_role("button", name="✓ 2. 42")
-    assert chosen.get_attribute("title") == "Predicted: What will it say?"
+    said = "Predicted: What will it say?"
+    wait_for("the mark", lambda: chosen.get_attribute("title") == said)
     look_at_form(page, "prediction")
     saved(page, jupyterlab, request.node.name)
     jupyterlab.theme("JupyterLab Dark")
@@ -366,9 +367,7 @@ def test_a_prediction_is_made_by_mouse(asking, jupyterlab: Lab, request):
     wait_for("the number", lambda: kept_by(jupyterlab).get("share") == (80, None))
     page.keyboard.press("Shift+Enter")
     page.get_by_text("Wrong: you predicted 80 %, but it was 97.3 %").wait_for(timeout=60_000)
-    assert (
-        page.get_by_text('Wrong: you predicted "`42`", but it was "no answer at all".').count() == 1
-    )
+    page.get_by_text('Wrong: you predicted "`42`", but it was "no answer at all".').wait_for()
     assert kept_by(jupyterlab) == {"ask": ("`42`", False), "share": (80, False)}
     assert chosen.is_disabled()  # loaded again, the page does not replace it
     assert "widgets" not in saved(page, jupyterlab, request.node.name)["metadata"]

@@ -21,6 +21,7 @@ CLAIMS = f"share = right / asked\n{CLAIM}"
 FOLDED = {"tags": ["claim"], "jupyter": {"source_hidden": True}}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.parent.name + "/" + path.name)
 def test_notebook_obeys(path: Path, rule: rules.Rule):
