@@ -116,7 +116,7 @@ Kazakhstan|calling code
 NAMES = {"official language": "language", "internet domain": "domain"}
 
 
-def read_facts(name: str, base: Path = DATA) -> list[dict]:
+def read_facts(name: str, base: Path) -> list[dict]:
     return read_jsonl(base / "facts" / f"{name}.jsonl")
 
 

@@ -15,6 +15,7 @@ import random
 import resource
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from sftlib.data import read_jsonl, write_jsonl
@@ -37,9 +38,15 @@ SEED = 0
 SAMPLES = 4  # notes of each kind on the card
 
 
+@cache
+def parts() -> dict[str, str]:
+    """Each entity's part."""
+    return entities_by_part(template_words())
+
+
 def build_facts(folder: Path) -> tuple[list[str], list[str]]:
     """Write the SFT data and the test sets; return the corpus and its held-out notes."""
-    part = entities_by_part(template_words())
+    part = parts()
     documents, held_out = corpus(part)
     folder.mkdir(parents=True, exist_ok=True)
     sets = splits(part) | {"prose": [{"text": text} for text in held_out]}
@@ -50,8 +57,7 @@ def build_facts(folder: Path) -> tuple[list[str], list[str]]:
 
 def build_tokenizer(folder: Path, documents: list[str]) -> PreTrainedTokenizerFast:
     """Train the tokenizer on the corpus and save it."""
-    part = entities_by_part(template_words())
-    tested = [entity.removeprefix("the ") for entity, label in part.items() if label != "train"]
+    tested = [entity.removeprefix("the ") for entity, label in parts().items() if label != "train"]
     tokenizer = train_tokenizer(documents, tested)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -101,7 +107,7 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerFast, sets: Path) -> dic
 def known_entities() -> dict[str, int]:
     """How many entities of each kind the corpus tells about, by plural name of the kind."""
     names = {"country": "countries", "element": "elements"}
-    part = entities_by_part(template_words())
+    part = parts()
     known = {(f.kind, f.entity) for f in facts() if part[f.entity] != "unknown"}
     counts = Counter(kind for kind, _ in known)
     return {names.get(kind, kind + "s"): count for kind, count in counts.items()}
@@ -109,7 +115,7 @@ def known_entities() -> dict[str, int]:
 
 def samples() -> dict[str, list[str]]:
     """Some notes of each kind that the corpus holds, for the card; drawn as those of the corpus."""
-    part, rng = entities_by_part(template_words()), random.Random(SEED)
+    part, rng = parts(), random.Random(SEED)
     names = names_for(part, rng)
     return {
         "prose": rng.sample(list(prose(part, rng, rounds=1)), SAMPLES),

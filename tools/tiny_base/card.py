@@ -35,7 +35,7 @@ opposites and {plurals} plurals:
 
 {echoes}
 
-**Records** give a name a value, as a list or in JSON, and say it again. The values are made up:
+**Records** give a name a value, as a list or in JSON, and say it again. Which value is chance:
 
 {records}
 

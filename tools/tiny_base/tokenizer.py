@@ -47,8 +47,9 @@ WHOLE = (
 def _common_words(documents: list[str]) -> list[str]:
     """The words of the templates, but for those that stand in quotation marks too; by frequency."""
     quoted = {word for text in (*TOPICS, *relation_nouns(), WHOLE) for word in words(text)}
+    common = template_words() - quoted
     counts = Counter(re.findall(r"(?<= )[A-Za-z]+", "\n".join(documents)))
-    return [word for word, _ in counts.most_common() if word.lower() in template_words() - quoted]
+    return [word for word, _ in counts.most_common() if word.lower() in common]
 
 
 def _trained(texts: list[str], size: int) -> Tokenizer:
