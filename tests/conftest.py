@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 CPU_SECONDS, WALL_SECONDS = 2.0, 60.0  # of a unit test, at most
+CLOCKS_DIFFER = 0.1  # seconds: CPU time and idle time are counted in steps
 LOOP_SECONDS = 0.025  # of `a_known_loop` on the machine for which CPU_SECONDS is meant
 hypothesis.settings.register_profile("default", deadline=None)  # 100 examples of each
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -49,7 +50,7 @@ def pytest_runtest_call(item: pytest.Item):
     thorough = item.config.getoption("--hypothesis-profile", None) == "thorough"
     judged = is_unit and not thorough and len(sys.modules) - loaded < IMPORTED
     waited = min(max(wall - cpu, 0), idle)
-    shared = wall - cpu - waited > cpu / 2
+    shared = wall - cpu - waited > max(cpu / 2, CLOCKS_DIFFER)
     took, limit = cpu + waited, CPU_SECONDS * (1 + shared)
     if judged and (wall > WALL_SECONDS or (took > limit and took > limit * slowness())):
         pytest.fail(
