@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from sftlib.data.files import replace_text
 from sftlib.lesson.claims import line, read_ledger
 
-from tools.notebooks import NBCONVERT, SETTINGS, replace_text
+from tools.notebooks import NBCONVERT, SETTINGS
 from tools.readme_table import opening
 
 ROOT = Path(__file__).resolve().parent.parent

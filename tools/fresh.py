@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools.notebooks import replace_text
+from sftlib.data.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGEST = "sft_fresh"  # in the notebook's metadata

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from sftlib.data.files import replace_text
+
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 EXTRA_KEYS = ["metadata.language_info.version", "cell.metadata.execution"]
 NBSTRIPOUT = [
@@ -121,13 +123,6 @@ def fold_claims(path: Path, verify: bool = False) -> bool:
         text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
         replace_text(path, text + "\n")
     return bool(cells)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave it as it was."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def clean(paths: list[Path], verify: bool = False) -> int:

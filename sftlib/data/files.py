@@ -91,6 +91,16 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole, or leave it as it was. A link is replaced, its target stays."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def drop_torn_line(path: str | os.PathLike) -> None:
     """Remove an incomplete last line of a JSON-lines file: its writing was interrupted."""
     text = Path(path).read_bytes()

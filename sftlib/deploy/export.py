@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sftlib.data.files import replace_text
 from sftlib.deploy import serving
-from sftlib.deploy.portable import make_portable, modelfile, write_atomically
+from sftlib.deploy.portable import make_portable, modelfile
 from sftlib.models import stored_dtype
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def write_modelfile(folder: str | os.PathLike, path: str | os.PathLike) -> Path:
     file = path.with_name("Modelfile")
     if file.exists() and file.read_text(encoding="utf-8") != text:
         file = path.with_name(path.name + ".Modelfile")
-    write_atomically(file, text)
+    replace_text(file, text)
     return file
 
 

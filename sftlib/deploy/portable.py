@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from sftlib.chat import CHATML, LLAMA3
 from sftlib.chat.control_tokens import template_of
 from sftlib.chat.templates import Messages, render_marked
+from sftlib.data.files import replace_text
 from sftlib.models import read_tokenizer
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ def make_portable(folder: str | os.PathLike) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if isinstance(tokenizer.chat_template, str):
         config.pop("chat_template", None)
-        write_atomically(Path(folder) / "chat_template.jinja", published_template(tokenizer))
+        replace_text(Path(folder) / "chat_template.jinja", published_template(tokenizer))
     (prompt,) = _prompts(tokenizer, _PROBES[:1])
     adds_bos = _adds_bos(tokenizer) and prompt.startswith(tokenizer.bos_token)
     config |= {"add_bos_token": adds_bos, "add_eos_token": False}
-    write_atomically(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    replace_text(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def modelfile(folder: str | os.PathLike, gguf: str) -> str:
@@ -153,10 +154,3 @@ def _prompts(
 ) -> Sequence[str]:
     template, special = template_of(tokenizer), tokenizer.special_tokens_map
     return [render_marked(m, template, True, None, **special)[0] for m in conversations]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing. A link is replaced, and its target stays as it is."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

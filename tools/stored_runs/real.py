@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from sftlib.data import read_facts, read_jsonl, write_jsonl
+from sftlib.data.files import replace_text
 from sftlib.evaluate import Answer, answers
 from sftlib.experiments.sweep import machine
 from sftlib.lesson.claims import LEDGER, read_ledger
@@ -163,9 +164,7 @@ def once(name: str, measure: Callable[[], dict]) -> dict:
 
 
 def write_json(path: Path, found: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
+    replace_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
