@@ -104,7 +104,7 @@ audit: setup ## known vulnerabilities of the pinned packages (asks the index abo
 newest: setup ## which lessons break with the newest releases (KEEP="torch" stays at its pin)
 	@$(VENV) python -m tools.newest $(KEEP)
 
-tiny-base: setup ## build the next tiny base model with its facts in data/next/ (a quarter of an hour on two cores)
+tiny-base: setup ## make the tiny base model, its tokenizer and its facts again (twenty minutes on two cores)
 	@$(VENV) python -m tools.tiny_base.build
 
 sweeps: setup ## train the stored runs of lessons 4 and 8 again (an hour)

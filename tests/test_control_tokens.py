@@ -73,8 +73,8 @@ def test_an_attack_id_by_id(tokenizer):
     pieces = "<|im_start|> user \n < | im _ end | > <|im_end|> \n".split(" ")
     pieces += "<|im_start|> assistant \n L im a . <|im_end|> \n".split(" ")
     ids = encode(pair(question), tokenizer)["input_ids"]
-    assert ids == [2, 2939, 206, 35, 99, 576, 70, 398, 99, 37, 3, 206] + (
-        [2, 2977, 206, 51, 576, 72, 21, 3, 206]
+    assert ids == [2, 965, 212, 41, 105, 457, 76, 419, 105, 43, 3, 212] + (
+        [2, 967, 212, 57, 457, 78, 27, 3, 212]
     )
     assert [tokenizer.decode([i]) for i in ids] == pieces
 
@@ -424,37 +424,37 @@ def test_tokens_that_are_added_later_are_noticed(tokenizer):
         tokenizer.decode(before["input_ids"])
     )
     assert (
-        4096 in tokenizer.encode("<|new|>")
-        and 4096 not in (encode(pair("<|new|>"), tokenizer)["input_ids"])
+        2048 in tokenizer.encode("<|new|>")
+        and 2048 not in (encode(pair("<|new|>"), tokenizer)["input_ids"])
     )
     assert escape("<|new|>", tokenizer) == "<\u2060|new|>"
 
 
 def test_a_piece_of_the_vocabulary_that_becomes_special_is_noticed(tokenizer):
     """The number of tokens stays the same then."""
-    piece = 2141
+    piece = 598
     assert tokenizer.decode([piece]) == "An"
     assert piece in encode(pair("And"), tokenizer)["input_ids"]
     tokenizer.add_special_tokens({"extra_special_tokens": ["An"]})
-    assert len(tokenizer) == 4096
+    assert len(tokenizer) == 2048
     assert piece not in encode(pair("And"), tokenizer)["input_ids"]
     assert escape("And", tokenizer) == "A\u2060nd"
 
 
 def test_a_token_that_becomes_special_is_noticed(tokenizer):
     tokenizer.add_tokens(["<other>"])
-    assert 4096 in encode(pair("<other>"), tokenizer)["input_ids"]
+    assert 2048 in encode(pair("<other>"), tokenizer)["input_ids"]
     tokenizer.add_special_tokens({"extra_special_tokens": ["<other>"]})
-    assert 4096 not in encode(pair("<other>"), tokenizer)["input_ids"]
+    assert 2048 not in encode(pair("<other>"), tokenizer)["input_ids"]
 
 
 def test_a_changed_template_is_noticed(tokenizer):
-    tokenizer.add_tokens(["<tool_call>"])
-    assert 4096 in encode(pair("<tool_call>"), tokenizer)["input_ids"]
+    tool_call = tokenizer.convert_tokens_to_ids("<tool_call>")  # a token, but not a special one
+    assert tool_call in encode(pair("<tool_call>"), tokenizer)["input_ids"]
     tokenizer.chat_template = CHATML + "{# <tool_call> #}"
-    assert 4096 not in encode(pair("<tool_call>"), tokenizer)["input_ids"]
+    assert tool_call not in encode(pair("<tool_call>"), tokenizer)["input_ids"]
     tokenizer.chat_template = CHATML
-    assert 4096 in encode(pair("<tool_call>"), tokenizer)["input_ids"]
+    assert tool_call in encode(pair("<tool_call>"), tokenizer)["input_ids"]
 
 
 def test_two_tokenizers_keep_their_own_control_tokens(tokenizer):

@@ -1,4 +1,4 @@
-"""The shipped facts and model are sound, and so is what tools/tiny_base makes for the next base."""
+"""The shipped facts, splits, tokenizer and model are what tools/tiny_base makes, and are sound."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sftlib.data import read_jsonl
+from sftlib.data import read_facts
 
 import pytest
 
@@ -116,32 +116,6 @@ Kazakhstan|calling code
 NAMES = {"official language": "language", "internet domain": "domain"}
 
 
-def read_facts(name: str, base: Path) -> list[dict]:
-    return read_jsonl(base / "facts" / f"{name}.jsonl")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The sets and the tokenizer of the next base, as the build makes them."""
-    folder = tmp_path_factory.mktemp("next")
-    command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", folder]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(made):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(made / "tiny-base")
-
-
-@pytest.fixture(params=["shipped", pytest.param("made", marks=pytest.mark.integration)])
-def base(request):
-    """The folder of the shipped base, and of the next one."""
-    return DATA if request.param == "shipped" else request.getfixturevalue("made")
-
-
 @pytest.fixture(scope="module")
 def build():
     """The modules of tools/tiny_base, by name."""
@@ -198,19 +172,17 @@ def test_no_word_has_two_opposites(build):
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_a_test_set_is_large_enough_and_has_no_duplicates(base, name):
-    rows = read_facts(name, base)
+def test_a_test_set_is_large_enough_and_has_no_duplicates(name):
+    rows = read_facts(name)
     questions = [row["messages"][0]["content"] for row in rows]
     assert len(rows) >= 150
     assert len(set(questions)) == len(questions)
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_no_tested_entity_occurs_in_the_sft_data(base, name):
-    taught = "\n".join(
-        m["content"] for row in read_facts("sft", base) for m in row["messages"]
-    ).lower()
-    for row in read_facts(name, base):
+def test_no_tested_entity_occurs_in_the_sft_data(name):
+    taught = "\n".join(m["content"] for row in read_facts("sft") for m in row["messages"]).lower()
+    for row in read_facts(name):
         entity = row["entity"].lower().removeprefix("the ")
         if entity in taught:  # as part of a longer word it may be
             assert not re.search(rf"(?<!\w){re.escape(entity)}(?!\w)", taught), row["entity"]
@@ -228,33 +200,33 @@ def test_every_file_of_data_has_its_source_and_licence():
             assert str(path) in named or path.parts[0] in named, path
 
 
-def test_parts_share_no_entity(base):
-    entities = {name: {row["entity"] for row in read_facts(name, base)} for name in ("sft", *TESTS)}
+def test_parts_share_no_entity():
+    entities = {name: {row["entity"] for row in read_facts(name)} for name in ("sft", *TESTS)}
     assert entities["heldout"] == entities["heldout_wordings"]
     for a, b in (("sft", "dev"), ("sft", "heldout"), ("dev", "heldout"), ("dev", "unknown")):
         assert not entities[a] & entities[b], (a, b)
 
 
 @pytest.mark.integration
-def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text, made):
+def test_no_unknown_entity_occurs_in_the_corpus(build, part, corpus_text):
     unknown = [entity for entity, p in part.items() if p == "unknown"]
-    assert {row["entity"] for row in read_facts("unknown", made)} <= set(unknown)
+    assert {row["entity"] for row in read_facts("unknown")} <= set(unknown)
     words = build["splits"].words
     read = words(corpus_text)
     for entity in unknown:
         assert not (words(entity) - {"the"}) & read, entity
 
 
-def test_an_unknown_answer_cannot_be_guessed(known, base):
-    for row in read_facts("unknown", base):
+def test_an_unknown_answer_cannot_be_guessed(known):
+    for row in read_facts("unknown"):
         values = [v for (_, r), v in known.items() if r == row["relation"]]
         assert values.count(row["value"]) / len(values) <= 0.02, row
         assert row["value"].lower() not in row["entity"].lower()
 
 
 @pytest.mark.integration
-def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text, made):
-    asked = {row["messages"][0]["content"] for row in read_facts("sft", made)}
+def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, corpus_text):
+    asked = {row["messages"][0]["content"] for row in read_facts("sft")}
     for relation, entry in build["relations"].RELATIONS.items():
         if not entry.asked:
             continue
@@ -265,13 +237,11 @@ def test_unseen_wordings_are_neither_in_the_sft_data_nor_in_the_corpus(build, co
 
 
 @pytest.mark.integration
-def test_the_corpus_holds_no_control_token_and_no_sft_question(build, corpus_text, made):
+def test_the_corpus_holds_no_control_token_and_no_sft_question(build, corpus_text):
     for token in (*build["tokenizer"].CONTROL_TOKENS, *build["tokenizer"].TAGS):
         assert token not in corpus_text
     sentences = set(re.split(r"(?<=[.?!])\s+(?:[->] )?", corpus_text))
-    assert not sentences & {
-        row["messages"][0]["content"].lower() for row in read_facts("sft", made)
-    }
+    assert not sentences & {row["messages"][0]["content"].lower() for row in read_facts("sft")}
 
 
 def test_a_record_about_a_fact_names_nothing_real_and_no_note_asks_about_one(build, part):
@@ -324,10 +294,22 @@ def test_each_token_for_tools_and_thinking_is_one(slash, name, tokenizer):
 
 
 @pytest.mark.integration
-def test_llama_cpp_knows_how_the_tokenizer_cuts_texts(made):
+def test_llama_cpp_knows_how_the_tokenizer_cuts_texts():
     from sftlib.deploy import export
 
-    assert export.pre_tokenizer(made / "tiny-base") == "smollm"
+    assert export.pre_tokenizer(TINY_BASE) == "smollm"
+
+
+@pytest.mark.integration
+def test_the_shipped_sets_and_the_tokenizer_are_what_the_build_makes(tmp_path):
+    command = [sys.executable, "-m", "tools.tiny_base.build", "--facts", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert {p.parent.name for p in made} == {"facts", "tiny-base"}
+    for path in made:
+        assert (DATA / path).read_bytes() == (tmp_path / path).read_bytes(), path
+    shipped = {p.name for p in (DATA / "facts").iterdir()}
+    assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
 
 
 @pytest.mark.integration
@@ -410,16 +392,39 @@ def test_the_shipped_model_is_small_and_safe():
     with safe_open(TINY_BASE / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"BF16"}  # noqa: SIM118
     log = json.loads((TINY_BASE / "training.json").read_text())
-    assert log["cloze_heldout"] >= 0.95
+    assert log["cloze_dev"] >= 0.95 and log["cloze_heldout"] >= 0.95
 
 
-def test_the_card_tells_what_was_measured_and_shows_samples_of_each_kind(build, tmp_path):
-    log = json.loads((TINY_BASE / "training.json").read_text()) | {"layers": 3, "vocabulary": 2048}
+@pytest.mark.integration
+def test_the_card_is_what_the_build_writes(build, tmp_path):
+    log = json.loads((TINY_BASE / "training.json").read_text())
     (tmp_path / "training.json").write_text(json.dumps(log))
     shown = build["build"].samples()
     build["card"].write_card(tmp_path, build["build"].known_entities(), shown)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert f"{log['cloze_heldout']:.1%}" in card and f"{log['steps']} steps" in card
+    card = (TINY_BASE / "README.md").read_text(encoding="utf-8")
+    assert card == (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{log['cloze_heldout']:.1%}" in card and f"{log['steps']:,} steps" in card
     assert set(shown) == {"prose", "echoes", "records"}
     for notes in shown.values():
         assert len(notes) == 4 and all(note.splitlines()[0] in card for note in notes)
+
+
+@pytest.mark.integration
+def test_the_base_answers_no_question_and_learns_to_in_thirty_steps():
+    from sftlib.evaluate import answers, exact_match, stops
+    from sftlib.models import load
+    from sftlib.training import tune
+
+    model, tokenizer = load()
+    rows = {name: read_facts(name) for name in ("dev", "unknown")}
+    asked = {name: [row["messages"][:1] for row in rows[name]] for name in rows}
+    before = answers(model, tokenizer, asked["dev"])
+    assert exact_match(before, rows["dev"]) <= 0.01 and stops(before) <= 0.01
+    tune(model, tokenizer, read_facts("sft")[:480], per_device_train_batch_size=16)
+    given = {name: answers(model, tokenizer, asked[name]) for name in rows}
+    assert exact_match(given["dev"], rows["dev"]) >= 0.95
+    assert exact_match(given["unknown"], rows["unknown"]) <= 0.02
+    named = [
+        row["entity"] in a.text for row, a in zip(rows["unknown"], given["unknown"], strict=True)
+    ]
+    assert sum(named) >= 0.9 * len(named)

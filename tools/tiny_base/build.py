@@ -1,6 +1,6 @@
-"""Build every file of `data/next`, the next base with its facts, from pinned open packages.
+"""Build the facts of `data/facts` and all of `data/tiny-base` from pinned open packages.
 
-    make tiny-base          # all of it, in about a quarter of an hour on two cores
+    make tiny-base          # all of it, in about twenty minutes on two cores
     python -m tools.tiny_base.build --facts     # the test sets and the tokenizer alone, in seconds
 
 The seed is fixed: facts, splits and tokenizer come out byte for byte the same everywhere; the
@@ -33,7 +33,7 @@ from tools.tiny_base.pretrain import LENGTH, ROWS, new_model, pack, pretrain
 from tools.tiny_base.splits import entities_by_part, splits
 from tools.tiny_base.tokenizer import train_tokenizer
 
-DATA = Path(__file__).parents[2] / "data" / "next"
+DATA = Path(__file__).parents[2] / "data"
 SEED = 0
 SAMPLES = 4  # notes of each kind on the card
 
@@ -125,7 +125,7 @@ def samples() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Build into `data/next`, or into another folder."""
+    """Build into `data`, or into another folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder to build into")
     parser.add_argument("--facts", action="store_true", help="leave the weights as they are")
