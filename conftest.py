@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 # One thread for each test process and kernel, and `make` starts two: two processes of two threads
@@ -20,6 +20,7 @@ os.environ |= notebooks.SETTINGS | {"SFT_NO_BARS": "1"}
 
 MEASURED = Path(__file__).parent / "data" / "benchmarks.json"
 SECONDS = {"integration": 10, "nightly": 60, None: 0.05}  # of a test, roughly
+CASES = 20  # of one test function; one that has more has short ones
 
 start_kernel = IPyNbFile.setup
 
@@ -53,7 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if path.suffix == ".ipynb":  # the solutions of a lesson have its name, and are short
             solved = path.parent.name == "solutions"
             return 5 if solved else lessons.get(path.stem, {}).get("seconds", 60)
-        return sum(SECONDS[tier(item)] for item in files[path])
+        cases = Counter(
+            (getattr(item, "originalname", item.name), tier(item)) for item in files[path]
+        )
+        return sum(SECONDS[kind] * min(count, CASES) for (_, kind), count in cases.items())
 
     items[:] = [item for path in sorted(files, key=seconds, reverse=True) for item in files[path]]
 
