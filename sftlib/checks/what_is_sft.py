@@ -350,6 +350,11 @@ def check_knowledge(claim: Any) -> Verdict:
             f"'{measure}' on the unknown set rises: the model answers and stops. "
             "That is format. Which measure asks whether the answer is true?"
         )
+    if measure == "content":
+        return wrong(
+            f"'content' on '{name}' before SFT shows that some facts were known. Its rise could "
+            "still be new knowledge. Which set asks about facts that the model never read?"
+        )
     return wrong(
         f"The set '{name}' asks about facts that the model had read in pretraining, so a high "
         "score there may be old knowledge, newly accessible. Which set asks about facts it "
