@@ -386,16 +386,16 @@ def test_what_max_length_cuts_or_leaves_out_is_counted(tokenizer):
     assert list(trainer.train_dataset["input_ids"]) == [ids[:32] for ids in kept]
 
 
-@pytest.mark.parametrize("max_length", [80, None])
+@pytest.mark.parametrize("max_length", [96, None])
 def test_there_is_no_warning_when_nothing_is_cut(tokenizer, max_length):
     model = random_model(tokenizer)
     longest = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Lima. " * 17}]
-    assert len(encode(longest, tokenizer)["input_ids"]) == 80
+    assert len(encode(longest, tokenizer)["input_ids"]) == 96
     rows = [{"messages": longest}] * 2
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*max_length")
         trainer = tune(model, tokenizer, rows, max_steps=1, max_length=max_length)
-    assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [80, 80]
+    assert [len(ids) for ids in trainer.train_dataset["input_ids"]] == [96, 96]
 
 
 def test_the_loss_is_that_of_the_next_token():
