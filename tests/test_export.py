@@ -473,8 +473,8 @@ def test_the_commands_do_it_too(merged, tmp_path):
     said = command("sftlib.deploy.export", merged, path)
     assert "same, token for token: 16 of 16" in said.stdout, said.stderr
     assert said.returncode == 0 and "FROM ./m.gguf" in (tmp_path / "Modelfile").read_text()
-    said = command("sftlib.deploy.talk", merged, typed="What is the capital of Egypt?\n\n")
-    assert "The capital of Egypt is Cairo." in said.stdout, said.stderr
+    said = command("sftlib.deploy.talk", merged, typed="What is the capital of Greece?\n\n")
+    assert "The capital of Greece is Athens." in said.stdout, said.stderr
     said = command("sftlib.deploy.export", tmp_path)
     assert said.returncode == 1 and "Traceback" not in said.stderr
     assert "Expected config.json" in said.stderr
@@ -488,8 +488,8 @@ def test_the_commands_do_it_too(merged, tmp_path):
     try:
         url, key = (server.stdout.readline().strip().split("=", 1)[1] for _ in range(2))
         served = Served(url, key, "m")
-        text, stopped = served.says([{"role": "user", "content": "What is the capital of Egypt?"}])
-        assert text == "The capital of Egypt is Cairo." and stopped
+        text, stopped = served.says([{"role": "user", "content": "What is the capital of Greece?"}])
+        assert text == "The capital of Greece is Athens." and stopped
     finally:
         server.kill()
         server.communicate()

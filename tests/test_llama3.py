@@ -119,8 +119,8 @@ def test_help_is_a_page_that_a_person_can_read(capsys):
         (("--plan_gib", "0.01"), ["It does not fit"]),
         (("--num_train_epochs", "2", "--plan_gpus", "4"), ["44 of 64 conversations"]),
         (("--max_steps", "5"), ["5 of 16 conversations"]),
-        # 41,158 tokens
-        (("--packing", "true"), ["6 of 16 packed rows", "activations (16 × 512 tokens)"]),
+        # 53,950 tokens
+        (("--packing", "true"), ["7 of 16 packed rows", "activations (16 × 512 tokens)"]),
         (
             ("--method", "full", "--deepspeed", "deepspeed_configs/zero3_offload.json"),
             ["0.01 GiB  gradients", "GiB  optimizer, offloaded", "GiB  weights, offloaded"],
@@ -1199,7 +1199,7 @@ def test_alone_it_trains_the_tiny_base_and_shows_before_and_after(tmp_path, caps
     assert (
         "learning rate 0.005, cosine" in card
         and "base_model: tiny-base" in card
-        and "1,377 conversations of `sft.jsonl`" in card
+        and "1,392 conversations of `sft.jsonl`" in card
     )
     assert str(tmp_path) not in card and str(ROOT) not in card
 

@@ -98,7 +98,7 @@ def build(folder: str) -> None:
     # Conversations of 200 to 1,000 tokens: questions with their answers, one after the other.
     (path / "data").mkdir()
     draw, facts = random.Random(0), [row["messages"] for row in read_facts("sft")]
-    parts = [draw.sample(facts, draw.randint(8, 36)) for _ in range(ROWS)]
+    parts = [draw.sample(facts, draw.randint(6, 26)) for _ in range(ROWS)]
     rows = [{"messages": sum(part, [])} for part in parts]
     write_jsonl(path / "data" / "train.jsonl", rows)
     held_out = [{"messages": row["messages"]} for row in read_facts("heldout")[:16]]
