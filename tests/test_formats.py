@@ -3,9 +3,10 @@
 import gzip
 import json
 import re
+import warnings
 from pathlib import Path
 
-from sftlib.data import read_facts, read_jsonl
+from sftlib.data import decontaminate, read_facts, read_jsonl
 from sftlib.data.formats import RecordError, oasst_trees, to_messages
 from sftlib.data.read import convert, convert_records
 from sftlib.data.validation import validate
@@ -574,15 +575,20 @@ def test_of_a_sample_exactly_the_flawed_record_is_refused(name):
 
 
 @pytest.mark.parametrize("name", FLAWS)
-def test_samples_name_only_what_sft_knows(name):
-    """And about half of their rows have an answer of the SFT data, word for word."""
+def test_a_sample_holds_a_leak_as_open_data_does(name):
+    """Lesson 2 finds them when it mixes its sources."""
     tests = ("dev", "heldout", "heldout_wordings", "unknown", "never_asked")
-    others = {row["entity"].removeprefix("the ") for n in tests for row in read_facts(n)}
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, others))})\b", re.IGNORECASE)
+    rows = convert(SAMPLES / name).rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that many are leaks
+        clean, leaks = decontaminate(rows, [row for test in tests for row in read_facts(test)])
+    assert 1 <= len(leaks) <= 3 and len(clean) == len(rows) - len(leaks)
+
+
+def test_some_samples_repeat_an_answer_of_the_sft_data_word_for_word():
     answers = {row["messages"][1]["content"] for row in read_facts("sft")}
-    rows = [row["messages"] for row in convert(SAMPLES / name).rows]
-    assert not [m for messages in rows for m in messages if pattern.search(m["content"])]
-    assert sum(any(m["content"] in answers for m in messages) for messages in rows) >= len(rows) / 3
+    rows = [row["messages"] for name in FLAWS for row in convert(SAMPLES / name).rows]
+    assert sum(any(m["content"] in answers for m in messages) for messages in rows) >= 5
 
 
 @pytest.mark.parametrize("name, indent", [("alpaca.json", 4), ("sharegpt.json", 2)])

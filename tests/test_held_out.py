@@ -18,7 +18,7 @@ from datasets import Dataset
 
 HELD_OUT = read_facts("heldout")
 SFT = read_facts("sft")
-RWANDA = HELD_OUT[0]
+KENYA = next(row for row in HELD_OUT if row["value"] == "Nairobi")
 
 
 def row(question, answer):
@@ -40,7 +40,7 @@ def calling(**arguments):
     return {"type": "function", "function": {"name": "say", "arguments": arguments}}
 
 
-ITS_CAPITAL = row("Its capital?", "It is Kigali.")["messages"]
+ITS_CAPITAL = row("Its capital?", "It is Nairobi.")["messages"]
 
 
 # --- Chance --------------------------------------------------------------------------------------
@@ -157,41 +157,41 @@ def test_rows_that_cannot_be_trained_on_are_refused(no_training, rows, words):
 @pytest.mark.parametrize(
     ("leak", "reason"),
     [
-        (RWANDA, "same question"),
-        (row("tell me THE CAPITAL of rwanda!", "Kigali."), "same question"),
-        (row("For a quiz: tell me the capital of Rwanda.", "It is well known."), "question inside"),
-        (row("What is governed from where?", RWANDA["messages"][1]["content"]), "same answer"),
-        (row("Say more.", "Sure! The capital of Rwanda is Kigali. Nice city."), "answer inside"),
-        (row("Say more.", "Kigali, in the hills, is where Rwanda is governed."), "in other words"),
-        (row("Is Kigali in Rwanda?", "Yes, it is."), "in other words"),
+        (KENYA, "same question"),
+        (row("name THE CAPITAL of kenya!", "Nairobi."), "same question"),
+        (row("For a quiz: name the capital of Kenya.", "It is well known."), "question inside"),
+        (row("What is governed from where?", KENYA["messages"][1]["content"]), "same answer"),
+        (row("Say more.", "Sure! The capital of Kenya is Nairobi. Nice city."), "answer inside"),
+        (row("Say more.", "Nairobi, in the hills, is where Kenya is governed."), "in other words"),
+        (row("Is Nairobi in Kenya?", "Yes, it is."), "in other words"),
         (
             {
                 "messages": [
-                    {"role": "system", "content": "Rwanda's capital is Kigali."},
+                    {"role": "system", "content": "Kenya's capital is Nairobi."},
                     *SFT[0]["messages"],
                 ]
             },
             "in other words",
         ),
-        (row("And Rwanda?", "It is Kigali."), "in other words"),
-        (row("Which capital does Rwanda have?", "It is Kigali."), "in other words"),
-        (row("Where does Kigali lie?", "In Rwanda."), "in other words"),
-        (row("Say more.", "Rwanda=Kigali"), "in other words"),
-        (row("Say more.", "Rwanda->Kigali"), "in other words"),
+        (row("And Kenya?", "It is Nairobi."), "in other words"),
+        (row("Which capital does Kenya have?", "It is Nairobi."), "in other words"),
+        (row("Where does Nairobi lie?", "In Kenya."), "in other words"),
+        (row("Say more.", "Kenya=Nairobi"), "in other words"),
+        (row("Say more.", "Kenya->Nairobi"), "in other words"),
         (
-            {"messages": [*row("I think of Rwanda.", "Yes?")["messages"], *ITS_CAPITAL]},
+            {"messages": [*row("I think of Kenya.", "Yes?")["messages"], *ITS_CAPITAL]},
             "in other words",
         ),
-        (answering(reasoning_content="Rwanda has Kigali."), "in other words"),
-        (answering(tool_calls=[calling(text="Rwanda has Kigali.")]), "in other words"),
-        (answering(tool_calls=[calling(Rwanda="Kigali")]), "in other words"),
+        (answering(reasoning_content="Kenya has Nairobi."), "in other words"),
+        (answering(tool_calls=[calling(text="Kenya has Nairobi.")]), "in other words"),
+        (answering(tool_calls=[calling(Kenya="Nairobi")]), "in other words"),
     ],
 )
 def test_rows_that_give_a_held_out_row_away_are_refused(no_training, leak, reason):
     verdict = beats([*SFT[:3], leak], 0.5)
     assert verdict.passed is False
     assert "Row 4 contains a held-out question or its answer (" in verdict.message
-    assert reason in verdict.message and "Rwanda" in verdict.message
+    assert reason in verdict.message and "Kenya" in verdict.message
     assert "Remove this row" in verdict.message
 
 
@@ -253,9 +253,9 @@ def test_the_course_s_own_rows_give_nothing_away():
 
 
 def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):
-    ids = tokenizer("<|im_start|>user\nHi<|im_end|>\nThe capital of Rwanda is Kigali.")["input_ids"]
+    ids = tokenizer("<|im_start|>user\nHi<|im_end|>\nThe capital of Kenya is Nairobi.")["input_ids"]
     for dataset in (
-        Dataset.from_list([{"messages": RWANDA["messages"]}]),
+        Dataset.from_list([{"messages": KENYA["messages"]}]),
         Dataset.from_list([{"input_ids": ids}]),
     ):
         trainer = SimpleNamespace(train_dataset=dataset, model=..., processing_class=tokenizer)
@@ -269,15 +269,15 @@ def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):
         ({"baseline": 0.5, "measure": "loss"}, "Expected a measure (exact_match, content, stops)"),
         ({"baseline": 0.5, "held_out": []}, "Expected held-out rows, found none"),
         (
-            {"baseline": 0.5, "held_out": [{"messages": RWANDA["messages"][:1]}]},
+            {"baseline": 0.5, "held_out": [{"messages": KENYA["messages"][:1]}]},
             "Held-out row 1: There is no answer in 1 messages",
         ),
         (
-            {"baseline": 0.5, "held_out": [{"messages": RWANDA["messages"][1:]}]},
+            {"baseline": 0.5, "held_out": [{"messages": KENYA["messages"][1:]}]},
             "Held-out row 1: Message 1 comes from the assistant: begin with the user.",
         ),
         (
-            {"baseline": 0.5, "held_out": [RWANDA, {}]},
+            {"baseline": 0.5, "held_out": [KENYA, {}]},
             "Held-out row 2: expected a dict with messages",
         ),
         (
@@ -339,7 +339,7 @@ def test_answers_that_take_too_long_are_stopped(tiny):
 
 def test_a_model_that_says_nothing_does_not_stop(tiny, monkeypatch):
     model, tokenizer = tiny
-    said = ["", "Kigali."]
+    said = ["", "Nairobi."]
     monkeypatch.setattr(
         evaluate, "answers", lambda *_, **__: [evaluate.Answer(text, True) for text in said]
     )
