@@ -54,7 +54,7 @@ def score_learned_positions_alone() -> None:
 
     `trl.trainer.utils.add_fused_lm_head` skips the other positions only if Triton runs, because
     tiles of changing shape make some accelerators compile again. A CPU does not compile. Without
-    the patch the loss is the same, but a step takes 1.5 times as long, because most tokens of a
+    the patch the loss is the same, but a step takes 1.2 times as long, because most tokens of a
     conversation are not learned.
 
     The patch holds for all later trainers of TRL in this process.
@@ -77,8 +77,8 @@ def score_in_one_piece() -> None:
     `trl.kernels.ChunkedLogProbFunction` computes them in tiles of 4,096 tokens by 32,768
     entries of the vocabulary, keeps none of them, and computes them again in the backward pass. Its
     PyTorch version also goes over each tile about ten times. That saves memory if there are many
-    tiles. If one tile holds all logits, as with the tiny base model, it saves little and costs an
-    eighth of a training step. In this case the patch uses PyTorch's own `log_softmax`. Loss,
+    tiles. If one tile holds all logits, as with the tiny base model, it saves little and costs a
+    twentieth of a training step. In this case the patch uses PyTorch's own `log_softmax`. Loss,
     entropy, accuracy and gradients are the same up to rounding. All other cases go to TRL's
     function: GPUs, more logits than one tile, bfloat16, ZeRO-3, and TRL's other trainers.
     """

@@ -41,14 +41,20 @@ def plain():
     """The losses of twenty steps in one process, without DeepSpeed."""
     model = load()[0].train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
-    losses = []
-    for batch in batches():
-        parts = [model(input_ids=micro, labels=micro).loss / len(batch) for micro in batch]
+    data, losses = batches(), []
+
+    def parts_of(batch):
+        return [model(input_ids=micro, labels=micro).loss / len(batch) for micro in batch]
+
+    untrained = sum(parts_of(data[-1])).item()
+    for batch in data:
+        parts = parts_of(batch)
         sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(parts).item())
+    assert losses[-1] < untrained - 0.1
     return losses
 
 
@@ -66,7 +72,7 @@ def cases(tmp_path_factory):
 def test_each_stage_learns_what_one_process_learns(stage, cases, plain):
     first, second = cases[f"{stage} float32"]
     assert first["losses"] == second["losses"]  # a mean over the ranks
-    assert len(plain) == 20 and plain[-1] < plain[0] - 0.2
+    assert len(plain) == 20
     assert first["losses"] == pytest.approx(plain, abs=1e-5)
 
 
@@ -85,10 +91,10 @@ def test_a_rank_keeps_what_the_formula_says(stage, dtype, cases, tiny):
 @pytest.mark.integration
 def test_bfloat16_learns_almost_what_float32_learns(cases, plain):
     for stage in (1, 2, 3):
-        assert cases[f"{stage} bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.02)
+        assert cases[f"{stage} bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.004)
     # DeepSpeed 0.19 takes a step with gradients of 0 before the first (FP16_UnfusedOptimizer), so
     # that Adam's bias correction is one step ahead.
-    assert cases["0 bfloat16"][0]["losses"][1] > plain[1] + 0.02
+    assert cases["0 bfloat16"][0]["losses"][1] > plain[1] + 0.0025
 
 
 @pytest.mark.integration
