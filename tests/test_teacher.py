@@ -533,7 +533,8 @@ def test_a_secret_in_the_address_shows_nowhere(serve, settled, httpserver):
 
 
 def test_a_teacher_that_is_not_installed_says_how(settled):
-    settled.setattr("sftlib.teacher.local.installed", lambda: False)
+    settled.setattr(local, "installed", lambda: False)
+    settled.setattr(local, "start", local.start.__wrapped__)  # another test may have started it
     with pytest.raises(TeacherError, match="Run `make teacher`"):
         Teacher("local")
 
