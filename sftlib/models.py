@@ -241,7 +241,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> str:
         tried += f" (it holds: {', '.join(found[:12])})"
         todo = "A model folder needs config.json, tokenizer.json and *.safetensors."
         if name == DEFAULT:
-            todo = "Restore data/tiny-base from git, or build it: make tiny-base"
+            todo = "Restore data/tiny-base from git, or rebuild it with `make tiny-base`."
     else:
         hub = "the Hugging Face Hub" if hub_answers() else "the local cache (no Hub: offline)"
         tried = f"a folder of that name (there is none), then {hub} for {source!r}"

@@ -6,8 +6,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +80,27 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
             the message names the row, counted from 1.
     """
     path = Path(path).resolve()  # replace the target of a link, not the link
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.writelines(_line(number, row) for number, row in enumerate(rows, 1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _draft_of(path) as draft, open(draft, "xb") as file:
+        file.writelines(_line(number, row) for number, row in enumerate(rows, 1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file whole, or leave it as it was. A link is replaced, its target stays."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _draft_of(path: Path) -> Generator[Path]:
+    """A file beside another, to be written in the block; it then replaces the other, or is gone."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        yield draft
+        os.replace(draft, path)
     finally:
-        part.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def drop_torn_line(path: str | os.PathLike) -> None:
