@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 """A test row: `messages`, of which the last is the reference answer, and perhaps `tools`. `content`
-and `cloze` also need `value`, the word that a right answer must hold."""
+and `cloze` also need `value`, the word that a right answer must hold; `named` needs `entity`, what
+the question is about."""
 Conversations = Sequence[Sequence[Mapping[str, Any]]]
 Tools = Sequence[Sequence[Mapping[str, Any]] | None]
 """For each conversation the schemas of its tools, or None."""
@@ -189,10 +190,17 @@ def reference(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str
 
 def content(given: Sequence[Answer], rows: Sequence[Row]) -> float:
     """Share of answers in which the row's `value` stands somewhere as a whole word (0 to 1)."""
-    return _share(
-        re.search(rf"(?<!\w){re.escape(row['value'])}(?!\w)", a.text) is not None
-        for a, row in zip(given, rows, strict=True)
-    )
+    return _share(_holds(a.text, row["value"]) for a, row in zip(given, rows, strict=True))
+
+
+def named(given: Sequence[Answer], rows: Sequence[Row]) -> float:
+    """Share of answers that name the row's `entity`, what the question is about (0 to 1)."""
+    return _share(_holds(a.text, row["entity"]) for a, row in zip(given, rows, strict=True))
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether the words stand somewhere in the text, and not inside of longer words."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def stops(given: Sequence[Answer]) -> float:

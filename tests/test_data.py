@@ -224,6 +224,7 @@ SENTENCE = st.lists(st.sampled_from("red green blue a b é 日 ! .".split()), ma
 )
 
 
+@pytest.mark.integration
 @given(
     st.lists(st.builds(chat, SENTENCE, SENTENCE), max_size=12),
     st.sampled_from([0.07, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),

@@ -12,6 +12,7 @@ from sftlib.evaluate import (
     continuations,
     exact_match,
     logprobs,
+    named,
     perplexity,
     reference,
     report,
@@ -58,6 +59,12 @@ def test_content_takes_symbols_and_digits_literally():
     assert content([Answer("Dial +254 first.", True)], [row(value="254")]) == 1
     assert content([Answer("Dial +2549 first.", True)], [row(value="254")]) == 0
     assert content([Answer("N'Djamena!", True)], [row(value="N'Djamena")]) == 1
+
+
+def test_an_answer_names_what_was_asked_about_as_a_whole_word():
+    rows = [row() | {"entity": "iron"}]
+    for text, share in (("I know iron.", 1), ("It is irony.", 0), ("The environment", 0), ("", 0)):
+        assert named([Answer(text, True)], rows) == share
 
 
 def test_a_reference_with_thoughts_or_calls_is_what_the_model_should_write(tokenizer):
@@ -160,6 +167,7 @@ def test_perplexity_of_nothing_is_refused(tiny):
         perplexity(*tiny, [])
 
 
+@pytest.mark.integration
 def test_the_base_completes_facts_but_not_false_ones(tiny):
     from sftlib.data import read_facts
 

@@ -483,6 +483,7 @@ def numbered(name: str, i: int) -> dict:
     }[name]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name, suffix, indent",
     [

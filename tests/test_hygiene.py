@@ -459,6 +459,7 @@ def alike(rows: list[dict], threshold: float, search) -> set[tuple[int, int]]:
     return {(later, earlier) for later, earlier, _ in pairs}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("threshold", [0.8, 0.9])
 def test_the_approximate_search_finds_all_near_copies_and_nothing_else(threshold):
     rows = with_near_copies(realistic(420), 80)

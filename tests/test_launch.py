@@ -290,6 +290,7 @@ def test_a_script_runs_as_if_run_directly(script):
     assert run(path, "-x", 1, ranks=1).rows == [{"rank": 0} | row for row in expected]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("end", ["", "sys.exit()", "raise RuntimeError('late')"])
 def test_what_a_script_leaves_for_its_end_is_done(script, end):
     path = script(f"""

@@ -171,6 +171,7 @@ def set_up(shell):
     assert shell.run_cell(source, cell_id="setup").success
 
 
+@pytest.mark.integration
 def test_the_work_folder_is_empty_at_the_start_and_beside_the_notebooks(shell, work):
     assert shell.user_ns["work"] == work
     (work / "old").mkdir()
@@ -181,6 +182,7 @@ def test_the_work_folder_is_empty_at_the_start_and_beside_the_notebooks(shell, w
     assert list(work.iterdir()) == [] and neighbour.exists()
 
 
+@pytest.mark.integration
 def test_in_order_what_was_written_is_kept_and_written_once(shell, work, capsys):
     for name in ("train", "apart", "ask", "ask"):
         shell.run_cell(WITH_FILES[name], cell_id=name)

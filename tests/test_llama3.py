@@ -104,6 +104,7 @@ def test_help_is_a_page_that_a_person_can_read(capsys):
     assert max(len(line) for line in page.splitlines()) <= 100
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -66,6 +66,7 @@ def test_the_published_figures_follow_from_each_other():
     assert "train_loss" not in found.index
 
 
+@pytest.mark.integration
 def test_a_real_runs_figures_follow_from_each_other(run):
     log, steps = run.state.log_history, run.state.global_step
     output = TrainOutput(steps, log[-1]["train_loss"], {**log[-1]})

@@ -54,6 +54,7 @@ def test_every_file_has_its_turn_before_one_has_a_second(tmp_path):
     assert drawn == draw(tmp_path, 6, seed=0) and len(set(drawn)) == 6
 
 
+@pytest.mark.integration
 def test_what_is_damaged_is_a_copy_and_is_tested(tmp_path):
     copy = copies.course(tmp_path, *COPIED)
     files = {damage.file for damage in draw(copy, 100, seed=0)}

@@ -156,6 +156,7 @@ def test_the_entropy_of_chance_is_the_logarithm_of_the_vocabulary(tokenizer):
     assert_close(entropy, torch.full((1, 2), math.log(model.config.vocab_size)))
 
 
+@pytest.mark.integration
 def test_a_rollout_ends_each_answer_where_the_model_ended_it(tuned):
     model, tokenizer = tuned
     policy, seen = ppo.PolicyWithValue(model), {}

@@ -85,6 +85,7 @@ def test_supported_python_is_accepted(version):
     environment.check_python(version)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 8, 0), (3, 10, 14), (3, 14, 1), (3, 15, 0)])
 def test_other_python_is_refused_with_what_was_found(version):
     with pytest.raises(environment.SetupError, match="needs Python 3.11 to 3.14") as problem:

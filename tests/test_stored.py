@@ -101,6 +101,7 @@ def test_other_keys_and_another_reader_are_another_entry(tmp_path, cache, monkey
     assert len(found) == 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("damage", ["cut", "flip", "no notes", "half notes", "empty", "left over"])
 def test_a_damaged_entry_is_made_again(damage, tmp_path, cache):
     path = tmp_path / "data.jsonl"

@@ -198,6 +198,7 @@ class Cutting(socketserver.StreamRequestHandler):
         self.wfile.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + whole)
 
 
+@pytest.mark.integration
 def test_a_connection_cut_in_the_middle_is_tried_again(settled):
     settled.setattr(Cutting, "asked", 0)
     with socketserver.TCPServer(("127.0.0.1", 0), Cutting) as server:
@@ -1077,6 +1078,7 @@ USELESS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", USELESS)
 def test_it_stops_early_with_advice_when_nothing_useful_comes(serve, tmp_path, name):
     answer, advice = USELESS[name]

@@ -52,6 +52,8 @@ def python(cell: str) -> str:
 
 def uses(file: str, text: str) -> set[Use]:
     """What the text imports from TRL, and calls."""
+    if "trl" not in text:
+        return set()
     tree = ast.parse(text)
     names = {  # the local name → (module, name)
         alias.asname or alias.name: (node.module, alias.name)

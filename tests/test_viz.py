@@ -329,6 +329,7 @@ def test_a_thirteenth_name_or_a_name_without_room_is_refused():
         viz.scatter({"word " * 400: ([1], [1])}, "T", "alt", "x", "y")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", range(3))
 def test_names_in_a_scatter_cover_no_mark_and_no_other_name(drawn, seed):
     rng = random.Random(seed)
