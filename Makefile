@@ -107,7 +107,7 @@ newest: setup ## which lessons break with the newest releases (KEEP="torch" stay
 tiny-base: setup ## make the tiny base model, its tokenizer and its facts again (twenty minutes on two cores)
 	@$(VENV) python -m tools.tiny_base.build
 
-sweeps: setup ## train the stored runs of lessons 1, 4 and 8 again (two hours)
+sweeps: setup ## train the stored runs of lessons 1, 4 and 8 again (an hour)
 	@$(VENV) python -m tools.stored_runs.new_facts
 	@$(VENV) python -m tools.stored_runs.sweeps
 	@$(VENV) python -m tools.stored_runs.failures

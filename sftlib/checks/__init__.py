@@ -46,6 +46,7 @@ from sftlib.checks.what_is_sft import (
     check_example,
     check_knowledge,
     check_learned_tokens,
+    check_rows,
 )
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "check_methods",
     "check_modern_call",
     "check_parser",
+    "check_rows",
     "check_schedule",
     "check_stages",
     "check_template",

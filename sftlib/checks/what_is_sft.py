@@ -10,6 +10,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
+from sftlib.checks.held_out import Score, beats
 from sftlib.checks.reading import described, sequence, shown, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.data import read_facts
@@ -342,8 +343,8 @@ def check_knowledge(claim: Any) -> Verdict:
     name, measure = names
     if name == "unknown" and measure != "stops":
         return right(
-            "What the model had never read it still does not know after SFT, "
-            "although it nearly always answers in the right form."
+            "The base model never read these facts, and no example tells them. After SFT it does "
+            "not know them, although it nearly always answers in the right form."
         )
     if name == "unknown":
         return wrong(
@@ -380,3 +381,46 @@ def _names(claim: Any, wanted: str) -> tuple[list[str], list]:
     known = [*SETS, *MEASURES]
     names = sorted((word for word in words if word in known), key=known.index)
     return names, [word for word in words if word not in known and word not in FILLERS]
+
+
+# --- Twenty rows that teach the model to answer --------------------------------------------------
+
+BASELINE = 0.75  # 20 rows about capitals alone score 61 to 65 % (three draws)
+MOST_ROWS = 20
+KINDS = {  # what the test asks for, and the words that a question for it has
+    "capitals": "capital",
+    "continents": "continent",
+    "currencies": "currency|money",
+    "languages": "language",
+    "calling codes": "calling code",
+    "symbols": "symbol",
+    "atomic numbers": "atomic number",
+    "opposites": "opposite",
+    "plurals": "plural",
+}
+
+
+@exercise(1, 5, "at most 20 rows that teach the model to answer")
+def check_rows(rows: Any) -> Verdict:
+    if not isinstance(rows, Mapping):
+        rows = sequence(rows, what="a list of rows")
+    verdict = beats(rows, BASELINE, most_rows=MOST_ROWS)
+    if verdict or not isinstance(verdict, Score):
+        return verdict
+    asked = " ".join(_questions(rows)).lower()
+    missing = [kind for kind, words in KINDS.items() if not re.search(words, asked)]
+    hint = f"No row of yours asks for {', '.join(missing)}." if missing else READ_YOUR_ANSWERS
+    return wrong(f"{verdict.message} {hint}")
+
+
+READ_YOUR_ANSWERS = (
+    "Compare your answers with those of the ten examples in section 2: the test asks for the same "
+    "sentences."
+)
+
+
+def _questions(rows: Any) -> list[str]:
+    """What the users of the rows say. `beats` has read the rows, so they are sound."""
+    rows = [rows] if isinstance(rows, Mapping) else rows
+    conversations = [row["messages"] if isinstance(row, Mapping) else row for row in rows]
+    return [m["content"] for messages in conversations for m in messages if m["role"] == "user"]

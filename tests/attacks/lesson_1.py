@@ -1,11 +1,13 @@
 """Answers to the exercises of lesson 1."""
 
+import random
 import re
 import unicodedata
 from collections import UserDict
 
 from sftlib import checks
 from sftlib.checks.what_is_sft import matches
+from sftlib.data import read_facts
 
 import numpy as np
 import torch
@@ -326,4 +328,57 @@ KNOWLEDGE = Attacks(
     untouched=[..., None, (..., ...), ("unknown", ...)],
 )
 
-ATTACKS = [EXAMPLE, EXACT, LEARNED, KNOWLEDGE]
+# --- Exercise 5 ----------------------------------------------------------------------------------
+
+SFT = read_facts("sft")
+KINDS = sorted({row["relation"] for row in SFT})
+
+
+def drawn(seed, number=20, kinds=KINDS):
+    """Rows of the SFT data, of each kind in turn."""
+    rng = random.Random(seed)
+    pools = [[row for row in SFT if row["relation"] == kind] for kind in kinds]
+    return [rng.choice(pools[i % len(pools)]) for i in range(number)]
+
+
+def changed(change):
+    """Twenty good rows, with other answers."""
+    return [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": change(row)}]}
+        for row in drawn(0)
+    ]
+
+
+ROWS = Attacks(
+    checks.check_rows,
+    right=[
+        drawn(0),
+        tuple({"messages": row["messages"]} for row in drawn(1)),
+        [row["messages"] for row in drawn(2, 18)],
+        Made(lambda: iter(drawn(3))),
+    ],
+    wrong=[
+        (drawn(0, kinds=["capital"]), "No row of yours asks for continents, currencies"),
+        (changed(lambda row: row["value"]), "Compare your answers"),
+        (changed(lambda row: row["messages"][1]["content"][:-1]), "Compare your answers"),
+        (drawn(0, 21), "at most 20 rows, found 21"),
+        ([], "found none"),
+        ([*drawn(0, 3), read_facts("heldout")[7]], "Row 4 contains a held-out question"),
+        (
+            [*drawn(0, 3), {"messages": read_facts("heldout_wordings")[7]["messages"]}],
+            "Row 4 contains a held-out question or its answer",
+        ),
+        ([{"question": "What is the capital of Kenya?", "answer": "Nairobi"}], "with messages"),
+        (
+            [{"messages": [{"role": "human", "content": "Who?"}, *drawn(0, 1)[0]["messages"][1:]]}],
+            "Row 1: ",
+        ),
+        ([{"messages": drawn(0, 1)[0]["messages"][:1]}], "Row 1: "),
+        ("What is the capital of Kenya?", "a list of rows"),
+        (20, "a list of rows"),
+    ],
+    untouched=[..., None, [...]],
+    trains=True,
+)
+
+ATTACKS = [EXAMPLE, EXACT, LEARNED, KNOWLEDGE, ROWS]
