@@ -315,8 +315,9 @@ def test_numbers_are_written_as_people_write_them(number, text):
     ("bounds", "text"),
     [
         (Number("%", 0, 100), "a number from 0 to 100 %"),
-        (Number("s", low=0), "a number from 0 s"),
-        (Number(high=8), "a number up to 8"),
+        (Number("s", low=0), "a number in s, at least 0"),
+        (Number(high=8), "a number, at most 8"),
+        (Number("steps"), "a number in steps"),
         (Number(), "a number"),
     ],
 )

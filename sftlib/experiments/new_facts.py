@@ -27,14 +27,17 @@ class Teaching:
     """The settings of one run.
 
     Args:
-        facts: how many facts are added to the usual examples.
-        wordings: in how many wordings each of them is asked; one row per wording.
+        facts: how many facts are added to the usual examples. With no wordings they are asked for
+            in the test alone.
+        wordings: in how many wordings the rows ask for each of them.
+        repeats: how many equal rows there are of each wording.
         known: the control: the added facts are ones that the base model has read.
         seed: of the wordings that are drawn, and of the order of the rows.
     """
 
     facts: int = 24
     wordings: int = 8
+    repeats: int = 1
     known: bool = False
     seed: int = 0
 
@@ -80,10 +83,9 @@ def wordings(rows: Sequence[Row]) -> dict[str, list[str]]:
     """In which ways the rows ask: for each relation the questions, with `{e}` for the entity."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        question = row["messages"][0]["content"]
-        if row["entity"] in question:
-            template = question.replace(row["entity"], "{e}")
-            found.setdefault(row["relation"], {})[template] = None
+        before, entity, after = row["messages"][0]["content"].rpartition(row["entity"])
+        if entity:
+            found.setdefault(row["relation"], {})[f"{before}{{e}}{after}"] = None
     return {relation: sorted(templates) for relation, templates in found.items()}
 
 
@@ -113,20 +115,19 @@ def teach_and_measure(run: Teaching) -> dict[str, float]:
     Returns:
         `steps` of the optimizer, and shares from 0 to 1:
 
-        - `taught`: exact match on the added facts, in two wordings that no training row uses;
-        - `heldout`, `heldout_wordings`: exact match on facts that the base model has read;
-        - `others`, `others_named`: exact match on never-taught facts, and how often the answer
-          names the right entity;
-        - `others_taught`: how many of the answers about the others state a value that was taught;
-        - `cloze`: held-out facts completed in plain text.
+        - `taught`, `taught_cloze`: the added facts in two wordings that no training row uses (exact
+          match), and completed in plain text;
+        - `heldout`, `heldout_content`, `heldout_cloze`: facts that the base model has read (exact
+          match; the right value anywhere; completed in plain text);
+        - `others`, `others_named`: never-taught facts in two wordings that no training row uses
+          (exact match), and how often the answer names the right entity.
     """
     from sftlib.data import read_facts
-    from sftlib.evaluate import answers, cloze, exact_match, named
+    from sftlib.evaluate import answers, cloze, content, exact_match, named
     from sftlib.models import load
     from sftlib.training import tune
 
-    examples = read_facts("sft")
-    sets = {name: read_facts(name) for name in ("heldout", "heldout_wordings")}
+    examples, heldout = read_facts("sft"), read_facts("heldout")
     seen, unseen = wordings(examples), wordings(read_facts("heldout_wordings"))
     teachable, others = divided()
     if run.facts > len(teachable):
@@ -134,28 +135,26 @@ def teach_and_measure(run: Teaching) -> dict[str, float]:
     added = teachable[: run.facts]
     if run.known:
         added = read_before(like=added)
-    sets["taught"] = reworded(added, unseen, 2, run.seed)
-    sets["others"] = reworded(others, seen, 4, run.seed)
-    rows = examples[:EXAMPLES] + reworded(added, seen, run.wordings, run.seed)
-
+    rows = reworded(added, seen, run.wordings, run.seed) * run.repeats
+    tests = {
+        "taught": reworded(added, unseen, 2, run.seed),
+        "heldout": heldout,
+        "others": reworded(others, unseen, 2, run.seed),
+    }
     model, tokenizer = load()
-    settings = {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "random"}
-    trainer = tune(model, tokenizer, rows, seed=run.seed, **settings)
+    settings = {"per_device_train_batch_size": BATCH, "seed": run.seed}
+    trainer = tune(model, tokenizer, examples[:EXAMPLES] + rows, **settings)
     given = {
         name: answers(model, tokenizer, [row["messages"][:1] for row in asked])
-        for name, asked in sets.items()
-        if asked
+        for name, asked in tests.items()
     }
-    taught_values = {row["value"] for row in added}
-    stated = [
-        a.text.rsplit(" is ", 1)[-1].removesuffix(".") in taught_values for a in given["others"]
-    ]
     return {
         "steps": trainer.state.global_step,
-        **{name: exact_match(found, sets[name]) for name, found in given.items()},
-        "others_named": named(given["others"], sets["others"]),
-        "others_taught": sum(value in taught_values for value in stated) / len(stated),
-        "cloze": cloze(model, tokenizer, sets["heldout"], examples),
+        **{name: exact_match(found, tests[name]) for name, found in given.items()},
+        "taught_cloze": cloze(model, tokenizer, added, examples),
+        "heldout_content": content(given["heldout"], heldout),
+        "heldout_cloze": cloze(model, tokenizer, heldout, examples),
+        "others_named": named(given["others"], tests["others"]),
     }
 
 

@@ -72,11 +72,11 @@ class Number:
 
     def __str__(self) -> str:
         """Which numbers can be predicted."""
-        has_low = math.isfinite(self.low)
-        bounds = f" from {plain(self.low)}" if has_low else ""
-        if math.isfinite(self.high):
-            bounds += f" {'to' if has_low else 'up to'} {plain(self.high)}"
-        return f"a number{bounds} {self.unit}".strip()
+        low, high = math.isfinite(self.low), math.isfinite(self.high)
+        if low and high:
+            return f"a number from {plain(self.low)} to {plain(self.high)} {self.unit}".strip()
+        bound = f", at least {plain(self.low)}" * low + f", at most {plain(self.high)}" * high
+        return "a number" + f" in {self.unit}" * bool(self.unit) + bound
 
     def read(self, typed: str) -> float:
         """The number in what a student has typed, with or without its unit and commas (1,000).

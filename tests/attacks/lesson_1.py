@@ -363,11 +363,7 @@ ROWS = Attacks(
         (changed(lambda row: row["messages"][1]["content"][:-1]), "Compare your answers"),
         (drawn(0, 21), "at most 20 rows, found 21"),
         ([], "found none"),
-        ([*drawn(0, 3), read_facts("heldout")[7]], "Row 4 contains a held-out question"),
-        (
-            [*drawn(0, 3), {"messages": read_facts("heldout_wordings")[7]["messages"]}],
-            "Row 4 contains a held-out question or its answer",
-        ),
+        ([*drawn(0, 3), read_facts("dev")[7]], "Row 4 contains a held-out question"),
         ([{"question": "What is the capital of Kenya?", "answer": "Nairobi"}], "with messages"),
         (
             [{"messages": [{"role": "human", "content": "Who?"}, *drawn(0, 1)[0]["messages"][1:]]}],

@@ -14,10 +14,13 @@ SEEDS = (0, 1, 2)
 
 
 def stored() -> list[Teaching]:
-    """Each number of facts and of wordings, taught and as a control, with each seed."""
-    without = [Teaching(0, 0, seed=seed) for seed in SEEDS]
-    grid = product((24, 60), (1, 2, 4, 8, 14), (False, True), SEEDS)
-    return without + [Teaching(*settings) for settings in grid]
+    """24 facts in more and more wordings, taught and as a control; and with equal rows."""
+    reworded = product((0, 1, 2, 4, 8, 14), (False, True), SEEDS)
+    repeated = product((2, 4, 8, 14), SEEDS)
+    return [
+        *(Teaching(24, wordings, known=known, seed=seed) for wordings, known, seed in reworded),
+        *(Teaching(24, 1, repeats=repeats, seed=seed) for repeats, seed in repeated),
+    ]
 
 
 if __name__ == "__main__":
