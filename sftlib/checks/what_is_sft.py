@@ -331,7 +331,7 @@ SETS = ("heldout", "heldout_wordings", "unknown")
 MEASURES = ("exact_match", "content", "stops")
 
 
-@exercise(1, 4, "which measurement shows that SFT gave the model no knowledge")
+@exercise(1, 4, "which measurement shows where the facts came from")
 def check_knowledge(claim: Any) -> Verdict:
     wanted = (
         f"a set ({', '.join(SETS)}) and a measure ({', '.join(MEASURES)}), such as "

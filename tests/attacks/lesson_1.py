@@ -345,7 +345,7 @@ def changed(change):
     """Twenty good rows, with other answers."""
     return [
         {"messages": [row["messages"][0], {"role": "assistant", "content": change(row)}]}
-        for row in drawn(0)
+        for row in drawn(4)
     ]
 
 
@@ -356,6 +356,7 @@ ROWS = Attacks(
         tuple({"messages": row["messages"]} for row in drawn(1)),
         [row["messages"] for row in drawn(2, 18)],
         Made(lambda: iter(drawn(3))),
+        [UserDict(row) for row in drawn(0, 9)],
     ],
     wrong=[
         (drawn(0, kinds=["capital"]), "No row of yours asks for continents, currencies"),
