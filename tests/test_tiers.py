@@ -69,7 +69,7 @@ def test_a_unit_test_that_takes_long_fails_and_is_told_what_to_do(tmp_path: Path
 def test_the_files_that_take_longest_come_first_each_in_its_order():
     """A notebook takes what `make bench` measured, a test file what its tests' tiers cost."""
     command = [*(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")]
-    command += ["--nbval", "notebooks", "tests/test_viz.py", "tests/test_launch.py"]
+    command += ["--nbval", "notebooks", "tests/test_progress.py", "tests/test_launch.py"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     ids = [line.split("::") for line in said.splitlines() if "::" in line]
     files = list(dict.fromkeys(parts[0] for parts in ids))
@@ -77,6 +77,6 @@ def test_the_files_that_take_longest_come_first_each_in_its_order():
     lesson = "notebooks/01_what_is_sft.ipynb"
     cells = [int(parts[1].split()[-1]) for parts in ids if parts[0] == lesson]
     assert len(cells) > 20 and cells == sorted(cells)
-    assert files[0] == "tests/test_launch.py" and files[-1] == "tests/test_viz.py"
+    assert files[0] == "tests/test_launch.py" and files[-1] == "tests/test_progress.py"
     solutions = [at for at, file in enumerate(files) if "solutions" in file]
     assert files.index(lesson) < min(solutions) and len(solutions) == 9
