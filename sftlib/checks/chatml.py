@@ -7,14 +7,16 @@ import itertools
 import random
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.exercise import exercise
-from sftlib.checks.functions import compare, reference, where_they_part
-from sftlib.checks.reading import mapping, sequence, text, unique
-from sftlib.checks.verdict import Verdict, right, wrong
+from sftlib.checks.functions import call, compare, current_seed, reference, where_they_part
+from sftlib.checks.held_out import beats
+from sftlib.checks.reading import described, mapping, sequence, text, unique, whole
+from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -325,3 +327,121 @@ def check_bugs(named: Any) -> Verdict:
     if missed:
         return wrong(f"{len(BUGS) - len(missed)} of 5. {missed[0]}: {hints[BUGS[missed[0]]]}")
     return right("All five. None of them would have raised an error.")
+
+
+# --- Repair a pipeline ---------------------------------------------------------------------------
+
+REPAIRED = 0.85  # the baseline: what a repaired pipeline beats, and none with a mistake left
+Example = tuple[tuple[int, ...], tuple[int, ...]]  # input_ids and labels
+
+
+@exercise(3, 4, "a pipeline without its three mistakes: `function(messages) -> row`")
+def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+    from sftlib.experiments.chat_runs import pool
+
+    if not callable(pipeline):
+        return wrong(f"Expected a function of messages, found {described(pipeline)}.")
+    conversations = [row["messages"] for row in pool()]
+    rows = tuple(
+        _example(pipeline, messages, number, len(tokenizer))
+        for number, messages in enumerate(conversations, 1)
+    )
+    score = _trained(rows, current_seed())
+    cause = _mistake(rows[0], conversations[0], tokenizer)
+    if cause:
+        return wrong(f"{score.message} {cause}")
+    return right(score.message) if score else wrong(score.message)
+
+
+def _example(function: Any, messages: list[dict], number: int, most: int) -> Example:
+    """What a student's pipeline makes of one conversation.
+
+    Args:
+        most: the size of the vocabulary.
+
+    Raises:
+        CheckEnds: it is no row that can be trained on.
+    """
+    outcome = call(function, messages)
+    if outcome.error is not None:
+        error = f"{type(outcome.error).__name__}: {outcome.error}"
+        raise CheckEnds(
+            wrong(f"Your function fails on conversation {number}{outcome.line}: {error}")
+        )
+    if outcome.value is None:
+        raise CheckEnds(wrong("Your function returns None. Did you forget `return`?"))
+    where = f"Conversation {number}"
+    row = outcome.value
+    row = dict(row) if hasattr(row, "keys") else row
+    kept = ("input_ids", "labels")
+    row = {name: row[name] for name in kept if name in row} if isinstance(row, dict) else row
+    found = mapping(row, kept, where)
+    ids, labels = (
+        tuple(whole(item, f"{where}, {name}") for item in sequence(found[name], f"{where}, {name}"))
+        for name in kept
+    )
+    if len(ids) != len(labels):
+        raise CheckEnds(
+            wrong(f"{where}: expected one label per id ({len(ids)}), found {len(labels)}.")
+        )
+    if odd := [i for i in ids if not 0 <= i < most]:
+        raise CheckEnds(wrong(f"{where}: expected ids from 0 to {most - 1}, found {odd[0]}."))
+    wrong_labels = [
+        at for at, (i, j) in enumerate(zip(ids, labels, strict=True)) if j not in (i, -100)
+    ]
+    if wrong_labels:
+        at = wrong_labels[0]
+        raise CheckEnds(
+            wrong(
+                f"{where}, position {at}: a label is the id at its own position or -100, found "
+                f"{labels[at]} at the id {ids[at]}. The model shifts by itself."
+            )
+        )
+    if all(label == IGNORED for label in labels):
+        raise CheckEnds(wrong(f"{where}: every label is -100, so nothing would be learned."))
+    return ids, labels
+
+
+@lru_cache(maxsize=16)
+def _trained(rows: tuple[Example, ...], seed: str) -> Verdict:
+    """The score of a model that is trained on the rows, as lesson 3 trains."""
+    from sftlib.experiments.chat_runs import SETTINGS
+    from sftlib.models import load
+    from sftlib.training import tune
+
+    model, tokenizer = load()
+    examples = [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in rows]
+    number = int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
+    trainer = tune(model, tokenizer, examples, **(SETTINGS | {"seed": number}))
+    return beats(trainer, baseline=REPAIRED)
+
+
+def _mistake(row: Example, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first mistake that is left in a row; empty if there is none."""
+    ids, labels = row
+    encoded = _encoded(tokenizer, messages)
+    expected, wanted = tuple(encoded["input_ids"]), encoded["labels"]
+    opened, end = (
+        next(i for i in expected if tokenizer.decode([i]) == name)
+        for name in ("<|im_start|>", "<|im_end|>")
+    )
+    if (headers := ids.count(opened)) > expected.count(opened):
+        return (
+            f"One mistake is in the text: it has {headers} headers, and the conversation has "
+            f"{len(messages)} messages. Decode the ids of one row and read them from the beginning."
+        )
+    if ids not in (expected, expected[:-1]):  # nobody needs the last line break
+        return "One mistake is in the text: it is not the text that the chat template writes."
+    learned = [at for at, label in enumerate(wanted) if label != IGNORED]
+    graded = [at for at, label in enumerate(labels) if label != IGNORED]
+    if graded[0] < learned[0]:
+        return (
+            f"Tokens before the answer are graded: the first graded one is at {graded[0]}, the "
+            f"answer begins at {learned[0]}."
+        )
+    if graded[0] > learned[0]:
+        return "One mistake is at the beginning of the answer: which token is graded first?"
+    if labels[learned[-1]] != end:
+        return "One mistake is at the end of the answer: which token is graded last?"
+    missing = [at for at in learned if labels[at] == IGNORED]
+    return f"A token of the answer is not graded: position {missing[0]}." if missing else ""
