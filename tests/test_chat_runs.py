@@ -1,4 +1,4 @@
-"""The trainings of lesson 3: each variant differs from the others in what it says, and nowhere else."""
+"""The trainings of lesson 3: each variant differs in what it says, and nowhere else."""
 
 import random
 from dataclasses import asdict

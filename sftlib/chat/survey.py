@@ -33,7 +33,7 @@ def shown(
         words: parts of the messages or of the tools, each of which stands in one place only.
     """
     try:
-        text, _ = render_marked(messages, template, tools=tools, **SPECIAL_TOKENS)
+        text, _ = render_marked(messages, template, False, tools, **SPECIAL_TOKENS)
     except ValueError:
         return None
     return [word for word in words if word in text]

@@ -353,11 +353,12 @@ def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict
     return right(score.message) if score else wrong(score.message)
 
 
-def _example(function: Any, messages: list[dict], number: int, most: int) -> Example:
-    """What a student's pipeline makes of one conversation.
+def _example(function: Any, messages: list[dict], number: int, size: int) -> Example:
+    """What a student's pipeline makes of a conversation.
 
     Args:
-        most: the size of the vocabulary.
+        number: of the conversation, from 1.
+        size: how many ids the model knows.
 
     Raises:
         CheckEnds: it is no row that can be trained on.
@@ -370,36 +371,35 @@ def _example(function: Any, messages: list[dict], number: int, most: int) -> Exa
         )
     if outcome.value is None:
         raise CheckEnds(wrong("Your function returns None. Did you forget `return`?"))
-    where = f"Conversation {number}"
-    row = outcome.value
-    row = dict(row) if hasattr(row, "keys") else row
-    kept = ("input_ids", "labels")
-    row = {name: row[name] for name in kept if name in row} if isinstance(row, dict) else row
-    found = mapping(row, kept, where)
+    where, row = f"Conversation {number}", outcome.value
+    names = ("input_ids", "labels")
+    if hasattr(row, "keys"):  # other columns, such as an attention mask, are not looked at
+        row = {name: row[name] for name in names if name in row.keys()}  # noqa: SIM118
+    found = mapping(row, names, where)
     ids, labels = (
         tuple(whole(item, f"{where}, {name}") for item in sequence(found[name], f"{where}, {name}"))
-        for name in kept
+        for name in names
     )
-    if len(ids) != len(labels):
-        raise CheckEnds(
-            wrong(f"{where}: expected one label per id ({len(ids)}), found {len(labels)}.")
-        )
-    if odd := [i for i in ids if not 0 <= i < most]:
-        raise CheckEnds(wrong(f"{where}: expected ids from 0 to {most - 1}, found {odd[0]}."))
-    wrong_labels = [
-        at for at, (i, j) in enumerate(zip(ids, labels, strict=True)) if j not in (i, -100)
-    ]
-    if wrong_labels:
-        at = wrong_labels[0]
-        raise CheckEnds(
-            wrong(
-                f"{where}, position {at}: a label is the id at its own position or -100, found "
-                f"{labels[at]} at the id {ids[at]}. The model shifts by itself."
-            )
-        )
-    if all(label == IGNORED for label in labels):
-        raise CheckEnds(wrong(f"{where}: every label is -100, so nothing would be learned."))
+    if fault := _untrainable(ids, labels, size):
+        raise CheckEnds(wrong(f"{where}: {fault}"))
     return ids, labels
+
+
+def _untrainable(ids: tuple[int, ...], labels: tuple[int, ...], size: int) -> str:
+    """Why a row cannot be trained on; empty if it can. See `_example`."""
+    if len(ids) != len(labels):
+        return f"expected one label per id ({len(ids)}), found {len(labels)}."
+    if odd := [i for i in ids if not 0 <= i < size]:
+        return f"expected ids from 0 to {size - 1}, found {odd[0]}."
+    for at, (i, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (i, IGNORED):
+            return (
+                f"expected the id {i} or {IGNORED} as the label at position {at}, found {label}. "
+                "A label is the id at its own position. The model shifts by itself."
+            )
+    if all(label == IGNORED for label in labels):
+        return f"every label is {IGNORED}, so nothing would be learned."
+    return ""
 
 
 @lru_cache(maxsize=16)
@@ -412,7 +412,8 @@ def _trained(rows: tuple[Example, ...], seed: str) -> Verdict:
     model, tokenizer = load()
     examples = [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in rows]
     number = int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
-    trainer = tune(model, tokenizer, examples, **(SETTINGS | {"seed": number}))
+    settings: dict[str, Any] = SETTINGS | {"seed": number}
+    trainer = tune(model, tokenizer, examples, **settings)
     return beats(trainer, baseline=REPAIRED)
 
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.chat import IGNORED, encode, render
 from sftlib.experiments.spread import Spread
@@ -307,7 +307,8 @@ def train(run: ChatRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[
     if run.study == "guard":
         settings |= {"max_steps": 30}
     trainer = tune(model, tokenizer, rows, **settings)
-    return trainer.model, tokenizer, table(trainer).loss.tolist()  # type: ignore[return-value]
+    # transformers annotates any module, or None
+    return cast("PreTrainedModel", trainer.model), tokenizer, table(trainer).loss.tolist()
 
 
 def measure(run: ChatRun) -> dict[str, Any]:
