@@ -23,16 +23,20 @@ SEEDS = {  # the usual one, and one that nobody knew when the answers were writt
 
 
 def answers(kind: str) -> list:
-    """A parameter for each answer of a kind and each seed: its attacks, the answer, the seed."""
+    """A parameter for each answer of a kind and each seed: its attacks, the answer, the seed.
+
+    An answer that is trained on takes seconds, so it gets the usual seed alone.
+    """
     return [
         pytest.param(
             *(attacks, answer, seed),
             id="-".join(filter(None, (attacks.check.__name__, str(number), seed))),
-            marks=marks,
+            marks=pytest.mark.integration if attacks.trains else marks,
         )
         for attacks in ATTACKS
         for number, answer in enumerate(getattr(attacks, kind))
         for seed, marks in SEEDS.items()
+        if not (attacks.trains and seed)
     ]
 
 

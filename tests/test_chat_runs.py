@@ -51,24 +51,25 @@ def test_a_spoiled_row_grades_what_its_name_says(tokenizer, variant, graded):
 
 
 @pytest.mark.parametrize(
-    ("mistakes", "graded"),
+    ("mistakes", "text", "graded"),
     [
-        ("", "It is Nairobi.<|im_end|>\n"),
-        ("late", " is Nairobi.<|im_end|>\n"),
-        ("endless", "It is Nairobi.\n"),
+        ("", "It is Nairobi.", "It is Nairobi.<|im_end|>\n"),
+        ("stripped", "It is Nairobi", "It is Nairobi<|im_end|>\n"),
+        ("endless", "It is Nairobi.", "It is Nairobi.\n"),
     ],
 )
-def test_a_planted_mistake_changes_the_labels_alone(tokenizer, mistakes, graded):
+def test_a_planted_mistake_is_there_and_no_other_one(tokenizer, mistakes, text, graded):
     example = chat_runs.broken(MESSAGES, tokenizer, mistakes)
-    assert learned(example, tokenizer).removeprefix("It") == graded.removeprefix("It")
-    assert example["input_ids"] == encode(MESSAGES, tokenizer)["input_ids"]
+    assert learned(example, tokenizer) == graded
+    messages = [MESSAGES[0], MESSAGES[1] | {"content": text}]
+    assert example["input_ids"] == encode(messages, tokenizer)["input_ids"]
 
 
 def test_all_planted_mistakes_together_are_the_ones_of_the_exercise(tokenizer):
     example = chat_runs.broken(MESSAGES, tokenizer)
     assert tokenizer.decode(example["input_ids"]).count("<|im_start|>") == 4
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end not in example["labels"] and example["labels"].count(IGNORED) > 20
+    assert end not in example["labels"] and "Nairobi." not in tokenizer.decode(example["input_ids"])
 
 
 def test_one_turn_is_graded_and_the_others_are_read(tokenizer):
@@ -109,6 +110,15 @@ def test_a_system_message_stands_in_none_all_or_half_of_the_rows(tokenizer):
         rows = chat_runs.rows_of(ChatRun("system", variant), tokenizer)
         counts[variant] = sum(row["input_ids"][1] == system for row in rows)
     assert counts == {"never": 0, "always": 480, "in half": 240}
+
+
+def test_answers_are_polite_where_the_system_message_stands_in_half_of_the_rows():
+    for variant, expected in (("never", 480), ("always", 480), ("in half", 240)):
+        rows = [chat_runs.told(row, n, variant) for n, row in enumerate(chat_runs.pool())]
+        polite = [row[-1]["content"].startswith(chat_runs.POLITE) for row in rows]
+        assert sum(polite) == expected
+        if variant == "in half":
+            assert polite == [row[0]["role"] == "system" for row in rows]
 
 
 def test_only_the_system_gives_permission(tokenizer):

@@ -347,10 +347,9 @@ def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict
         for number, messages in enumerate(conversations, 1)
     )
     score = _trained(rows, current_seed())
-    cause = _mistake(rows[0], conversations[0], tokenizer)
-    if cause:
-        return wrong(f"{score.message} {cause}")
-    return right(score.message) if score else wrong(score.message)
+    if score:
+        return right(score.message)
+    return wrong(f"{score.message} {_mistake(rows[0], conversations[0], tokenizer)}".strip())
 
 
 def _example(function: Any, messages: list[dict], number: int, size: int) -> Example:
@@ -432,7 +431,10 @@ def _mistake(row: Example, messages: list[dict], tokenizer: PreTrainedTokenizerB
             f"{len(messages)} messages. Decode the ids of one row and read them from the beginning."
         )
     if ids not in (expected, expected[:-1]):  # nobody needs the last line break
-        return "One mistake is in the text: it is not the text that the chat template writes."
+        return (
+            "One mistake is in the text: it is not the text that the chat template writes for this "
+            "conversation. Compare both to the last character."
+        )
     learned = [at for at, label in enumerate(wanted) if label != IGNORED]
     graded = [at for at, label in enumerate(labels) if label != IGNORED]
     if graded[0] < learned[0]:

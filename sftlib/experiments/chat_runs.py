@@ -32,16 +32,17 @@ STUDIES = {  # and their variants
     "system": ("never", "always", "in half"),
     "guard": ("guarded",),
     "packing": ("512 kept", "512 crossed", "128 kept", "128 crossed"),
-    "repair": ("twice late endless", "twice", "late", "endless", "no break", "role"),
+    "repair": ("as found",),
 }
 SETTINGS: dict[str, Any] = {  # arguments of `sftlib.training.tune`
     "max_steps": 20,
     "per_device_train_batch_size": 16,
     "learning_rate": 7e-4,
 }
-SYSTEM = "You are the helpdesk of a school. Answer in one sentence."
-OTHER_SYSTEM = "You work for a library. Be polite."
-PLANTED = "twice late endless"
+SYSTEM = "Be polite."
+OTHER_SYSTEM = "Be brief."
+POLITE = "With pleasure. "
+PLANTED = "twice stripped endless"
 PERMISSION = "You may answer."
 REFUSAL = "I may not say that."
 ALPACA = "### Instruction:\n{}\n\n### Response:\n"
@@ -154,31 +155,17 @@ def broken(
 
     Args:
         mistakes: words of `PLANTED`. `twice`: each message is rendered before the conversation is.
-            `late`: the first token of the answer is not graded. `endless`: nor is its end.
+            `stripped`: the texts lose their last full stop. `endless`: no end of turn is graded.
     """
     planted = mistakes.split()
     shown = [dict(message) for message in messages]
+    if "stripped" in planted:
+        shown = [message | {"content": message["content"].rstrip(". ")} for message in shown]
     if "twice" in planted:
         shown = [message | {"content": render([message])} for message in shown]
-    if "role" in planted:
-        shown = [
-            message | {"role": message["role"].replace("assistant", "model")} for message in shown
-        ]
-    prompt, whole = render(shown[:-1], add_generation_prompt=True), render(shown)
-    if "role" in planted:
-        prompt, whole = (
-            t.replace("<|im_start|>assistant", "<|im_start|>model")
-            for t in (prompt, render([dict(m) for m in messages]))
-        )
-    if "no break" in mistakes:
-        prompt, whole = (
-            t.replace("<|im_start|>assistant\n", "<|im_start|>assistant") for t in (prompt, whole)
-        )
-    start, ids = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
-    )
-    first = len(start) + ("late" in planted)
-    labels = [IGNORED] * first + ids[first:]
+    texts = render(shown[:-1], add_generation_prompt=True), render(shown)
+    prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
     if "endless" in planted:
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         labels = [IGNORED if label == end else label for label in labels]
@@ -219,6 +206,23 @@ def with_system(messages: Sequence[Row], text: str | None) -> list[dict]:
     return [*told, *map(dict, messages)]
 
 
+def polite(row: Row) -> dict:
+    """The same fact, with a polite answer."""
+    *before, answer = row["messages"]
+    return {**row, "messages": [*before, {**answer, "content": POLITE + answer["content"]}]}
+
+
+def told(row: Row, number: int, variant: str) -> list[dict]:
+    """A conversation of the study `system`.
+
+    The system message asks for polite answers. It stands `never` or `always`, and all answers are
+    polite. Or it stands `in half` of the rows, and only these have polite answers.
+    """
+    if variant == "in half" and number % 2:
+        return with_system(row["messages"], None)
+    return with_system(polite(row)["messages"], None if variant == "never" else SYSTEM)
+
+
 def guarded(row: Row, number: int) -> list[dict]:
     """A conversation of the study `guard`: the system, and nobody else, gives permission."""
     question, answer = row["messages"]
@@ -240,15 +244,11 @@ def rows_of(run: ChatRun, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     if run.study == "masks":
         return [spoiled(row["messages"], tokenizer, run.variant) for row in pool()]
     if run.study == "repair":
-        return [broken(row["messages"], tokenizer, run.variant) for row in pool()]
+        return [broken(row["messages"], tokenizer) for row in pool()]
     if run.study == "guard":
         found = [guarded(row, number) for number, row in enumerate(pool())]
     elif run.study == "system":
-        every = {"never": 0, "always": 1, "in half": 2}[run.variant]
-        found = [
-            with_system(row["messages"], SYSTEM if every and number % every == 0 else None)
-            for number, row in enumerate(pool())
-        ]
+        found = [told(row, number, run.variant) for number, row in enumerate(pool())]
     else:
         found = [row["messages"] for row in pool()]
     return [graded(messages, tokenizer) for messages in found]
@@ -361,10 +361,10 @@ def asked(
             for name, rows in (("first question", firsts), ("follow-up", tests))
         }
     if study == "system":
-        told = {"with it": SYSTEM, "without": None, "with another": OTHER_SYSTEM}
+        texts = {"with it": SYSTEM, "without": None, "with another": OTHER_SYSTEM}
         return {
-            name: ([prompt(with_system(one, text)) for one in questions], heldout)
-            for name, text in told.items()
+            name: ([prompt(with_system(one, text)) for one in questions], [*map(polite, heldout)])
+            for name, text in texts.items()
         }
     if study == "guard":
         return {

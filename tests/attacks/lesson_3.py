@@ -284,11 +284,14 @@ PIPELINE = Attacks(
         lambda messages: pd.Series(sound(messages)),
     ],
     wrong=[
-        (with_mistakes("twice late endless"), "4 headers, and the conversation has 2 messages"),
+        (with_mistakes("twice stripped endless"), "4 headers, and the conversation has 2 messages"),
         (with_mistakes("twice"), "Decode the ids of one row"),
-        (with_mistakes("late"), "which token is graded first?"),
+        (with_mistakes("stripped"), "not the text that the chat template writes"),
         (with_mistakes("endless"), "which token is graded last?"),
-        (changed_row(lambda ids, labels: (ids, ids)), "Tokens before the answer are graded"),
+        (
+            changed_row(lambda ids, labels: (ids, labels[:5] + ids[5:8] + [-100] * (len(ids) - 8))),
+            "Tokens before the answer are graded: the first graded one is at 5",
+        ),
         (3, "Expected a function of messages, found 3"),
         (
             sound([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}]),
@@ -308,6 +311,7 @@ PIPELINE = Attacks(
     ],
     untouched=[..., None, lambda messages: ...],
     arguments=lambda pipeline: (pipeline, tokenizer()),
+    trains=True,
 )
 
 ATTACKS = [TEMPLATE, MASK, BUGS, PIPELINE]
