@@ -842,8 +842,9 @@ def test_trl_brings_templates_and_versions_of_them_for_training():
     assert {"qwen3", "qwen3_training", "llama3"} <= set(library) and len(library) > 20
     assert marks_the_assistant(library["qwen3_training"])
     assert not marks_the_assistant(library["qwen3"])
-    for name, template in library.items():  # none fails in another way than by refusing
-        assert shown(template, ASKED, ["answer"]) in (["answer"], None), name
+    found = {name: shown(template, ASKED[1:], ["answer"]) for name, template in library.items()}
+    assert found["qwen3"] == found["llama3"] == ["answer"]  # and none raises an error
+    assert sum(words == ["answer"] for words in found.values()) > len(found) * 3 / 4
 
 
 def test_random_conversations_are_sound_and_of_several_lengths():
