@@ -15,7 +15,8 @@ import html
 import re
 import textwrap
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from io import BytesIO
 from math import isnan, nan
 from statistics import fmean
@@ -495,6 +496,101 @@ def tokens(
         f"{_token('control token', False, True)} framed"
     )
     return HTML(f'<p style="line-height:2">{"".join(spans)}</p><p>{legend}</p>')
+
+
+Encoded = tuple[Sequence[int], Sequence[int]]
+"""A conversation's ids and its mask, as `tokens` takes them."""
+
+
+def side_by_side(
+    encodings: Mapping[str, Encoded], tokenizer: PreTrainedTokenizerBase, every: bool = True
+) -> HTML:
+    """Two encodings of a conversation in two columns, with a word where they differ.
+
+    Tokens that both have stand beside each other, line by line. Between the columns stands "other
+    tokens" where the ids differ, and "other mask" where the ids are the same and one encoding
+    learns from a token that the other only reads. Tokens look as in `tokens`.
+
+    Args:
+        encodings: two names, each with ids and mask.
+        every: whether to show all lines, or only those that differ.
+
+    Raises:
+        ValueError: there are not two encodings, or ids and mask of one differ in length.
+    """
+    from IPython.display import HTML
+
+    if len(encodings) != 2:
+        raise ValueError(f"Expected two encodings, found {len(encodings)}: {[*encodings]}.")
+    for name, (ids, mask) in encodings.items():
+        if len(ids) != len(mask):
+            raise ValueError(
+                f"{name}: expected one mask value per token ({len(ids)}), found {len(mask)}."
+            )
+    left, right = encodings.values()
+    control = set(tokenizer.all_special_ids)
+    counts = dict.fromkeys(("same", "left", "right", "mask"), 0)
+    lines = []
+    for word, one, other in _aligned(left, right, tokenizer):
+        counts["same"] += len(one) if word != OTHER_TOKENS else 0
+        counts["left"] += len(one) if word == OTHER_TOKENS else 0
+        counts["right"] += len(other) if word == OTHER_TOKENS else 0
+        counts["mask"] += len(one) if word == OTHER_MASK else 0
+        if every or word:
+            cells = ("".join(_spans(part, tokenizer, control)) for part in (one, other))
+            lines.append(_line(word, *cells))
+    names = [html.escape(name) for name in encodings]
+    head = f"<th>{names[0]}</th><th>difference</th><th>{names[1]}</th>"
+    said = (
+        f"{counts['same']} tokens in both; {counts['left']} in {names[0]} alone, "
+        f"{counts['right']} in {names[1]} alone; {counts['mask']} in both with another mask. "
+        f"{_token('learned from', True, False)}, {_token('only read', False, False)}; "
+        f"{_token('control token', False, True)} framed"
+    )
+    return HTML(f"<table><tr>{head}</tr>{''.join(lines)}</table><p>{said}</p>")
+
+
+OTHER_TOKENS, OTHER_MASK = "other tokens", "other mask"
+Marked = list[tuple[int, bool]]  # ids, and whether each is learned
+
+
+def _aligned(
+    left: Encoded, right: Encoded, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, Marked, Marked]]:
+    """Pieces of two encodings that belong beside each other, and a word for how they differ."""
+    one, other = ([*zip(ids, map(bool, mask), strict=True)] for ids, mask in (left, right))
+    found = SequenceMatcher(None, [*left[0]], [*right[0]], autojunk=False)
+    for kind, start, end, other_start, other_end in found.get_opcodes():
+        if kind != "equal":
+            yield OTHER_TOKENS, one[start:end], other[other_start:other_end]
+            continue
+        piece: tuple[str, Marked, Marked] = ("", [], [])
+        for mine, theirs in zip(one[start:end], other[other_start:other_end], strict=True):
+            word = OTHER_MASK if mine != theirs else ""
+            if piece[1] and word != piece[0]:
+                yield piece
+                piece = (word, [], [])
+            piece = (word, [*piece[1], mine], [*piece[2], theirs])
+            if "\n" in str(tokenizer.decode([mine[0]])):
+                yield piece
+                piece = ("", [], [])
+        if piece[1]:
+            yield piece
+
+
+def _spans(
+    marked: Marked, tokenizer: PreTrainedTokenizerBase, control: Collection[int]
+) -> Iterator[str]:
+    for i, learned in marked:
+        yield _token(str(tokenizer.decode([i])), learned, i in control).removesuffix("<br>")
+
+
+def _line(word: str, left: str, right: str) -> str:
+    """A row of the table in `side_by_side`."""
+    colour = "background:#fff4d6;color:#000;" if word else ""
+    cell = f'<td style="{colour}text-align:left;vertical-align:top;line-height:2">'
+    middle = f'<td style="{colour}text-align:center">{f"≠ {word}" if word else ""}</td>'
+    return f"<tr>{cell}{left}</td>{middle}{cell}{right}</td></tr>"
 
 
 def _token(text: str, learned: bool, control: bool) -> str:

@@ -12,9 +12,14 @@ from sftlib.chat import (
     encode,
     encode_batch,
     end_of_turn_id,
+    marks_the_assistant,
+    random_conversation,
     render,
+    shown,
     training_template,
+    trl_templates,
 )
+from sftlib.data import validate
 
 import pytest
 import trl
@@ -813,3 +818,37 @@ def test_keys_without_a_value_change_nothing(tokenizer):
         assert encode(filled, tokenizer) == encode(MESSAGES, tokenizer)
     filled = [{"role": "", "content": ""} | dict.fromkeys(keys) | message for message in WITH_TOOLS]
     assert encode(filled, tokenizer, [TOOL]) == encode(WITH_TOOLS, tokenizer, [TOOL])
+
+
+# --- What templates show -------------------------------------------------------------------------
+
+ASKED = [
+    {"role": "system", "content": "rules"},
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer", "reasoning_content": "thoughts"},
+]
+
+
+def test_words_that_a_template_writes_are_found_in_their_order():
+    assert shown(CHATML, ASKED, ["answer", "thoughts", "rules"]) == ["answer", "rules"]
+    assert shown("{{ raise_exception('no') }}", ASKED, ["answer"]) is None
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    assert shown("{{ tools }}", ASKED, ["look_up"], tools) == ["look_up"]
+    assert shown("{{ bos_token }}", ASKED, ["<s>"]) == ["<s>"]
+
+
+def test_trl_brings_templates_and_versions_of_them_for_training():
+    library = trl_templates()
+    assert {"qwen3", "qwen3_training", "llama3"} <= set(library) and len(library) > 20
+    assert marks_the_assistant(library["qwen3_training"])
+    assert not marks_the_assistant(library["qwen3"])
+    found = {name: shown(template, ASKED[1:], ["answer"]) for name, template in library.items()}
+    assert found["qwen3"] == found["llama3"] == ["answer"]  # and none raises an error
+    assert sum(words == ["answer"] for words in found.values()) > len(found) * 3 / 4
+
+
+def test_random_conversations_are_sound_and_of_several_lengths():
+    rng = random.Random(0)
+    made = [random_conversation(rng) for _ in range(100)]
+    assert not any(validate(messages) for messages in made)
+    assert {len(messages) for messages in made} == set(range(2, 10))

@@ -371,6 +371,68 @@ def test_tokens_and_mask_must_match(tokenizer):
         viz.tokens([1, 2], [0], tokenizer)
 
 
+def columns(page):
+    """The rows of a table of two encodings: left text, word, right text."""
+    for row in re.findall(r"<tr><td.*?</tr>", page):
+        left, word, right = (
+            re.sub(r"<[^>]+>", "", cell).replace("&nbsp;", " ")
+            for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)
+        )
+        yield left, word, right
+
+
+def encoded(tokenizer, text, learned=0):
+    """Ids, and a mask that is 1 for the last tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids, [0] * (len(ids) - learned) + [1] * learned
+
+
+def test_two_encodings_stand_line_by_line_and_other_tokens_are_named(tokenizer):
+    pair = {
+        "A": encoded(tokenizer, "<|im_start|>user\nHi."),
+        "B": encoded(tokenizer, "<|im_start|>system\nHi."),
+    }
+    page = viz.side_by_side(pair, tokenizer).data
+    assert [*columns(page)] == [
+        ("&lt;|im_start|&gt;", "", "&lt;|im_start|&gt;"),
+        ("user", "≠ other tokens", "system"),
+        ("⏎", "", "⏎"),
+        ("Hi.", "", "Hi."),
+    ]
+    assert "1 in A alone, 1 in B alone; 0 in both with another mask" in page
+
+
+def test_the_same_tokens_with_another_mask_are_named_too(tokenizer):
+    pair = {"A": encoded(tokenizer, "Hi.", 1), "B": encoded(tokenizer, "Hi.", 0)}
+    count = len(pair["A"][0])
+    page = viz.side_by_side(pair, tokenizer).data
+    assert [*columns(page)][-1] == (".", "≠ other mask", ".")
+    assert f"{count} tokens in both; 0 in A alone" in page
+    assert "1 in both with another mask" in page
+    only = viz.side_by_side(pair, tokenizer, every=False).data
+    assert [word for _, word, _ in columns(only)] == ["≠ other mask"]
+
+
+def test_a_token_in_one_encoding_alone_has_nothing_beside_it(tokenizer):
+    pair = {"A": encoded(tokenizer, "Hi."), "B": encoded(tokenizer, "Hi.\n")}
+    page = viz.side_by_side(pair, tokenizer).data
+    assert [*columns(page)][-1] == ("", "≠ other tokens", "⏎")
+
+
+def test_names_in_two_encodings_are_escaped(tokenizer):
+    pair = {"<b>": encoded(tokenizer, "a"), "B": encoded(tokenizer, "a")}
+    assert "<b>" not in viz.side_by_side(pair, tokenizer).data
+
+
+def test_two_encodings_with_a_mask_each_are_needed(tokenizer):
+    one = encoded(tokenizer, "Hi.")
+    for pair in ({"A": one}, dict.fromkeys("ABC", one)):
+        with pytest.raises(ValueError, match=f"Expected two encodings, found {len(pair)}"):
+            viz.side_by_side(pair, tokenizer)
+    with pytest.raises(ValueError, match="B: expected one mask value per token"):
+        viz.side_by_side({"A": one, "B": (one[0], [1])}, tokenizer)
+
+
 def test_the_bins_of_a_histogram_reach_from_the_lowest_value_to_the_highest(monkeypatch):
     figures = []
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))

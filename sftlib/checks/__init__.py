@@ -20,6 +20,7 @@ from sftlib.checks.chatml import (
     broken_batches,
     check_bugs,
     check_mask,
+    check_pipeline,
     check_template,
 )
 from sftlib.checks.deepspeed import check_configs, check_stages, check_zero_memory
@@ -78,6 +79,7 @@ __all__ = [
     "check_modern_call",
     "check_parser",
     "check_rows",
+    "check_pipeline",
     "check_schedule",
     "check_stages",
     "check_template",

@@ -7,14 +7,16 @@ import itertools
 import random
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.exercise import exercise
-from sftlib.checks.functions import compare, reference, where_they_part
-from sftlib.checks.reading import mapping, sequence, text, unique
-from sftlib.checks.verdict import Verdict, right, wrong
+from sftlib.checks.functions import call, compare, current_seed, reference, where_they_part
+from sftlib.checks.held_out import beats
+from sftlib.checks.reading import described, mapping, sequence, text, unique, whole
+from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -325,3 +327,124 @@ def check_bugs(named: Any) -> Verdict:
     if missed:
         return wrong(f"{len(BUGS) - len(missed)} of 5. {missed[0]}: {hints[BUGS[missed[0]]]}")
     return right("All five. None of them would have raised an error.")
+
+
+# --- Repair a pipeline ---------------------------------------------------------------------------
+
+REPAIRED = 0.85  # the baseline: what a repaired pipeline beats, and none with a mistake left
+Example = tuple[tuple[int, ...], tuple[int, ...]]  # input_ids and labels
+
+
+@exercise(3, 4, "a pipeline without its three mistakes: `function(messages) -> row`")
+def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+    from sftlib.experiments.chat_runs import pool
+
+    if not callable(pipeline):
+        return wrong(f"Expected a function of messages, found {described(pipeline)}.")
+    conversations = [row["messages"] for row in pool()]
+    rows = tuple(
+        _example(pipeline, messages, number, len(tokenizer))
+        for number, messages in enumerate(conversations, 1)
+    )
+    score = _trained(rows, current_seed())
+    if score:
+        return right(score.message)
+    return wrong(f"{score.message} {_mistake(rows[0], conversations[0], tokenizer)}".strip())
+
+
+def _example(function: Any, messages: list[dict], number: int, size: int) -> Example:
+    """What a student's pipeline makes of a conversation.
+
+    Args:
+        number: of the conversation, from 1.
+        size: how many ids the model knows.
+
+    Raises:
+        CheckEnds: it is no row that can be trained on.
+    """
+    outcome = call(function, messages)
+    if outcome.error is not None:
+        error = f"{type(outcome.error).__name__}: {outcome.error}"
+        raise CheckEnds(
+            wrong(f"Your function fails on conversation {number}{outcome.line}: {error}")
+        )
+    if outcome.value is None:
+        raise CheckEnds(wrong("Your function returns None. Did you forget `return`?"))
+    where, row = f"Conversation {number}", outcome.value
+    names = ("input_ids", "labels")
+    if hasattr(row, "keys"):  # other columns, such as an attention mask, are not looked at
+        row = {name: row[name] for name in names if name in row.keys()}  # noqa: SIM118
+    found = mapping(row, names, where)
+    ids, labels = (
+        tuple(whole(item, f"{where}, {name}") for item in sequence(found[name], f"{where}, {name}"))
+        for name in names
+    )
+    if fault := _untrainable(ids, labels, size):
+        raise CheckEnds(wrong(f"{where}: {fault}"))
+    return ids, labels
+
+
+def _untrainable(ids: tuple[int, ...], labels: tuple[int, ...], size: int) -> str:
+    """Why a row cannot be trained on; empty if it can. See `_example`."""
+    if len(ids) != len(labels):
+        return f"expected one label per id ({len(ids)}), found {len(labels)}."
+    if odd := [i for i in ids if not 0 <= i < size]:
+        return f"expected ids from 0 to {size - 1}, found {odd[0]}."
+    for at, (i, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (i, IGNORED):
+            return (
+                f"expected the id {i} or {IGNORED} as the label at position {at}, found {label}. "
+                "A label is the id at its own position. The model shifts by itself."
+            )
+    if all(label == IGNORED for label in labels):
+        return f"every label is {IGNORED}, so nothing would be learned."
+    return ""
+
+
+@lru_cache(maxsize=16)
+def _trained(rows: tuple[Example, ...], seed: str) -> Verdict:
+    """The score of a model that is trained on the rows, as lesson 3 trains."""
+    from sftlib.experiments.chat_runs import SETTINGS
+    from sftlib.models import load
+    from sftlib.training import tune
+
+    model, tokenizer = load()
+    examples = [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in rows]
+    number = int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
+    settings: dict[str, Any] = SETTINGS | {"seed": number}
+    trainer = tune(model, tokenizer, examples, **settings)
+    return beats(trainer, baseline=REPAIRED)
+
+
+def _mistake(row: Example, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first mistake that is left in a row; empty if there is none."""
+    ids, labels = row
+    encoded = _encoded(tokenizer, messages)
+    expected, wanted = tuple(encoded["input_ids"]), encoded["labels"]
+    opened, end = (
+        next(i for i in expected if tokenizer.decode([i]) == name)
+        for name in ("<|im_start|>", "<|im_end|>")
+    )
+    if (headers := ids.count(opened)) > expected.count(opened):
+        return (
+            f"One mistake is in the text: it has {headers} headers, and the conversation has "
+            f"{len(messages)} messages. Decode the ids of one row and read them from the beginning."
+        )
+    if ids not in (expected, expected[:-1]):  # nobody needs the last line break
+        return (
+            "One mistake is in the text: it is not the text that the chat template writes for this "
+            "conversation. Compare both to the last character."
+        )
+    learned = [at for at, label in enumerate(wanted) if label != IGNORED]
+    graded = [at for at, label in enumerate(labels) if label != IGNORED]
+    if graded[0] < learned[0]:
+        return (
+            f"Tokens before the answer are graded: the first graded one is at {graded[0]}, the "
+            f"answer begins at {learned[0]}."
+        )
+    if graded[0] > learned[0]:
+        return "One mistake is at the beginning of the answer: which token is graded first?"
+    if labels[learned[-1]] != end:
+        return "One mistake is at the end of the answer: which token is graded last?"
+    missing = [at for at in learned if labels[at] == IGNORED]
+    return f"A token of the answer is not graded: position {missing[0]}." if missing else ""

@@ -1,9 +1,10 @@
 """Answers to the exercises of lesson 3."""
 
-from functools import cache
+from functools import cache, partial
 
 from sftlib import checks
-from sftlib.chat import LLAMA3
+from sftlib.chat import LLAMA3, encode, render
+from sftlib.experiments.chat_runs import broken
 from sftlib.models import read_tokenizer
 
 import numpy as np
@@ -226,4 +227,91 @@ BUGS = Attacks(
     untouched=[..., None, dict.fromkeys(NAMES, ...), NAMES | {"C": ...}, NAMES | {"D": None}],
 )
 
-ATTACKS = [TEMPLATE, MASK, BUGS]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+
+def sound(messages):
+    """As the lesson builds rows."""
+    encoded = encode(messages, tokenizer())
+    return {"input_ids": encoded["input_ids"], "labels": encoded["labels"]}
+
+
+def changed_row(change):
+    """A pipeline whose sound rows are changed by a function of ids and labels."""
+
+    def pipeline(messages):
+        row = sound(messages)
+        ids, labels = change(row["input_ids"], row["labels"])
+        return {"input_ids": ids, "labels": labels}
+
+    return pipeline
+
+
+def with_mistakes(mistakes):
+    """The broken pipeline of the exercise, of which some mistakes are repaired."""
+    return lambda messages: broken(messages, tokenizer(), mistakes)
+
+
+class Pipeline:
+    """A pipeline that is an object."""
+
+    def __call__(self, messages):
+        return sound(messages) | {"attention_mask": [1] * len(sound(messages)["input_ids"])}
+
+
+def by_hand(messages):
+    """Prompt and answer are tokenized apart."""
+    tokenize = partial(tokenizer(), add_special_tokens=False)
+    prompt = tokenize(render(messages[:-1], add_generation_prompt=True))["input_ids"]
+    answer = tokenize(messages[-1]["content"] + "<|im_end|>")["input_ids"]
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def shifted(ids, labels):
+    return ids, [*labels[1:], -100]
+
+
+PIPELINE = Attacks(
+    checks.check_pipeline,
+    right=[
+        sound,
+        Pipeline(),
+        by_hand,
+        with_mistakes(""),  # the line break after the answer is graded, too
+        changed_row(lambda ids, labels: (np.array(ids), torch.tensor(labels))),
+        changed_row(lambda ids, labels: (iter(ids), tuple(labels))),
+        partial(lambda more, messages: more | sound(messages), {"length": 3}),
+        lambda messages: pd.Series(sound(messages)),
+    ],
+    wrong=[
+        (with_mistakes("twice stripped endless"), "4 headers, and the conversation has 2 messages"),
+        (with_mistakes("twice"), "Decode the ids of one row"),
+        (with_mistakes("stripped"), "not the text that the chat template writes"),
+        (with_mistakes("endless"), "which token is graded last?"),
+        (
+            changed_row(lambda ids, labels: (ids, labels[:5] + ids[5:8] + [-100] * (len(ids) - 8))),
+            "Tokens before the answer are graded: the first graded one is at 5",
+        ),
+        (3, "Expected a function of messages, found 3"),
+        (
+            sound([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}]),
+            "Expected a function of messages, found dict",
+        ),
+        (lambda messages: None, "Did you forget `return`?"),
+        (lambda messages: messages[2], "fails on conversation 1"),
+        (lambda: {}, "fails on conversation 1"),
+        (lambda messages: tuple(sound(messages).values()), "keys input_ids, labels"),
+        (lambda messages: {"input_ids": sound(messages)["input_ids"]}, "missing: labels"),
+        (changed_row(lambda ids, labels: (ids, labels[:-1])), "expected one label per id"),
+        (changed_row(shifted), "The model shifts by itself"),
+        (changed_row(lambda ids, labels: (ids, [-100] * len(ids))), "nothing would be learned"),
+        (changed_row(lambda ids, labels: ([i + 0.5 for i in ids], labels)), "whole number"),
+        (changed_row(lambda ids, labels: ([9999] * len(ids), [9999] * len(ids))), "expected ids"),
+        (changed_row(lambda ids, labels: ("text", labels)), "found the text"),
+    ],
+    untouched=[..., None, lambda messages: ...],
+    arguments=lambda pipeline: (pipeline, tokenizer()),
+    trains=True,
+)
+
+ATTACKS = [TEMPLATE, MASK, BUGS, PIPELINE]
