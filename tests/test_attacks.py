@@ -28,7 +28,7 @@ def answers(kind: str) -> list:
         pytest.param(
             *(attacks, answer, seed),
             id="-".join(filter(None, (attacks.check.__name__, str(number), seed))),
-            marks=marks,
+            marks=(*marks, pytest.mark.integration) if attacks.trains else marks,
         )
         for attacks in ATTACKS
         for number, answer in enumerate(getattr(attacks, kind))

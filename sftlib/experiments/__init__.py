@@ -4,6 +4,7 @@
 |---|---|
 | `spread` | `over_seeds`: one setting with several seeds; `Spread`: what they gave |
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
+| `data_quality` | what flaws of the training data cost (lesson 2) |
 | `failures` | trainings that go wrong on purpose (lesson 8) |
 | `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |
 | `diagnosis` | `diagnose`: signs of trouble in a log |

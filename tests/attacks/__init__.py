@@ -26,6 +26,7 @@ class Attacks:
         wrong: wrong answers, each with words that the hint must have.
         untouched: answers that are open, wholly or in part.
         arguments: makes of an answer the arguments of the check.
+        trains: whether the check trains a model, which takes seconds.
     """
 
     check: Callable
@@ -33,6 +34,7 @@ class Attacks:
     wrong: list[tuple[Any, str]]
     untouched: list = field(default_factory=lambda: [...])
     arguments: Callable[[Any], tuple] = lambda answer: (answer,)
+    trains: bool = False
 
     def verdict(self, answer: Any, **options: Any) -> Any:
         """What the check says."""
