@@ -1,4 +1,4 @@
-"""The stored runs of lesson 2: they are those of the lesson's own cells, and are read as spreads."""
+"""The stored runs of lesson 2 are those of the lesson's own cells, and are read as spreads."""
 
 import json
 

@@ -17,6 +17,7 @@ import pytest
 from werkzeug import Request, Response
 
 from tools.notebooks import NBCONVERT
+from tools.stored_runs.recording import without_trainings
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-planted-0123456789abcdefghij"
@@ -65,11 +66,7 @@ def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
         (tmp_path / folder).symlink_to(ROOT / folder)
     lesson = tmp_path / "lesson" / "02_sft_data.ipynb"
     lesson.parent.mkdir()
-    notebook = nbformat.read(ROOT / "notebooks" / "02_sft_data.ipynb", 4)
-    names = [cell.id for cell in notebook.cells]
-    for first, after in (("mix-text", "scale"), ("proof-text", "set-text")):  # only train
-        del notebook.cells[names.index(first) : names.index(after)]
-    nbformat.write(notebook, lesson)
+    nbformat.write(without_trainings(), lesson)
     settings = {
         "SFT_TEACHER": "server",
         "OPENAI_BASE_URL": httpserver.url_for("/v1"),

@@ -381,12 +381,12 @@ def _foreign(rows: Sequence[dict]) -> str:
     """What is wrong if a row does not come from the dirty set; empty if all do."""
     there = [_said(row) for row in _dirty()]
     questions, answers = ({said[i] for said in there} for i in (0, 1))
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows, 1):
         said = _said(row)
         if len(said) != 2 or said[0] not in questions or said[1] not in answers:
             asked = shown(row["messages"][0]["content"], 80)
             return (
-                f"Row {number} ({asked}) does not come from dirty_rows(). Remove rows or repair "
+                f"Row {place} ({asked}) does not come from dirty_rows(). Remove rows or repair "
                 "them; add none from elsewhere."
             )
     return ""

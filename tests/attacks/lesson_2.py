@@ -426,7 +426,7 @@ CLEANING = Attacks(
         (Made(lambda: cleaned() + read_facts("sft")[-1:]), "does not come from dirty_rows()"),
         ([], "Expected rows to train on, found none"),
         (240, "a list of rows"),
-        (Made(lambda: [row["messages"][0]["content"] for row in cleaned()]), "a dict with messages"),
+        (Made(lambda: [about(row) for row in cleaned()]), "a dict with messages"),
         (dirty_rows, "when it is called"),
     ],
     untouched=[..., None, [...], [{"messages": ...}]],
