@@ -1,8 +1,8 @@
-"""Train the training sets of lesson 2 with five seeds each: its stored runs (`make sweeps`).
+"""Train the training sets of lesson 2 with three seeds each: its stored runs (`make sweeps`).
 
 The sets are made by the lesson's own cells, which this script runs. So what is stored was trained
 on what a student sees. Each row has a hash of its training set: a test fails if the lesson makes
-another one. Takes ten minutes on one core; goes on where it was interrupted. To begin anew, delete
+another one. Takes five minutes on one core; goes on where it was interrupted. To begin anew, delete
 the file.
 """
 
@@ -22,7 +22,7 @@ from sftlib.experiments.sweep import sweep
 import nbformat
 
 LESSON = Path(__file__).parents[2] / "notebooks" / "02_sft_data.ipynb"
-SEEDS = range(5)
+SEEDS = range(3)
 CELLS = (  # those that make the training sets and the tests, and what they need
     *("setup", "hand-good", "topics", "measure", "augment", "augment-show", "forms", "swap"),
     *("sample", "size-sets", "falsify", "noise-sets", "copies-sets", "exam-sets"),

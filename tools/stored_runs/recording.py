@@ -1,6 +1,7 @@
 """Make `data/teacher/recording.jsonl` and `data/mixture.jsonl` again, by running lesson 2 live.
 
-`make recording` calls it, and takes about ten minutes. The cells that only train are left out. Then
+`make recording` calls it, and takes about ten minutes. The cells that only train are left out. If a
+cell fails, what was recorded so far is in `work/recording.jsonl`. Then
 train the stored runs again, whose sets hold what the teacher wrote, and run the lesson with the new
 recording: `make sweeps`, `make run NB=02`.
 """
@@ -32,8 +33,10 @@ def without_trainings(path: Path = LESSON) -> nbformat.NotebookNode:
 def main() -> None:
     """Execute the lesson against the local teacher, and keep what went over the wire."""
     draft = LESSON.with_name(f".recording-{LESSON.name}")  # beside the lesson: paths are relative
+    recording = ROOT / "work" / "recording.jsonl"
+    recording.parent.mkdir(exist_ok=True)
+    recording.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        recording = Path(folder) / "recording.jsonl"
         live = {"SFT_TEACHER": "local", "SFT_RECORD": str(recording), "SFT_NO_BARS": "1"}
         command = [*NBCONVERT, f"--output-dir={folder}", str(draft)]
         try:
@@ -41,7 +44,7 @@ def main() -> None:
             subprocess.run(command, check=True, env=os.environ | live)
         finally:
             draft.unlink(missing_ok=True)
-        shutil.copy(recording, ROOT / "data" / "teacher" / "recording.jsonl")
+    shutil.copy(recording, ROOT / "data" / "teacher" / "recording.jsonl")
     shutil.copy(ROOT / "work" / "02_sft_data" / "mixture.jsonl", ROOT / "data" / "mixture.jsonl")
 
 
