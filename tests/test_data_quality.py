@@ -1,6 +1,7 @@
 """The stored runs of lesson 2 are those of the lesson's own cells, and are read as spreads."""
 
 import json
+import warnings
 
 from sftlib.data import read_jsonl
 from sftlib.experiments.data_quality import RUNS, stored_scores
@@ -39,7 +40,9 @@ def test_no_training_set_of_the_lesson_leaks_but_those_that_should(lesson):
     for experiment, sets in data_quality.training_sets(lesson, 0).items():
         tests = [row for rows in data_quality.tests(lesson)[experiment].values() for row in rows]
         for data, rows in sets.items():
-            leaks = len(decontaminate(rows, tests)[1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # many leaks: eight pages are a third of the rows
+                leaks = len(decontaminate(rows, tests)[1])
             pages = int(data) if experiment == "with_leaks" else 0
             assert leaks == 20 * pages, (experiment, data)
 

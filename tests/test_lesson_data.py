@@ -85,7 +85,7 @@ def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     notebook = nbformat.read(tmp_path / "out" / "02_sft_data.ipynb", 4)
     assert any(cell.get("outputs") for cell in notebook.cells)
-    assert {"02_sft_data.ipynb", "mixture.jsonl", "with the fact.raw.jsonl"} <= {
+    assert {"02_sft_data.ipynb", "mixture.jsonl", "with the fact 0.raw.jsonl"} <= {
         path.name for path in written
     }
     for path in written:
