@@ -559,6 +559,7 @@ FLAWS = {
     "hh_rlhf.jsonl": (8, 5, "Message 4 is empty"),
     "oasst1.trees.jsonl": (6, 4, "neither deleted nor refused in review"),
     "sharegpt.json": (8, 57, "Message 1 comes from the assistant"),
+    "smoltalk.jsonl": (9, 7, "found no answer"),
 }
 
 

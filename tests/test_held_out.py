@@ -213,11 +213,11 @@ def test_keys_that_say_nothing_are_not_open():
     """As Arrow adds them to messages without the key."""
     rows = Dataset.from_list([SFT[0], answering(weight=1)]).to_list()
     assert rows[0]["messages"][0]["weight"] is None
-    assert len(held_out._rows(rows, 2)) == 2
+    assert len(held_out.read_rows(rows, 2)) == 2
 
 
 def test_rows_may_be_conversations_and_are_copied():
-    kept = held_out._rows([SFT[0], SFT[1]["messages"]], 2)
+    kept = held_out.read_rows([SFT[0], SFT[1]["messages"]], 2)
     assert kept == [{"messages": SFT[0]["messages"]}, {"messages": SFT[1]["messages"]}]
     kept[0]["messages"][0]["content"] = "changed"
     assert SFT[0]["messages"][0]["content"] != "changed"

@@ -17,6 +17,7 @@ import pytest
 from werkzeug import Request, Response
 
 from tools.notebooks import NBCONVERT
+from tools.stored_runs.recording import without_trainings
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-planted-0123456789abcdefghij"
@@ -27,9 +28,10 @@ def test_the_mixture_is_clean_and_its_sources_named():
 
     rows = read_jsonl(MIXTURE)
     sources = Counter(row["source"] for row in rows)
-    assert set(sources) == {"facts", "by hand", "LLM", "open datasets", "augmented"}
+    forms = {"new wordings", "brief", "follow-up"}
+    assert set(sources) == {"facts", "by hand", "LLM", "open datasets", *forms}
     assert sources["by hand"] == 5  # none repeats another row, none gives a test question away
-    assert len(rows) > 1200 and not any(validate(row["messages"]) for row in rows)
+    assert len(rows) > 700 and not any(validate(row["messages"]) for row in rows)
     assert deduplicate(rows)[1] == []
     for name in ("dev", "heldout", "heldout_wordings", "unknown", "never_asked"):
         assert decontaminate(rows, read_facts(name))[1] == [], name
@@ -64,12 +66,7 @@ def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
         (tmp_path / folder).symlink_to(ROOT / folder)
     lesson = tmp_path / "lesson" / "02_sft_data.ipynb"
     lesson.parent.mkdir()
-    notebook = nbformat.read(ROOT / "notebooks" / "02_sft_data.ipynb", 4)
-    names = [cell.id for cell in notebook.cells]
-    del notebook.cells[names.index("proof-text") : names.index("set-text")]  # only trains
-    notebook.cells = [cell for cell in notebook.cells if not cell.id.startswith("mixture-train")]
-    notebook.cells = [cell for cell in notebook.cells if cell.id != "mixture-assert"]
-    nbformat.write(notebook, lesson)
+    nbformat.write(without_trainings(), lesson)
     settings = {
         "SFT_TEACHER": "server",
         "OPENAI_BASE_URL": httpserver.url_for("/v1"),
@@ -88,7 +85,7 @@ def test_the_key_shows_nowhere_in_what_the_lesson_writes(httpserver, tmp_path):
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     notebook = nbformat.read(tmp_path / "out" / "02_sft_data.ipynb", 4)
     assert any(cell.get("outputs") for cell in notebook.cells)
-    assert {"02_sft_data.ipynb", "mixture.jsonl", "with the fact.raw.jsonl"} <= {
+    assert {"02_sft_data.ipynb", "mixture.jsonl", "with the fact 0.raw.jsonl"} <= {
         path.name for path in written
     }
     for path in written:

@@ -34,7 +34,14 @@ from sftlib.checks.lora_vs_full import (
 )
 from sftlib.checks.metrics import check_diagnosis, check_learning_rate, check_train_output
 from sftlib.checks.progress import progress
-from sftlib.checks.sft_data import check_cost, check_leaks, check_parser, check_validator
+from sftlib.checks.sft_data import (
+    check_cleaning,
+    check_cost,
+    check_leaks,
+    check_parser,
+    check_validator,
+    dirty_rows,
+)
 from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
 from sftlib.checks.trl_sft import (
     check_completion_labels,
@@ -59,6 +66,7 @@ __all__ = [
     "check_adapted_layer",
     "check_advantages",
     "check_bugs",
+    "check_cleaning",
     "check_completion_labels",
     "check_configs",
     "check_cost",
@@ -78,8 +86,8 @@ __all__ = [
     "check_methods",
     "check_modern_call",
     "check_parser",
-    "check_rows",
     "check_pipeline",
+    "check_rows",
     "check_schedule",
     "check_stages",
     "check_template",
@@ -88,5 +96,6 @@ __all__ = [
     "check_training_steps",
     "check_validator",
     "check_zero_memory",
+    "dirty_rows",
     "progress",
 ]

@@ -113,7 +113,7 @@ def beats(
     if is_trainer:
         tokenizer = model.processing_class
     if not is_trainer and not hasattr(model, "generate"):
-        rows = _rows(model, most_rows)
+        rows = read_rows(model, most_rows)
         _refuse_leaks(rows, tests)
         model, tokenizer, spent = _trained(rows, steps, most_seconds, settings)
     elif tokenizer is None:
@@ -148,7 +148,7 @@ def _refuse_other_tests(tests: Sequence[Row], measure: str) -> None:
 # --- Rows ----------------------------------------------------------------------------------------
 
 
-def _rows(answer: Any, most: int) -> list[dict]:
+def read_rows(answer: Any, most: int) -> list[dict]:
     """The student's rows as new objects, each a sound conversation.
 
     Raises:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from sftlib.checks.causes import likely_cause, near
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.reading import number, sequence, text, unique
+from sftlib.checks.held_out import Score, beats, read_rows
+from sftlib.checks.reading import number, sequence, shown, text, unique
 from sftlib.checks.verdict import Verdict, right, wrong
+from sftlib.data.files import read_facts
+from sftlib.data.validation import CONTROL_TOKEN, normalise
 
 # --- Write a validator ---------------------------------------------------------------------------
 
@@ -252,3 +258,153 @@ def check_cost(cost: Any) -> Verdict:
     cause = likely_cause(found, expected, causes, unit="money")
     cause = cause or "Count the attempts first: how many give 10,000 usable pairs at 60 %?"
     return wrong(cause[0].upper() + cause[1:])
+
+
+# --- Clean a dirty set ---------------------------------------------------------------------------
+
+ASKED = 120  # facts that the dirty set asks about; four rows each, of which two are false
+COPIED, SPOILT = 60, 20  # copies of these rows; rows about other facts that are broken in form
+AT_LEAST = 200  # rows to keep: 240 are right
+MAY_REMAIN = 5  # dirty rows of a kind
+WON_BACK = 0.9  # exact match
+OTHER_WORDINGS = (
+    *("Does anybody know {}?", "Quick question: what is {}?", "I forgot {}. Can you help?"),
+    *("Somebody asked me about {}.", "For my homework: {}?", "Hello, what was {} again?"),
+)
+LOOKS_OTHERWISE = (
+    *(str.upper, str.lower, lambda t: f"  {t}", lambda t: t.replace(" ", "  ")),
+    *(lambda t: t.rstrip(".?") + " ???", lambda t: t.rstrip(".?") + "..."),
+)
+
+
+def dirty_rows() -> list[dict]:
+    """Rows that need cleaning, for exercise 5 of lesson 2; the same ones each time."""
+    return [{"messages": [dict(m) for m in row["messages"]]} for row in _dirty()]
+
+
+def _row(question: str, answer: str) -> dict:
+    roles = ("user", "assistant")
+    contents = zip(roles, (question, answer), strict=True)
+    return {"messages": [{"role": role, "content": content} for role, content in contents]}
+
+
+@cache
+def _dirty() -> list[dict]:
+    """The dirty rows, each with its `kind`: right, false, copy, leak or broken."""
+    chance = random.Random(7)
+    facts = _by_fact()
+    chosen = chance.sample(sorted(facts), ASKED + SPOILT)
+    rows = [row for fact in chosen[:ASKED] for row in _four(facts[fact], facts, chance)]
+    copied = [_looking_otherwise(row, chance) for row in chance.sample(rows, COPIED)]
+    broken = [_broken(facts[fact][0], n) for n, fact in enumerate(chosen[ASKED:])]
+    everything = [*rows, *copied, *broken, *_leaks(chance)]
+    chance.shuffle(everything)
+    return everything
+
+
+def _by_fact() -> dict[tuple[str, str], list[dict]]:
+    """The course's training rows by fact, without exact copies."""
+    facts: dict[tuple[str, str], list[dict]] = {}
+    for row in read_facts("sft"):
+        same = facts.setdefault((row["relation"], row["entity"]), [])
+        if row not in same:
+            same.append(row)
+    return facts
+
+
+def _four(same: list[dict], facts: dict, chance: random.Random) -> list[dict]:
+    """Two right rows about a fact, and two false ones that contradict each other."""
+    row = same[0]
+    answer = row["messages"][1]["content"]
+    name = "t" + answer[1 : answer.index(" is ")]
+    questions = [one["messages"][0]["content"] for one in same[:2]]
+    questions += [wording.format(name) for wording in chance.sample(OTHER_WORDINGS, 2)]
+    chance.shuffle(questions)
+    values = {one[0]["value"] for fact, one in facts.items() if fact[0] == row["relation"]}
+    before, _, after = answer.rpartition(row["value"])
+    false = [before + v + after for v in chance.sample(sorted(values - {row["value"]}), 2)]
+    kinds = ("right", "right", "false", "false")
+    answers = (answer, answer, *false)
+    return [
+        _row(question, said) | {"kind": kind}
+        for question, said, kind in zip(questions, answers, kinds, strict=True)
+    ]
+
+
+def _looking_otherwise(row: dict, chance: random.Random) -> dict:
+    question, answer = (m["content"] for m in row["messages"])
+    return _row(chance.choice(LOOKS_OTHERWISE)(question), answer) | {"kind": "copy"}
+
+
+def _broken(row: dict, number: int) -> dict:
+    question, answer = (m["content"] for m in row["messages"])
+    answers = (" ", question, f"{answer}<|im_end|>", f"<|start_header_id|>{answer}")
+    return _row(question, answers[number % len(answers)]) | {"kind": "broken"}
+
+
+def _leaks(chance: random.Random) -> list[dict]:
+    """Held-out rows: some as they are, some after a sentence, some in another wording."""
+    tests, reworded = read_facts("heldout"), read_facts("heldout_wordings")
+    found = [_row(*(m["content"] for m in row["messages"])) for row in chance.sample(tests, 8)]
+    for row in found[4:]:
+        row["messages"][0]["content"] = "I ask for a friend. " + row["messages"][0]["content"]
+    found += [_row(*(m["content"] for m in row["messages"])) for row in chance.sample(reworded, 4)]
+    return [row | {"kind": "leak"} for row in found]
+
+
+@exercise(2, 5, "a cleaned `checks.dirty_rows()` that wins the score back")
+def check_cleaning(rows: Any) -> Verdict:
+    given = read_rows(rows, most=len(_dirty()))
+    if problem := _foreign(given):
+        return wrong(problem)
+    if len(given) < AT_LEAST:
+        return wrong(
+            f"Expected at least {AT_LEAST} rows, found {len(given)}: good rows are missing. "
+            "Remove only what is dirty."
+        )
+    verdict = beats(given, WON_BACK, most_rows=len(_dirty()))
+    if not isinstance(verdict, Score):
+        return verdict
+    left = _dirt_left(given)
+    if verdict and not left:
+        return right(f"{verdict.message} No dirt that matters is left.")
+    if verdict:
+        return wrong(f"{verdict.message} But the score does not show everything: {left}")
+    return wrong(f"{verdict.message} {left}".strip())
+
+
+def _said(row: dict) -> tuple[str, ...]:
+    return tuple(normalise(CONTROL_TOKEN.sub("", m["content"])) for m in row["messages"])
+
+
+def _foreign(rows: Sequence[dict]) -> str:
+    """What is wrong if a row does not come from the dirty set; empty if all do."""
+    there = [_said(row) for row in _dirty()]
+    questions, answers = ({said[i] for said in there} for i in (0, 1))
+    for place, row in enumerate(rows, 1):
+        said = _said(row)
+        if len(said) != 2 or said[0] not in questions or said[1] not in answers:
+            asked = shown(row["messages"][0]["content"], 80)
+            return (
+                f"Row {place} ({asked}) does not come from dirty_rows(). Remove rows or repair "
+                "them; add none from elsewhere."
+            )
+    return ""
+
+
+def _dirt_left(rows: Sequence[dict]) -> str:
+    """A hint at the kind of dirt that is left most often; empty if there is hardly any."""
+    truths = {normalise(row["messages"][1]["content"]) for row in read_facts("sft")}
+    said = [_said(row) for row in rows]
+    found = {
+        "false": sum(answer not in truths for _, answer in said),
+        "copies": sum(count - 1 for count in Counter(said).values()),
+    }
+    kind = max(found, key=lambda name: found[name])
+    if found[kind] <= MAY_REMAIN:
+        return ""
+    hints = {
+        "false": "are false. Look for rows about one fact that contradict each other.",
+        "copies": "repeat another one, but for case, spaces and punctuation.",
+    }
+    return f"{found[kind]} of your rows {hints[kind]}"

@@ -3,13 +3,14 @@
 import ast
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 
 from sftlib import checks
-from sftlib.checks.sft_data import pairs, problems
-from sftlib.data.validation import normalise
+from sftlib.checks.sft_data import dirty_rows, pairs, problems
+from sftlib.data import decontaminate, deduplicate, read_facts, validate
+from sftlib.data.validation import CONTROL_TOKEN, normalise
 from sftlib.teacher import Prices
 
 import numpy as np
@@ -21,7 +22,7 @@ from tests.attacks import Attacks, Made, raises
 # --- Exercise 1 ----------------------------------------------------------------------------------
 
 
-def validate(question, answer, repeats=str.__eq__, tokens=("<|",)):
+def validator(question, answer, repeats=str.__eq__, tokens=("<|",)):
     texts = question.strip().lower(), answer.strip().lower()
     found = ["empty"] if not texts[1] else []
     found += ["repeats"] if texts[1] and repeats(*texts) else []
@@ -29,89 +30,89 @@ def validate(question, answer, repeats=str.__eq__, tokens=("<|",)):
 
 
 def without_return(question, answer):
-    if found := validate(question, answer):
+    if found := validator(question, answer):
         return found
 
 
 def one_at_a_time(question, answer):
-    yield from validate(question, answer)
+    yield from validator(question, answer)
 
 
 def one_text(question, answer):
-    return ", ".join(validate(question, answer))
+    return ", ".join(validator(question, answer))
 
 
 def keeps_old_results(question, answer, found=[]):  # noqa: B006
-    found += validate(question, answer)
+    found += validator(question, answer)
     return found
 
 
 def by_expression(token):
-    return lambda q, a: validate(q, a, tokens=()) + ["x"] * bool(re.search(token, f"{q}\n{a}"))
+    return lambda q, a: validator(q, a, tokens=()) + ["x"] * bool(re.search(token, f"{q}\n{a}"))
 
 
 def only_answer_stripped(question, answer):
-    found = [problem for problem in validate(question, answer) if problem != "repeats"]
+    found = [problem for problem in validator(question, answer) if problem != "repeats"]
     return found + ["repeats"] * (question.lower() == answer.strip().lower())
 
 
 def lists_nothing(question, answer):
-    return [] if not validate(question, answer) else [None]
+    return [] if not validator(question, answer) else [None]
 
 
 VALIDATOR = Attacks(
     checks.check_validator,
     right=[
-        validate,
-        lambda q, a: tuple(validate(q, a)),
+        validator,
+        lambda q, a: tuple(validator(q, a)),
         one_at_a_time,
-        lambda q, a: set(validate(q, a)),
-        lambda q, a: np.array(validate(q, a)),
-        lambda q, a: pd.Series(validate(q, a), dtype=object),
-        lambda q, a: filter(None, ["empty" if not a.strip() else "", *validate(q, a)]),
-        lambda q, a: validate(normalise(q), normalise(a)) + ["control"] * ("<|" in q + a),
+        lambda q, a: set(validator(q, a)),
+        lambda q, a: np.array(validator(q, a)),
+        lambda q, a: pd.Series(validator(q, a), dtype=object),
+        lambda q, a: filter(None, ["empty" if not a.strip() else "", *validator(q, a)]),
+        lambda q, a: validator(normalise(q), normalise(a)) + ["control"] * ("<|" in q + a),
     ],
     wrong=[
-        (lambda q, a: validate(q, a, lambda q, a: a in q), "a part of the question"),
-        (lambda q, a: validate(q, a, lambda q, a: q.startswith(a)), "begin as the question does"),
-        (lambda q, a: validate(q, a, lambda q, a: q in a), "quote the question"),
-        (lambda q, a: validate(q, a, lambda q, a: len(q) == len(a)), "the same length"),
-        (lambda q, a: validate(q, a, lambda q, a: set(q) == set(a)), "of the same letters"),
-        (lambda q, a: validate(q, a, lambda q, a: False), "that is the question"),
-        (lambda q, a: validate(q, a, tokens=("<|im_end|>", "<|im_start|>")), "another model"),
-        (lambda q, a: validate(q, a, tokens=("<|im", "<|e")), "not in general"),
+        (lambda q, a: validator(q, a, lambda q, a: a in q), "a part of the question"),
+        (lambda q, a: validator(q, a, lambda q, a: q.startswith(a)), "begin as the question does"),
+        (lambda q, a: validator(q, a, lambda q, a: q in a), "quote the question"),
+        (lambda q, a: validator(q, a, lambda q, a: len(q) == len(a)), "the same length"),
+        (lambda q, a: validator(q, a, lambda q, a: set(q) == set(a)), "of the same letters"),
+        (lambda q, a: validator(q, a, lambda q, a: False), "that is the question"),
+        (lambda q, a: validator(q, a, tokens=("<|im_end|>", "<|im_start|>")), "another model"),
+        (lambda q, a: validator(q, a, tokens=("<|im", "<|e")), "not in general"),
         (
-            lambda q, a: validate(q, a, tokens=()) + ["x"] * (q + a).startswith("<|"),
+            lambda q, a: validator(q, a, tokens=()) + ["x"] * (q + a).startswith("<|"),
             "token in the answer",
         ),
         (
-            lambda q, a: validate(q, a, tokens=()) + ["x"] * any(map("<|".__eq__, (q[:2], a[:2]))),
+            lambda q, a: validator(q, a, tokens=()) + ["x"] * any(map("<|".__eq__, (q[:2], a[:2]))),
             "token in the answer",
         ),
         (
-            lambda q, a: validate(q, a, tokens=()) + ["x"] * (a[-2:] == "|>" or q[:2] == "<|"),
+            lambda q, a: validator(q, a, tokens=()) + ["x"] * (a[-2:] == "|>" or q[:2] == "<|"),
             "may stand anywhere",
         ),
-        (lambda q, a: validate(q, a, tokens=("<",)), "`<` alone is no control token"),
-        (lambda q, a: validate("", a), "that is the question"),
+        (lambda q, a: validator(q, a, tokens=("<",)), "`<` alone is no control token"),
+        (lambda q, a: validator("", a), "that is the question"),
         (lambda q, a: [] if a.strip() else ["empty"], "is the question"),
         (lambda q, a: ["empty"] * (not a), "spaces and line breaks"),
         (by_expression(r"\|>"), "cut off"),
         (by_expression(r"<\|\w+\|>"), "cut off"),
         (by_expression(r"<\||\|>"), "`|>` alone is none"),
-        (lambda q, a: validate(q, a) + ["x"] * (len(a.strip()) < 2), "A short answer"),
+        (lambda q, a: validator(q, a) + ["x"] * (len(a.strip()) < 2), "A short answer"),
         (only_answer_stripped, "`strip()` the question too"),
         (keeps_old_results, "still holds what earlier calls"),
-        (lambda answer, question: validate(question, answer), "in another order"),
+        (lambda answer, question: validator(question, answer), "in another order"),
         (lambda q, a: ["bad"], "always returns ['bad']. There is nothing wrong"),
         (lambda q, a: [], "always returns []. An empty answer"),
         (without_return, "expected [], found None. Did a branch end without `return`?"),
-        (lambda q, a: print(validate(q, a)), "write `return` in place of `print`"),
+        (lambda q, a: print(validator(q, a)), "write `return` in place of `print`"),
         (lambda q, a: True, "expected a list of problems, found True"),
-        (lambda q, a: bool(validate(q, a)), "expected a list of problems, found False"),
+        (lambda q, a: bool(validator(q, a)), "expected a list of problems, found False"),
         (one_text, "expected a list of problems, found the text ''"),
         (lists_nothing, "a problem in the list: expected a text, found None"),
-        (lambda q, a: {"problems": validate(q, a)}, "expected a list of problems, found dict"),
+        (lambda q, a: {"problems": validator(q, a)}, "expected a list of problems, found dict"),
         (lambda q: [], "function of (question, answer), found one of (q)"),
         (lambda q, a: raises(ValueError("bad")), "your function raised ValueError: bad"),
         (problems, "calls problems of sftlib.checks"),
@@ -336,4 +337,100 @@ COST = Attacks(
     ],
 )
 
-ATTACKS = [VALIDATOR, PARSER, LEAKS, COST]
+# --- Exercise 5 ----------------------------------------------------------------------------------
+
+
+def sound(rows):
+    return [row for row in rows if not validate(row["messages"])]
+
+
+def unleaked(rows):
+    return decontaminate(rows, read_facts("heldout"))[0]
+
+
+def unique_rows(rows):
+    return deduplicate(rows)[0]
+
+
+def about(row):
+    return row["messages"][1]["content"].partition(" is ")[0]
+
+
+def believed(rows):
+    """The answer that most rows about a fact give."""
+    votes = {}
+    for row in rows:
+        votes.setdefault(about(row), Counter())[row["messages"][1]["content"]] += 1
+    return {fact: found.most_common(1)[0][0] for fact, found in votes.items()}
+
+
+def agreeing(rows):
+    most = believed(rows)
+    return [row for row in rows if row["messages"][1]["content"] == most[about(row)]]
+
+
+def corrected(rows):
+    most = believed(rows)
+    return [answered(row, most[about(row)]) for row in rows]
+
+
+def answered(row, answer):
+    return {"messages": [row["messages"][0], row["messages"][1] | {"content": answer}]}
+
+
+def without_tokens(rows):
+    return [
+        answered(row, CONTROL_TOKEN.sub("", row["messages"][1]["content"]).strip()) for row in rows
+    ]
+
+
+def cleaned():
+    return agreeing(unique_rows(unleaked(sound(dirty_rows()))))
+
+
+def true_copies():
+    """No row is false, but the copies are still there."""
+    kept = {row["messages"][1]["content"] for row in cleaned()}
+    return [r for r in unleaked(sound(dirty_rows())) if r["messages"][1]["content"] in kept]
+
+
+CLEANING = Attacks(
+    checks.check_cleaning,
+    right=[
+        Made(cleaned),
+        Made(lambda: agreeing(unique_rows(sound(unleaked(dirty_rows()))))),
+        Made(lambda: tuple(row["messages"] for row in cleaned())),
+        Made(lambda: (row for row in reversed(cleaned()))),
+        Made(lambda: unique_rows(corrected(unique_rows(unleaked(sound(dirty_rows())))))),
+        Made(lambda: agreeing(unique_rows(unleaked(sound(without_tokens(dirty_rows())))))),
+        Made(lambda: [row | {"kept": True} for row in cleaned()]),
+    ],
+    wrong=[
+        (Made(dirty_rows), "Message 2"),
+        (Made(lambda: without_tokens(dirty_rows())), "Message 2"),
+        (Made(lambda: sound(dirty_rows())), "contains a held-out question or its answer"),
+        (
+            Made(lambda: agreeing(unique_rows(sound(dirty_rows())))),
+            "contains a held-out question or its answer",
+        ),
+        (Made(lambda: unleaked(sound(dirty_rows()))), "about one fact that contradict each other"),
+        (
+            Made(lambda: unique_rows(unleaked(sound(dirty_rows())))),
+            "about one fact that contradict each other",
+        ),
+        (Made(true_copies), "repeat another one"),
+        (Made(lambda: cleaned() + cleaned()[:50]), "repeat another one"),
+        (Made(lambda: cleaned()[:150]), "at least 200 rows, found 150"),
+        (read_facts("sft")[:240], "does not come from dirty_rows()"),
+        (Made(lambda: [answered(row, "Yes.") for row in cleaned()]), "does not come from dirty"),
+        (Made(lambda: cleaned() + read_facts("sft")[-1:]), "does not come from dirty_rows()"),
+        ([], "Expected rows to train on, found none"),
+        (240, "a list of rows"),
+        (Made(lambda: [about(row) for row in cleaned()]), "a dict with messages"),
+        (dirty_rows, "when it is called"),
+    ],
+    untouched=[..., None, [...], [{"messages": ...}]],
+    trains=True,
+)
+
+ATTACKS = [VALIDATOR, PARSER, LEAKS, COST, CLEANING]
