@@ -4,12 +4,9 @@
 |---|---|
 | `spread` | `over_seeds`: one setting with several seeds; `Spread`: what they gave |
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
-<<<<<<< HEAD
 | `new_facts` | facts that the base has never read, taught by SFT (lesson 1) |
 | `chat_runs` | trainings with other masks, graded turns, system messages and packing (lesson 3) |
-=======
 | `data_quality` | what flaws of the training data cost (lesson 2) |
->>>>>>> l2
 | `failures` | trainings that go wrong on purpose (lesson 8) |
 | `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |
 | `diagnosis` | `diagnose`: signs of trouble in a log |
