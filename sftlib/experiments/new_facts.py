@@ -142,8 +142,8 @@ def teach_and_measure(run: Teaching) -> dict[str, float]:
         "others": reworded(others, unseen, 2, run.seed),
     }
     model, tokenizer = load()
-    settings = {"per_device_train_batch_size": BATCH, "seed": run.seed}
-    trainer = tune(model, tokenizer, examples[:EXAMPLES] + rows, **settings)
+    rows = examples[:EXAMPLES] + rows
+    trainer = tune(model, tokenizer, rows, per_device_train_batch_size=BATCH, seed=run.seed)
     given = {
         name: answers(model, tokenizer, [row["messages"][:1] for row in asked])
         for name, asked in tests.items()
