@@ -128,15 +128,34 @@ def course(tmp_path: Path) -> Path:
 def test_the_table_names_title_promise_and_measured_minutes(course: Path):
     link = "[Sums](notebooks/01_sums.ipynb)"
     row = f"| 1 | {link} | You will have added. |"
-    assert f"{row} not measured |" in readme_table.table(course)
+    assert f"{row} not measured |  |  |" in readme_table.table(course)
     (course / "data").mkdir()
     lessons = {"01_sums": {"sections": {"Set-up": 3.2}, "slowest": {"cell": "a", "seconds": 7.4}}}
     measured = {"machine": "two busy cores", "seconds": {"01_sums": 90}, "lessons": lessons}
     (course / "data/benchmarks.json").write_text(json.dumps(measured))
-    assert f"{row} 1.5 | 7 s |" in readme_table.table(course)
+    (course / "instructor").mkdir()
+    (course / "instructor/01_sums.md").write_text("a plan\n\n**In all: 104 minutes**; short")
+    assert f"{row} 1.5 |  | 104 |" in readme_table.table(course)
     assert "two busy cores; 2 in all" in readme_table.table(course)
     assert "| 1 | Set-up | 3 |" in readme_table.sections(course)
     assert "\n1. [Sums](01_sums.md)\n" in readme_table.pages(course)
+
+
+@pytest.mark.parametrize(
+    ("takes", "minutes"),
+    [
+        ("about two minutes of computing, and 50 minutes of reading and thinking.", "50"),
+        ("a minute of computing. Reading and predicting take about 100 minutes.", "100"),
+        ("a minute of computing, no GPU; an hour of reading and planning.", "60"),
+        ("a minute of computing; half an hour of reading.", "30"),
+        ("a minute of computing; three quarters of an hour of reading.", "45"),
+        ("ten minutes of computing.", ""),
+    ],
+)
+def test_minutes_of_reading_are_those_that_the_lesson_names(tmp_path: Path, takes, minutes):
+    first = {"cells": [{"source": [f"# Lesson 1: Sums\n\n**Takes** {takes}"]}]}
+    (tmp_path / "01_sums.ipynb").write_text(json.dumps(first))
+    assert readme_table.reading(tmp_path / "01_sums.ipynb") == minutes
 
 
 def test_the_table_replaces_only_what_lies_between_its_marks(course: Path):

@@ -30,6 +30,29 @@ def opening(notebook: Path) -> tuple[str, str, str]:
     return title[1], title[2].strip(), promise[1].strip()
 
 
+READING = re.compile(
+    r"(?P<some>half an hour|three quarters of an hour|an hour|\d+ minutes) of reading"
+    r"|[Rr]eading[\w ]* (?P<take>\d+ minutes)"
+)
+HOURS = {"half an hour": "30", "three quarters of an hour": "45", "an hour": "60"}
+
+
+def reading(notebook: Path) -> str:
+    """The minutes of reading that a lesson's first cell names; empty if it names none."""
+    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    found = READING.search(first)
+    said = (found["some"] or found["take"]) if found else ""
+    return HOURS.get(said, said.removesuffix(" minutes"))
+
+
+def in_class(notebook: Path) -> str:
+    """The minutes that the instructor's page plans; empty if there is no such page."""
+    page = notebook.parent.parent / "instructor" / f"{notebook.stem}.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.search(r"\*\*In all: (\d+) minutes\*\*", text)
+    return found[1] if found else ""
+
+
 def table(root: Path = ROOT) -> str:
     """The block between the two marks, marks included."""
     lessons = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -38,24 +61,24 @@ def table(root: Path = ROOT) -> str:
     stored = root / "data/benchmarks.json"
     measured = json.loads(stored.read_text()) if stored.exists() else {"seconds": {}}
     rows = [
-        "| | Lesson | What you will have done | Minutes | Slowest cell |",
-        "|--:|---|---|--:|--:|",
+        "| | Lesson | What you will have done | Computing | Reading | In class |",
+        "|--:|---|---|--:|--:|--:|",
     ]
     for path in lessons:
         number, title, promise = opening(path)
         seconds = measured["seconds"].get(path.stem)
         minutes = f"{seconds / 60:.1f}" if seconds else "not measured"
-        slowest = measured.get("lessons", {}).get(path.stem, {}).get("slowest", {}).get("seconds")
-        slowest = f"{slowest:.0f} s" if slowest else ""
         link = path.relative_to(root).as_posix()
-        cells = (number, f"[{title}]({link})", promise.replace("|", "\\|"), minutes, slowest)
+        cells = (number, f"[{title}]({link})", promise.replace("|", "\\|"), minutes)
+        cells += (reading(path), in_class(path))
         rows.append(f"| {' | '.join(cells)} |")
     if measured["seconds"]:
         whole = sum(measured["seconds"].values()) / 60
         rows += [
             "",
-            f"Minutes: every cell, run from top to bottom on {measured['machine']}; "
-            f"{whole:.0f} in all.",
+            "The last columns are minutes. *Computing*: every cell, run from top to bottom on "
+            f"{measured['machine']}; {whole:.0f} in all. *Reading*: for somebody who works alone, "
+            "without the exercises. *In class*: as the instructor's page plans it.",
         ]
     return "\n".join([BEGIN, *rows, END])
 
