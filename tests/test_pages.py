@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from tests.notebook_rules import broken, links
-from tools import glossary, notebooks
+from tools import glossary, notebooks, slides
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -41,6 +41,13 @@ def test_links_of_a_page_lead_somewhere(page: Path):
     source = page.read_text(encoding="utf-8")
     found = {link: broken(link, nbformat.v4.new_notebook(), page) for link in links(source)}
     assert found and not {link: why for link, why in found.items() if why}
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_the_slides_can_draw_each_flow_chart(lesson: Path):
+    markdown = "\n".join(text(cell) for cell in cells(lesson) if cell["cell_type"] == "markdown")
+    for chart in re.findall(r"```mermaid\n(.*?)```", markdown, re.DOTALL):
+        assert slides.flow(chart).count("<b>") >= 2
 
 
 # --- Glossary and pitfalls -----------------------------------------------------------------------
