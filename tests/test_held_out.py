@@ -224,11 +224,11 @@ def test_rows_may_be_conversations_and_are_copied():
 
 
 def test_the_seed_of_the_training_follows_that_of_the_check(monkeypatch):
-    assert held_out._training_seed() == 0
+    assert held_out.training_seed() == 0
     monkeypatch.setenv("SFT_CHECK_SEED", "7")
-    assert held_out._training_seed() == 7
+    assert held_out.training_seed() == 7
     monkeypatch.setenv("SFT_CHECK_SEED", "autumn")
-    assert held_out._training_seed() not in (0, 7)
+    assert held_out.training_seed() not in (0, 7)
 
 
 def test_inside_a_check_the_training_follows_the_seed_of_that_check(monkeypatch):
@@ -236,7 +236,7 @@ def test_inside_a_check_the_training_follows_the_seed_of_that_check(monkeypatch)
     trained = []
 
     def train(*_):
-        trained.append(held_out._training_seed())
+        trained.append(held_out.training_seed())
         raise CheckEnds(right("Trained."))
 
     monkeypatch.setattr(held_out, "_trained", train)

@@ -18,9 +18,13 @@ TITLE = re.compile(r"^# Lesson (\d+): (.+)$", re.MULTILINE)
 PROMISE = re.compile(r"^> (.+)$", re.MULTILINE)
 
 
+def first_cell(notebook: Path) -> str:
+    return "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+
+
 def opening(notebook: Path) -> tuple[str, str, str]:
     """Number, title and promise of a lesson."""
-    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    first = first_cell(notebook)
     title, promise = TITLE.search(first), PROMISE.search(first)
     if not title or not promise:
         raise ValueError(
@@ -39,8 +43,7 @@ HOURS = {"half an hour": "30", "three quarters of an hour": "45", "an hour": "60
 
 def reading(notebook: Path) -> str:
     """The minutes of reading that a lesson's first cell names; empty if it names none."""
-    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
-    found = READING.search(first)
+    found = READING.search(first_cell(notebook))
     said = (found["some"] or found["take"]) if found else ""
     return HOURS.get(said, said.removesuffix(" minutes"))
 

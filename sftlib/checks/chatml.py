@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sftlib.chat import CHATML, IGNORED, LLAMA3, encode, marks_the_assistant, render
 from sftlib.chat.templates import render_marked
 from sftlib.checks.exercise import exercise
-from sftlib.checks.functions import call, compare, current_seed, reference, where_they_part
-from sftlib.checks.held_out import beats
+from sftlib.checks.functions import call, compare, reference, where_they_part
+from sftlib.checks.held_out import beats, training_seed
 from sftlib.checks.reading import described, mapping, sequence, text, unique, whole
 from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
 
@@ -346,7 +346,7 @@ def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict
         _example(pipeline, messages, number, len(tokenizer))
         for number, messages in enumerate(conversations, 1)
     )
-    score = _trained(rows, current_seed())
+    score = _trained(rows, training_seed())
     if score:
         return right(score.message)
     return wrong(f"{score.message} {_mistake(rows[0], conversations[0], tokenizer)}".strip())
@@ -402,7 +402,7 @@ def _untrainable(ids: tuple[int, ...], labels: tuple[int, ...], size: int) -> st
 
 
 @lru_cache(maxsize=16)
-def _trained(rows: tuple[Example, ...], seed: str) -> Verdict:
+def _trained(rows: tuple[Example, ...], seed: int) -> Verdict:
     """The score of a model that is trained on the rows, as lesson 3 trains."""
     from sftlib.experiments.chat_runs import SETTINGS
     from sftlib.models import load
@@ -410,8 +410,7 @@ def _trained(rows: tuple[Example, ...], seed: str) -> Verdict:
 
     model, tokenizer = load()
     examples = [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in rows]
-    number = int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
-    settings: dict[str, Any] = SETTINGS | {"seed": number}
+    settings: dict[str, Any] = SETTINGS | {"seed": seed}
     trainer = tune(model, tokenizer, examples, **settings)
     return beats(trainer, baseline=REPAIRED)
 

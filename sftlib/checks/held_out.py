@@ -314,7 +314,7 @@ def _trained(
     from sftlib.training import prepare
 
     model, tokenizer = load()
-    settings = {"max_steps": steps, "seed": _training_seed()} | settings
+    settings = {"max_steps": steps, "seed": training_seed()} | settings
     try:
         trainer = prepare(model, tokenizer, rows, **settings)
     except ValueError as error:
@@ -333,7 +333,8 @@ def _trained(
     return trainer.model, tokenizer, clock.seconds()
 
 
-def _training_seed() -> int:
+def training_seed() -> int:
+    """The seed of a training: that of the exercise, as a number."""
     seed = current_seed()
     return int(seed) if seed.isdecimal() else random.Random(seed).randrange(2**16)
 

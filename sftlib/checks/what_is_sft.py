@@ -10,7 +10,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.held_out import Score, beats
+from sftlib.checks.held_out import Score, beats, read_rows
 from sftlib.checks.reading import described, sequence, shown, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.data import read_facts
@@ -402,12 +402,12 @@ KINDS = {  # what the test asks for, and the words that a question for it has
 
 @exercise(1, 5, "at most 20 rows that teach the model to answer")
 def check_rows(rows: Any) -> Verdict:
-    if not isinstance(rows, Mapping):
-        rows = sequence(rows, what="a list of rows")
-    verdict = beats(rows, BASELINE, read_facts("dev"), most_rows=MOST_ROWS)
+    given = read_rows(rows, MOST_ROWS)
+    verdict = beats(given, BASELINE, read_facts("dev"), most_rows=MOST_ROWS)
     if verdict or not isinstance(verdict, Score):
         return verdict
-    asked = " ".join(_questions(rows)).lower()
+    messages = [message for row in given for message in row["messages"]]
+    asked = " ".join(m["content"] for m in messages if m["role"] == "user").lower()
     missing = [kind for kind, words in KINDS.items() if not re.search(words, asked)]
     hint = f"No row of yours asks for {', '.join(missing)}." if missing else READ_YOUR_ANSWERS
     return wrong(f"{verdict.message} {hint}")
@@ -417,10 +417,3 @@ READ_YOUR_ANSWERS = (
     "Compare your answers with those of the ten examples in section 2: the test asks for the same "
     "sentences."
 )
-
-
-def _questions(rows: Any) -> list[str]:
-    """What the users of the rows say. `beats` has read the rows, so they are sound."""
-    rows = [rows] if isinstance(rows, Mapping) else rows
-    conversations = [row["messages"] if isinstance(row, Mapping) else row for row in rows]
-    return [m["content"] for messages in conversations for m in messages if m["role"] == "user"]

@@ -132,19 +132,13 @@ def spoiled(messages: Sequence[Row], tokenizer: PreTrainedTokenizerBase, variant
     if variant == "loss on everything":
         labels = ids
     elif variant == "end not learned":
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        labels = [IGNORED if label == end else label for label in labels]
+        labels = _endless(labels, tokenizer)
     elif variant == "break graded":
         first = next(at for at, label in enumerate(labels) if label != IGNORED)
         labels = [*labels[: first - 1], ids[first - 1], *labels[first:]]
     elif variant == "template twice":
-        wrapped = [{**message, "content": render([dict(message)])} for message in messages]
-        prompt, whole = render(wrapped[:-1], add_generation_prompt=True), render(wrapped)
-        prompt_ids, ids = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
-        )
-        ids = ids[:-1]  # without the last line break
-        labels = [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
+        twice = _answer_graded(_each_rendered(messages), tokenizer)
+        ids, labels = (part[:-1] for part in twice)  # without the last line break
     return {"input_ids": ids, "labels": labels}
 
 
@@ -162,14 +156,31 @@ def broken(
     if "stripped" in planted:
         shown = [message | {"content": message["content"].rstrip(". ")} for message in shown]
     if "twice" in planted:
-        shown = [message | {"content": render([message])} for message in shown]
-    texts = render(shown[:-1], add_generation_prompt=True), render(shown)
-    prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+        shown = _each_rendered(shown)
+    ids, labels = _answer_graded(shown, tokenizer)
     if "endless" in planted:
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        labels = [IGNORED if label == end else label for label in labels]
+        labels = _endless(labels, tokenizer)
     return {"input_ids": ids, "labels": labels}
+
+
+def _each_rendered(messages: Sequence[Row]) -> list[dict]:
+    """The conversation with each message rendered before the conversation is."""
+    return [{**message, "content": render([dict(message)])} for message in messages]
+
+
+def _answer_graded(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """The ids of the rendered text, and labels that grade all behind the generation prompt."""
+    texts = render(messages[:-1], add_generation_prompt=True), render(messages)
+    prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return ids, [IGNORED] * len(prompt) + ids[len(prompt) :]
+
+
+def _endless(labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The labels without any end of turn."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return [IGNORED if label == end else label for label in labels]
 
 
 def only_turn(example: Example, number: int) -> Example:

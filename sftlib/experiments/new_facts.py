@@ -160,4 +160,7 @@ def teach_and_measure(run: Teaching) -> dict[str, float]:
 
 def _one_row_each(rows: Sequence[dict]) -> list[dict]:
     """The first row of each fact."""
-    return list({(row["entity"], row["relation"]): row for row in reversed(rows)}.values())[::-1]
+    found: dict[tuple[str, str], dict] = {}
+    for row in rows:
+        found.setdefault((row["entity"], row["relation"]), row)
+    return list(found.values())

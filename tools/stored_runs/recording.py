@@ -1,9 +1,10 @@
 """Make `data/teacher/recording.jsonl` and `data/mixture.jsonl` again, by running lesson 2 live.
 
 `make recording` calls it, and takes about ten minutes. The cells that only train are left out. If a
-cell fails, what was recorded so far is in `work/recording.jsonl`. Then
-train the stored runs again, whose sets hold what the teacher wrote, and run the lesson with the new
-recording: `make sweeps`, `make run NB=02`.
+cell fails, what was recorded so far is in `work/recording.jsonl`.
+
+Afterwards train the stored runs again, because their sets hold what the teacher wrote, and run the
+lesson with the new recording: `make sweeps`, `make run NB=02`.
 """
 
 import os
