@@ -11,6 +11,8 @@ from sftlib.models import load
 import pandas as pd
 import pytest
 
+from tools.stored_runs import sweeps
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -53,13 +55,19 @@ def test_a_sweep_goes_on_after_a_row_that_was_half_written(done, tmp_path):
 
 
 def test_the_stored_runs_are_those_of_the_script():
-    from tools.stored_runs import sweeps
-
     for path, runs in ((sweeps.RUNS, sweeps.runs()), (sweeps.LARGER_RUNS, sweeps.LARGER)):
         settings = [field.name for field in fields(Run)]
         stored = [Run(**{name: row[name] for name in settings}) for row in read_jsonl(path)]
         assert stored == list(dict.fromkeys(runs))
-    assert len(read_jsonl(sweeps.RUNS)) == 240
+
+
+def test_no_best_learning_rate_is_at_the_edge_of_its_grid():
+    table = pd.DataFrame(read_jsonl(sweeps.RUNS))
+    for settings, rates in sweeps.tuned():
+        found = select(table, **settings)
+        dev = found[found.learning_rate.isin(rates)].groupby("learning_rate").dev.mean()
+        assert len(dev) == len(rates) >= 5, settings
+        assert min(rates) < dev.idxmax() < max(rates), settings
 
 
 def test_runs_are_selected_by_what_is_named():

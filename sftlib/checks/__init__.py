@@ -32,7 +32,12 @@ from sftlib.checks.lora_vs_full import (
     check_memory,
     check_trainable,
 )
-from sftlib.checks.metrics import check_diagnosis, check_learning_rate, check_train_output
+from sftlib.checks.metrics import (
+    check_diagnosis,
+    check_learning_rate,
+    check_repairs,
+    check_train_output,
+)
 from sftlib.checks.progress import progress
 from sftlib.checks.sft_data import (
     check_cleaning,
@@ -87,6 +92,7 @@ __all__ = [
     "check_modern_call",
     "check_parser",
     "check_pipeline",
+    "check_repairs",
     "check_rows",
     "check_schedule",
     "check_stages",

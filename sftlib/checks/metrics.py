@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -10,10 +11,10 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.reading import Unread, described, number, text
-from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
+from sftlib.checks.reading import Unread, described, mapping, number, shown, text, whole
+from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, right, wrong
 from sftlib.experiments.diagnosis import HEALTHY, SIGNS, Sign
-from sftlib.experiments.failures import unnamed
+from sftlib.experiments.failures import BATCH, SICK_SETTINGS, Training, train_with, unnamed
 
 # --- Name the sign -------------------------------------------------------------------------------
 
@@ -180,3 +181,91 @@ def check_train_output(rows: Any, rows_per_step: Any, tokens_per_row: Any) -> Ve
             fallback = f"{name}: {value:g} does not agree with the figures."
             return wrong(causes.get((name, round(value)), fallback))
     return right("4,000 rows of 180 tokens, 32 in a step, three times.")
+
+
+# --- Repair five trainings -----------------------------------------------------------------------
+
+GOOD = 0.9  # exact match that a repaired training reaches
+MOST_STEPS = 40  # twice as many as a sound training has
+ROWS = Training().examples
+SIZES = {"max_steps", "num_train_epochs", "per_device_train_batch_size"}
+RATES = {"learning_rate", "max_grad_norm", "warmup_steps", "weight_decay"}
+SETTINGS = SIZES | RATES | {"lr_scheduler_type", "optim"}
+
+
+@exercise(8, 4, "one setting for each of five sick trainings", parts_may_be_open=True)
+def check_repairs(answer: Any) -> Verdict:
+    given = mapping(answer, SICK_SETTINGS)
+    repairs = {letter: _repair(part, letter) for letter, part in given.items() if not _open(part)}
+    if not repairs:
+        return NOT_ATTEMPTED
+    sick = {}
+    for letter, (name, value) in repairs.items():
+        share = _repaired(letter, name, value)
+        if share < GOOD:
+            sick[letter] = f"{letter} with {name}={value!r}: {share:.0%} held out"
+    if sick:
+        letter = next(iter(sick))
+        return wrong(f"{'; '.join(sick.values())}. Of {letter}: {SICK_HINTS[letter]}")
+    if missing := [letter for letter in given if letter not in repairs]:
+        done = ", ".join(repairs)
+        return Verdict(None, f"Still open: {', '.join(missing)}. Repaired: {done}.")
+    return right(f"All {len(repairs)} answer at least {GOOD:.0%} of the held-out questions.")
+
+
+SICK_HINTS = {
+    "A": "Its loss rises: which setting decides how large a step is?",
+    "B": "Compare learning_rate in the last line with that of a sound training.",
+    "C": "How many lines has its log?",
+    "D": "Look at grad_norm: which setting keeps a gradient from being that long?",
+    "E": "Something other than the gradient changes the weights in each step.",
+}
+
+
+def _open(part: Any) -> bool:
+    return part is ... or part is None or (isinstance(part, Mapping) and (not part or ... in part))
+
+
+def _repair(part: Any, letter: str) -> tuple[str, Any]:
+    """The name and the value of the one setting that an answer changes."""
+    if not isinstance(part, Mapping):
+        raise Unread("expected {setting: value}, found " + described(part) + ".", letter)
+    if len(part) > 1:
+        raise Unread(f"expected one setting, found {len(part)}: {', '.join(map(str, part))}.", letter)
+    ((name, value),) = part.items()
+    if name not in SETTINGS:
+        known = ", ".join(sorted(SETTINGS))
+        raise Unread(f"expected one of {known}; found {shown(name)}.", letter)
+    where = f"{letter}, {name}"
+    if name in SIZES:
+        read = number if name == "num_train_epochs" else whole
+        value = read(value, where)
+        if value <= 0:
+            raise Unread(f"expected more than 0, found {shown(value)}.", where)
+    elif name in RATES:
+        value = number(value, where)
+        if value < 0:
+            raise Unread(f"expected at least 0, found {shown(value)}.", where)
+    else:
+        value = text(value, where)
+    settings = SICK_SETTINGS[letter] | {name: value}
+    batch = settings.get("per_device_train_batch_size", BATCH)
+    epochs = settings.get("num_train_epochs", 1)
+    steps = settings.get("max_steps", math.ceil(math.ceil(ROWS / batch) * epochs))
+    if steps > MOST_STEPS or steps * min(batch, ROWS) > MOST_STEPS * BATCH:
+        raise Unread(
+            f"expected at most {MOST_STEPS} steps of {BATCH} rows, found {steps:g} of {batch}: "
+            "repair what is broken.",
+            where,
+        )
+    return name, value
+
+
+@functools.cache
+def _repaired(letter: str, name: str, value: Any) -> float:
+    """The held-out score of a sick training with one setting in place of its own."""
+    try:
+        settings = SICK_SETTINGS[letter] | {name: value, "eval_strategy": "no"}
+        return train_with(settings).heldout
+    except (ValueError, TypeError) as error:
+        raise CheckEnds(wrong(f"{letter}: SFTConfig refuses {name}={value!r}: {error}")) from error

@@ -127,9 +127,9 @@ def failure(done: str, sign: str = "") -> Callable:
 # --- What goes wrong with the learning rate ------------------------------------------------------
 
 
-@failure("The learning rate times 40.", sign="unstable")
+@failure("The learning rate times 10.", sign="unstable")
 def learning_rate_too_high(plan: Plan) -> None:
-    plan.learning_rate *= 40
+    plan.learning_rate *= 10
 
 
 @failure("The learning rate divided by 100.", sign="barely learning")
@@ -137,9 +137,8 @@ def learning_rate_too_low(plan: Plan) -> None:
     plan.learning_rate /= 100
 
 
-@failure("The learning rate times 10, from the first step on.", sign="unstable")
+@failure("The full learning rate from the first step on.")
 def no_warm_up(plan: Plan) -> None:
-    plan.learning_rate *= 10
     plan.settings["warmup_steps"] = 0
 
 
@@ -291,6 +290,28 @@ def adapter_frozen(plan: Plan) -> None:
         plan.model = PeftModel.from_pretrained(fresh.unload(), folder)
     plan.lora = None
     plan.settings["activation_checkpointing"] = True
+
+
+# --- Trainings that one setting spoils: an exercise -----------------------------------------------
+
+SICK_SETTINGS: dict[str, dict[str, Any]] = {
+    "A": {"learning_rate": 7.5e-3},
+    "B": {"warmup_steps": 200},
+    "C": {"max_steps": 4},
+    "D": {"optim": "sgd", "learning_rate": 0.45, "max_grad_norm": 0.0},
+    "E": {"weight_decay": 200.0},
+}
+"""Arguments of `trl.SFTConfig`, each set in place of the sound value of `Training()`."""
+
+
+def sick_log(letter: str) -> list[dict[str, Any]]:
+    """Train with the settings of a letter of `SICK_SETTINGS`; return the log."""
+    return train_with(SICK_SETTINGS[letter], prompts=1).log
+
+
+def train_with(settings: dict[str, Any], prompts: int = 100) -> Outcome:
+    """A sound training but for these arguments of `trl.SFTConfig`; see `train`."""
+    return train(Training(), prompts, lambda plan: plan.settings.update(settings))
 
 
 # --- Carrying it out -----------------------------------------------------------------------------

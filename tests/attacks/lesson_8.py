@@ -17,8 +17,8 @@ from tests.attacks import Attacks
 
 # --- Exercise 1 ----------------------------------------------------------------------------------
 
-SIGNS = dict.fromkeys("BHJKL", "nothing unusual") | {
-    **{"A": "unstable", "C": "not a number", "D": "starts near chance", "E": "spike"},
+SIGNS = dict.fromkeys("ABHJKL", "nothing unusual") | {
+    **{"C": "not a number", "D": "starts near chance", "E": "spike"},
     **{"F": "unstable", "G": "no gradient", "I": "overfitting", "M": "out of scale"},
     **{"N": "barely learning", "O": "unstable", "P": "overfitting"},
     **{"Q": "plateau", "R": "plateau"},
@@ -51,7 +51,7 @@ DIAGNOSIS = Attacks(
         (SIGNS | {"H": "plateau"}, "17 of 18 are right. Look again at H."),
         (SIGNS | {"J": "plateau"}, "If none does"),
         (SIGNS | {"M": "spike", "P": ...}, "with the evaluation loss"),
-        (dict.fromkeys(SIGNS, "nothing unusual"), "5 of 18 are right"),
+        (dict.fromkeys(SIGNS, "nothing unusual"), "6 of 18 are right"),
         ({"A": "spike"}, "0 of 18 are right. Look again at A."),
     ],
     untouched=[..., None, dict.fromkeys(SIGNS, ...), {}],
@@ -185,4 +185,56 @@ OUTPUT = Attacks(
     arguments=lambda three: tuple(three),
 )
 
-ATTACKS = [DIAGNOSIS, RATE, OUTPUT]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+REPAIRS = {
+    "A": {"learning_rate": 1e-3},
+    "B": {"warmup_steps": 2},
+    "C": {"max_steps": 20},
+    "D": {"max_grad_norm": 1.0},
+    "E": {"weight_decay": 0.01},
+}
+
+REPAIR = Attacks(
+    checks.check_repairs,
+    right=[
+        REPAIRS,
+        pd.Series(REPAIRS),
+        REPAIRS | {"A": {"learning_rate": np.float64(1e-3)}, "C": {"max_steps": np.int64(20)}},
+        REPAIRS | {"B": {"warmup_steps": torch.tensor(2)}, "D": {"max_grad_norm": Fraction(1)}},
+        dict(reversed(REPAIRS.items())),
+        {letter: dict(part) for letter, part in REPAIRS.items()},
+    ],
+    wrong=[
+        (REPAIRS | {"A": {"learning_rate": 7.5e-3}}, "which setting decides how large a step is"),
+        (REPAIRS | {"B": {"warmup_steps": 100}}, "learning_rate in the last line"),
+        ({"A": ..., "B": ..., "C": {"max_steps": 5}, "D": ..., "E": ...}, "How many lines"),
+        (REPAIRS | {"E": {"max_grad_norm": 0.1}}, "Something other than the gradient"),
+        (REPAIRS | {"A": {"learning_rate": 1e-3, "max_steps": 20}}, "A: expected one setting"),
+        (REPAIRS | {"A": {"lr": 1e-3}}, "found 'lr'"),
+        (REPAIRS | {"A": 1e-3}, "A: expected {setting: value}, found 0.001"),
+        (REPAIRS | {"A": {"learning_rate": NAN}}, "A, learning_rate: expected a number, found NaN"),
+        (REPAIRS | {"A": {"learning_rate": -1}}, "A, learning_rate: expected at least 0, found -1"),
+        (REPAIRS | {"A": {"learning_rate": "1e-3"}}, "found the text '1e-3'"),
+        (REPAIRS | {"A": {"seed": 3}}, "found 'seed'"),
+        (REPAIRS | {"A": {"optim": "adam"}}, "SFTConfig refuses optim='adam'"),
+        (REPAIRS | {"C": {"max_steps": 1000}}, "at most 40 steps"),
+        (REPAIRS | {"C": {"max_steps": 0}}, "C, max_steps: expected more than 0"),
+        (REPAIRS | {"C": {"max_steps": 20.5}}, "C, max_steps: expected a whole number"),
+        (REPAIRS | {"A": {"num_train_epochs": 50}}, "repair what is broken"),
+        (REPAIRS | {"A": {"per_device_train_batch_size": 1}}, "at most 40 steps of 16 rows"),
+        (REPAIRS | {"A": {"max_steps": math.inf}}, "found infinity"),
+        ([REPAIRS], "a dictionary with the keys A, B, C, D, E"),
+        ({"A": {"learning_rate": 1e-3}}, "the keys A, B, C, D, E"),
+    ],
+    untouched=[
+        ...,
+        None,
+        dict.fromkeys(REPAIRS, ...),
+        dict.fromkeys(REPAIRS, {...: ...}),
+        dict.fromkeys(REPAIRS, ...) | {"C": {"max_steps": 20}},
+    ],
+    trains=True,
+)
+
+ATTACKS = [DIAGNOSIS, RATE, OUTPUT, REPAIR]

@@ -1,6 +1,6 @@
 """Train the tiny base model again and again: the stored runs of lesson 4 (`make sweeps`).
 
-Takes half an hour; goes on where it was interrupted. To begin anew, delete the files. With
+Takes an hour; goes on where it was interrupted. To begin anew, delete the files. With
 `--larger`, five runs of SmolLM2-135M-Instruct instead (`make teacher` installs it), which take as
 long.
 """
@@ -26,28 +26,39 @@ def grid(learning_rates: tuple[float, ...], **settings) -> list[Run]:
     return [Run(rate, seed=seed, **settings) for rate, seed in product(learning_rates, SEEDS)]
 
 
+FULL_RATES = (1e-4, 2e-4, 3e-4, FULL, 7e-4, 1e-3, 2e-3, 5e-3)
+LORA_RATES = (5e-4, 1e-3, 2e-3, 3e-3, LORA, 7e-3, 1e-2, 2e-2)
+# Each rate about twice the one before. The best rate must not be the first or the last of a grid.
+FULL_COARSE = (2e-4, FULL, 1e-3, 2e-3, 5e-3)
+LORA_COARSE = (1e-3, 2e-3, LORA, 1e-2, 2e-2)
+
+
+def tuned() -> list[tuple[dict, tuple[float, ...]]]:
+    """The settings that are compared at their best learning rates, and the rates each one got."""
+    ranks = [({"r": r}, LORA_COARSE) for r in (1, 2, 4, 16, 32, 64)]
+    places = [({"r": 8, "targets": t}, LORA_COARSE) for t in ("attention", "mlp")]
+    full_places = [({"targets": t}, FULL_COARSE) for t in ("attention", "mlp", "all-linear")]
+    variants = [({"r": 8, "variant": v}, LORA_COARSE) for v in ("dora", "rslora", "control tokens")]
+    alphas = [
+        ({"r": 8, "alpha": 4}, (2e-3, LORA, 1e-2, 2e-2, 5e-2)),
+        ({"r": 8, "alpha": 64}, (5e-4, 1e-3, 2e-3, LORA, 1e-2)),
+        ({"r": 8, "alpha": 128}, (2e-4, 5e-4, 1e-3, 2e-3, LORA)),
+    ]
+    both = [({}, FULL_RATES), ({"r": 8}, LORA_RATES)]
+    return both + ranks + alphas + places + full_places + variants
+
+
 def runs() -> list[Run]:
     """What lesson 4 reads, study by study."""
-    found = grid((LORA,)) + grid((FULL,), r=8)  # each with the other's
-    found += grid((1e-4, 2e-4, 3e-4, FULL, 7e-4, 1e-3, 2e-3))
-    found += grid((1e-3, 2e-3, 3e-3, LORA, 7e-3, 1e-2, 2e-2), r=8)
-    for r in (1, 2, 4, 16, 32, 64):
-        found += grid((2e-3, LORA, 1e-2), r=r)
-    for alpha in (4, 64, 128):
-        found += grid((1e-3, LORA), r=8, alpha=alpha)
-    for targets in ("attention", "mlp"):
-        found += grid((2e-3, LORA, 1e-2), r=8, targets=targets)
-    for targets in ("attention", "mlp", "all-linear"):
-        found += grid((FULL, 1e-3), targets=targets)
-    for variant in ("dora", "rslora", "control tokens"):
-        found += grid((2e-3, LORA), r=8, variant=variant)
+    found = [run for settings, rates in tuned() for run in grid(rates, **settings)]
+    found += grid((1e-3,), r=8, alpha=4)  # with the same rate as the other values of alpha
     for examples in (16, 32, 64, 128, 240, 960):  # 30 steps each
         found += grid((FULL,), examples=examples, epochs=480 / examples)
         found += grid((LORA,), r=8, examples=examples, epochs=480 / examples)
     found += grid((5e-5, 1e-4, 2e-4, 3e-4), epochs=4)
     found += grid((3e-4, 5e-4, 1e-3, 2e-3), r=8, epochs=4)
     found += grid((FULL,), replay=48) + grid((LORA,), r=8, replay=48)
-    return found
+    return [Run(0, examples=16), *found]  # a learning rate of 0: the base model
 
 
 if __name__ == "__main__":
