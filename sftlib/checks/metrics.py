@@ -231,7 +231,9 @@ def _repair(part: Any, letter: str) -> tuple[str, Any]:
     if not isinstance(part, Mapping):
         raise Unread("expected {setting: value}, found " + described(part) + ".", letter)
     if len(part) > 1:
-        raise Unread(f"expected one setting, found {len(part)}: {', '.join(map(str, part))}.", letter)
+        raise Unread(
+            f"expected one setting, found {len(part)}: {', '.join(map(str, part))}.", letter
+        )
     ((name, value),) = part.items()
     if name not in SETTINGS:
         known = ", ".join(sorted(SETTINGS))

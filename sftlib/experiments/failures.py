@@ -104,10 +104,18 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training's log, and the share of held-out questions answered rightly (exact match)."""
+    """A training's log, and what its model answers to held-out questions: shares from 0 to 1.
+
+    Attributes:
+        heldout: exact match; the answer must also end by the end-of-turn token.
+        value: answers that hold the right value, whatever else they say.
+        ends: answers that end by the end-of-turn token.
+    """
 
     log: list[dict[str, Any]]
     heldout: float
+    value: float
+    ends: float
 
 
 FAILURES: dict[str, Failure] = {}
@@ -143,7 +151,7 @@ def no_warm_up(plan: Plan) -> None:
 
 
 @failure(
-    "Plain SGD with a rate that only clipped gradients bear, and `max_grad_norm=0`.",
+    "Plain SGD in place of AdamW, 600 times the learning rate, and `max_grad_norm=0`.",
     sign="unstable",
 )
 def no_clipping(plan: Plan) -> None:
@@ -155,7 +163,7 @@ def no_clipping(plan: Plan) -> None:
 
 
 @failure(
-    "Labels shifted by one place, as if the trainer did not do that itself.",
+    "Labels shifted by one place. The trainer shifts them again.",
     sign="starts near chance",
 )
 def labels_shifted(plan: Plan) -> None:
@@ -237,7 +245,7 @@ def twenty_examples(plan: Plan) -> None:
 
 
 @failure(
-    "Seen once, but the same twenty rows again and again; twice the learning rate.",
+    "One epoch over a dataset that repeats twenty rows, at twice the learning rate.",
     sign="overfitting",
 )
 def data_duplicated(plan: Plan) -> None:
@@ -264,7 +272,10 @@ def poisoned_batch(plan: Plan) -> None:
 # --- What goes wrong with the trainer ------------------------------------------------------------
 
 
-@failure("Eight small batches a step, whose mean losses are added up.", sign="out of scale")
+@failure(
+    "Eight small batches per step. Their mean losses are added up, not averaged.",
+    sign="out of scale",
+)
 def accumulation_not_averaged(plan: Plan) -> None:
     # Without num_items_in_batch, each small batch's loss is the mean over its own tokens.
     def change(trainer: SFTTrainer) -> None:
@@ -278,7 +289,7 @@ def accumulation_not_averaged(plan: Plan) -> None:
 
 
 @failure(
-    "An adapter loaded to be used (`is_trainable` left out), under activation checkpointing.",
+    "The adapter was loaded without `is_trainable=True`; activation checkpointing is on.",
     sign="no gradient",
 )
 def adapter_frozen(plan: Plan) -> None:
@@ -334,7 +345,7 @@ def train(
         spoil: changes the plan in a way that is not among `FAILURES`.
     """
     from sftlib.data import read_facts
-    from sftlib.evaluate import answers, exact_match
+    from sftlib.evaluate import answers, content, exact_match, stops
     from sftlib.training import prepare
 
     from transformers import set_seed
@@ -359,7 +370,8 @@ def train(
     questions = read_facts("heldout")[:prompts]
     trained = cast("PreTrainedModel", trainer.model)  # transformers annotates any module
     given = answers(trained, plan.tokenizer, [row["messages"][:-1] for row in questions])
-    return Outcome(trainer.state.log_history, exact_match(given, questions))
+    log = trainer.state.log_history
+    return Outcome(log, exact_match(given, questions), content(given, questions), stops(given))
 
 
 def _sound_plan(training: Training) -> Plan:
