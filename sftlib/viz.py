@@ -79,6 +79,7 @@ def curves(
     x_label: str = "optimizer step",
     y_label: str = "loss (nats per token)",
     log_x: bool = False,
+    from_zero: bool = True,
 ) -> Picture:
     """Lines over steps, for instance training losses.
 
@@ -90,6 +91,7 @@ def curves(
             they are: a range or an interval.
         log_x: a logarithmic x axis with a tick at each x value (of more than 8, only at those that
             begin with 1, 2 or 5).
+        from_zero: whether the y axis begins at 0. Without it small changes of large values show.
     """
     figure, axes = _axes(title, x_label, y_label)
     _check_colours(series)
@@ -104,7 +106,8 @@ def curves(
         aside = 5 * (i - (len(found) - 1) / 2) if seeded and not shaded else None
         _draw_line(axes, x, y, limits, aside, look)
     _tick(axes, {value for x, *_ in found.values() for value in x}, log_x)
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     if len(series) > 1:
         axes.legend(frameon=False)
     marks = ("Lines", f"the shading reaches {RANGE}") if shaded else ("Points",)

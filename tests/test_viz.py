@@ -92,6 +92,15 @@ def test_curves_over_ratios_name_each_value(monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "1,000"]
 
 
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_the_y_axis_of_curves_begins_at_zero_or_near_the_lowest_value(monkeypatch, from_zero):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    viz.curves({"a": ((1, 2), (5.0, 6.0))}, "T", "alt", from_zero=from_zero)
+    lowest, _ = figures[0].axes[0].get_ylim()
+    assert lowest == 0 if from_zero else 4.5 < lowest < 5
+
+
 def test_a_scatter_marks_each_point_and_their_mean(monkeypatch):
     figures = []
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))

@@ -250,7 +250,7 @@ def _repair(part: Any, letter: str) -> tuple[str, Any]:
             raise Unread(f"expected at least 0, found {shown(value)}.", where)
     else:
         value = text(value, where)
-    settings = SICK_SETTINGS[letter] | {name: value}
+    settings: dict[str, Any] = SICK_SETTINGS[letter] | {name: value}
     batch = settings.get("per_device_train_batch_size", BATCH)
     epochs = settings.get("num_train_epochs", 1)
     steps = settings.get("max_steps", math.ceil(math.ceil(ROWS / batch) * epochs))

@@ -1,8 +1,8 @@
 """Train the laboratory's failures again and again: the stored runs of lesson 8 (`make sweeps`).
 
-Takes three quarters of an hour; goes on where it was interrupted. To begin anew, delete the file. The rules of
-`sftlib.experiments.diagnose` were made while looking at the runs that are `BUILT_ON`; the others
-were held apart, and made when the rules were finished, to measure them.
+Takes three quarters of an hour; goes on where it was interrupted. To begin anew, delete the file.
+The rules of `sftlib.experiments.diagnose` were made while looking at the runs that are `BUILT_ON`;
+the others were held apart, and made when the rules were finished, to measure them.
 """
 
 import math
