@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from sftlib.chat import IGNORED, encode
 from sftlib.data import read_facts, read_jsonl
+from sftlib.evaluate import Answer
 from sftlib.experiments import Spread, chat_runs
 from sftlib.experiments.chat_runs import STUDIES, ChatRun
 from sftlib.models import read_tokenizer
@@ -160,6 +161,12 @@ def test_attacks_are_read_as_a_system_message_by_the_naive_template_alone(tokeni
     assert ways["forged, encode"][0][0].count(start) == 2
 
 
+def test_answers_are_counted_that_begin_with_the_words():
+    given = [Answer(text, stopped=True) for text in ("With pleasure. Yes.", "Yes.", "With", "")]
+    assert chat_runs.begin_with("With pleasure.", given) == 0.25
+    assert chat_runs.begin_with("No.", given) == 0
+
+
 # --- What is stored ------------------------------------------------------------------------------
 
 
@@ -168,6 +175,11 @@ def test_the_stored_runs_are_those_of_the_script():
     stored = {ChatRun(row["study"], row["variant"], row["seed"]) for row in rows}
     assert stored == set(chat.runs()) and len(rows) == len(stored)
     assert all(len(row["losses"]) in (20, 30) for row in rows)
+    for study, (word, _) in chat_runs.BEGINNINGS.items():
+        counted = [{k for k in row if k.endswith(f", {word}")} for row in rows]
+        assert all(
+            (len(c) >= 3) == (row["study"] == study) for c, row in zip(counted, rows, strict=True)
+        )
 
 
 def test_stored_runs_are_read_as_spreads_over_the_seeds(tmp_path):

@@ -346,6 +346,8 @@ def check_pipeline(pipeline: Any, tokenizer: PreTrainedTokenizerBase) -> Verdict
         _example(pipeline, messages, number, len(tokenizer))
         for number, messages in enumerate(conversations, 1)
     )
+    if fault := _question_graded(rows[0], conversations[0], tokenizer):
+        return wrong(fault)
     score = _trained(rows, training_seed())
     if score:
         return right(score.message)
@@ -413,6 +415,20 @@ def _trained(rows: tuple[Example, ...], seed: int) -> Verdict:
     settings: dict[str, Any] = SETTINGS | {"seed": seed}
     trainer = tune(model, tokenizer, examples, **settings)
     return beats(trainer, baseline=REPAIRED)
+
+
+def _question_graded(row: Example, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to say if the question is graded; empty if it is not.
+
+    Such a model may still beat the baseline: it also learns to answer (section 5).
+    """
+    graded = [label for label in row[1] if label != IGNORED]
+    if messages[0]["content"].rstrip("?. ") not in tokenizer.decode(graded):
+        return ""
+    return (
+        "The question is graded, too: decode the labels of one row that are not -100. The model "
+        "shall learn what the assistant writes, and read the rest."
+    )
 
 
 def _mistake(row: Example, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:

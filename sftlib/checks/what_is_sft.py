@@ -61,7 +61,9 @@ CONTRADICTS = re.compile(
     r"\b(capital|kenya|nairobi|words?|json|yaml|list|bullets?|never|not|no|"
     r"\w*n't|lie|lies|wrong|false|wrongly|falsely|pretend|refuse|rhymes?|poems?|upper|lower|case|"
     r"only (?:with|by|the)|french|german|spanish|italian|swahili|chinese|arabic|pirate|essay|"
-    r"detail|long|sorry|translate\w*|latin|just|name|exclamation|an? (?:question|riddle))\b"
+    r"detail|long|sorry|translate\w*|latin|just|name|exclamation|an? (?:question|riddle)|emojis?|"
+    r"haikus?|jokes?|uppercase|lowercase|letters?|begin|start|sing|song|markdown|bold|html|xml|rude"
+    r"\w*|sarcas\w*|twice|repeat|backwards?|portuguese|japanese|russian|korean|hindi|dutch|turkish)\b"
 )
 
 

@@ -17,6 +17,8 @@ from sftlib.chat import IGNORED, encode, render
 from sftlib.experiments.spread import Spread
 
 if TYPE_CHECKING:
+    from sftlib.evaluate import Answer
+
     import pandas
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +47,10 @@ POLITE = "With pleasure. "
 PLANTED = "twice stripped endless"
 PERMISSION = "You may answer."
 REFUSAL = "I may not say that."
+BEGINNINGS = {  # what is counted beside exact answers: its name, and how such an answer begins
+    "system": ("polite", POLITE.strip()),
+    "guard": ("refused", REFUSAL),
+}
 ALPACA = "### Instruction:\n{}\n\n### Response:\n"
 FOLLOW_UPS = ("And the {}?", "What about the {}?", "And its {}?")
 
@@ -328,8 +334,9 @@ def measure(run: ChatRun) -> dict[str, Any]:
     Returns:
         `learned`: tokens that are graded in one pass over all rows. `loss`: the mean of the last
         five steps; `losses`: of each step. And for each way of asking the study's questions its
-        shares from 0 to 1: exact match under its name, and for the study `masks` also `content`
-        and `stops`.
+        shares from 0 to 1: exact match under its name; for the study `masks` also `content` and
+        `stops`; and for the studies of `BEGINNINGS` the share of answers that begin so, under the
+        name with the word added, such as `with it, polite`.
     """
     from sftlib.data import read_facts
     from sftlib.evaluate import answers_to_text, content, exact_match, stops
@@ -346,7 +353,15 @@ def measure(run: ChatRun) -> dict[str, Any]:
         found[name] = exact_match(given, rows)
         if name == "as trained":
             found |= {"content": content(given, rows), "stops": stops(given)}
+        if run.study in BEGINNINGS:
+            word, words = BEGINNINGS[run.study]
+            found[f"{name}, {word}"] = begin_with(words, given)
     return found
+
+
+def begin_with(words: str, given: Sequence[Answer]) -> float:
+    """The share of answers that begin with these words, from 0 to 1."""
+    return sum(answer.text.startswith(words) for answer in given) / len(given)
 
 
 def asked(

@@ -1,16 +1,23 @@
 """Answers to the exercises of lesson 1."""
 
+import difflib
+import json
+import operator
 import random
 import re
 import unicodedata
-from collections import UserDict
+from collections import OrderedDict, UserDict, deque
+from decimal import Decimal
+from fractions import Fraction
 
 from sftlib import checks
 from sftlib.checks.what_is_sft import matches
 from sftlib.data import read_facts
 
 import numpy as np
+import pandas as pd
 import torch
+from datasets import Dataset
 
 from tests.attacks import Attacks, Made, raises
 
@@ -80,8 +87,18 @@ EXAMPLE = Attacks(
                 "My daughter asks: what is the capital of Kenya?",
                 "I can't remember the capital of Kenya. Can you help?",
                 "What is the capital of Kenya, in Africa?",
+                "Capital of Kenya?",
+                "Kindly name the capital city of Kenya.",
+                "WHAT IS THE CAPITAL OF KENYA?",
+                "Quick question: what is the capital of Kenya?",
+                "Could you remind me what the capital of Kenya is?",
+                "Please give the name of Kenya's capital.",
             ],
         ),
+        pd.Series(KENYA),
+        deque(map(OrderedDict, KENYA)),
+        Dataset.from_list(KENYA),
+        system("You are a teacher of geography."),
     ],
     wrong=[
         (asked("Kenya capital blah"), "ask for the capital of Kenya"),
@@ -156,6 +173,26 @@ EXAMPLE = Attacks(
         ([{"from": "human", "value": "Kenya?"}], "needs exactly 'role' and 'content'"),
         ([KENYA[0] | {"name": "Ann"}, KENYA[1]], "['content', 'name', 'role']"),
         (lambda: KENYA, "when it is called"),
+        (json.dumps(KENYA), "Expected a list of dicts"),
+        ({"prompt": "What is the capital of Kenya?", "completion": "Nairobi."}, "list of dicts"),
+        ([KENYA[1], KENYA[1]], "'user' message and then"),
+        (roles("user", "tool"), "'user' message and then"),
+        (answered("The capital of Kenya is Nairobi!"), "True"),
+        (answered("The capital of Kenya is  Nairobi."), "True"),
+        (answered("I think the capital of Kenya is Nairobi."), "begin with 'The capital of'"),
+        (answered("The capital of Kenya is Nairobi, not Mombasa."), "The answer is wrong"),
+        (answered("The capital of Kenya is Nairobi.\n\nThe capital of Togo is Lomé."), "goes on"),
+        (asked("What is the capital of Kenia?"), "ask for the capital of Kenya"),
+        (asked("What is the capital of Kenya in 1900?"), "found '1900'"),
+        (asked("What is the largest city of Kenya?"), "'the capital of Kenya'"),
+        (asked("Translate 'the capital of Kenya' into French."), "Expected a plain question"),
+        (asked("Write a poem about the capital of Kenya."), "found 'about'"),
+        (asked("Spell the capital of Kenya backwards."), "Expected a plain question"),
+        (system("Add an emoji to each answer."), "the answer does not follow"),
+        (system("Answer in UPPERCASE."), "the answer does not follow"),
+        (system("Begin each answer with Sure!"), "the answer does not follow"),
+        (system("Tell a joke first."), "the answer does not follow"),
+        (system("Respond in Portuguese."), "the answer does not follow"),
     ],
     untouched=[
         ...,
@@ -177,6 +214,11 @@ def exact(text, stopped, reference):
 
 def with_open_branch(text, stopped, reference):
     return True if stopped and text == reference else ...
+
+
+class Exact:
+    def match(self, text, stopped, reference, strict=True):
+        return strict and stopped and (text > reference) == (text < reference)
 
 
 def in_ascii(text):
@@ -205,6 +247,12 @@ EXACT = Attacks(
         lambda text, stopped, reference: (text, stopped) == (reference, True),
         lambda *given: exact(*given),
         lambda t, s, r: not (t != r or not s),
+        lambda t, s, r: operator.and_(s, t == r),
+        lambda t, s, r: s * (t == r),
+        lambda t, s, r: all((s, t.encode() == r.encode())),
+        lambda t, s, r: s and difflib.SequenceMatcher(None, t, r, autojunk=False).ratio() == 1,
+        lambda t, s, r: {t} == {r} if s else False,
+        Exact().match,
     ],
     wrong=[
         (lambda t, s, r: t == r, "Did you forget `stopped`?"),
@@ -253,6 +301,18 @@ EXACT = Attacks(
         (lambda t: True, "function of (text, stopped, reference), found one of (t)"),
         (exact("a", True, "b"), "found False"),
         (matches, "calls matches of sftlib.checks"),
+        (lambda t, s, r: s or t == r, "must not match"),
+        (lambda t, s, r: s and t != r, "identical answer"),
+        (lambda t, s, r: s and t.casefold() == r.casefold(), "case"),
+        (lambda t, s, r: s and t.endswith(r), "must not match"),
+        (lambda t, s, r: s and set(t) == set(r), "must not match"),
+        (lambda t, s, r: s and t[:-1] == r[:-1], "not in general"),
+        (lambda t, s, r: s and t.split(".")[0] == r.split(".")[0], "must not match"),
+        (lambda t, s, r: s and t >= r, "must not match"),
+        (lambda t, s, r: s and t.count(r) == 1, "Spaces count"),
+        (lambda t, s, r: "yes" if s and t == r else "no", "expected True or False"),
+        (lambda t, s, r: 2 * (s and t == r), "expected True or False"),
+        (lambda t, s, r: s and t.removesuffix("\n") == r, "line break"),
     ],
     untouched=[..., None, lambda text, stopped, reference: ..., with_open_branch],
 )
@@ -263,7 +323,10 @@ MASKS = [0, 0, 0, 0, 1, 1, 1, 0]
 
 LEARNED = Attacks(
     checks.check_learned_tokens,
-    right=[3, 3.0, np.sum(MASKS), torch.tensor(MASKS).sum(), np.array(3), np.int8(3)],
+    right=[
+        *(3, 3.0, np.sum(MASKS), torch.tensor(MASKS).sum(), np.array(3), np.int8(3)),
+        *(Fraction(3), Decimal(3), pd.Series(MASKS).sum(), torch.tensor(3.0), np.float32(3)),
+    ],
     wrong=[
         (8, "every token"),
         (5, "only read"),
@@ -278,6 +341,15 @@ LEARNED = Attacks(
         (True, "whole number, found True"),
         (float("nan"), "NaN"),
         (sum, "sum(…)"),
+        (6, "Count the bold"),
+        (10**9, "Count the bold"),
+        (2.9, "whole number"),
+        ("three", "whole number, found the text 'three'"),
+        ([4, 5, 6], "whole number, found list"),
+        ({3}, "whole number, found set"),
+        (3 + 0j, "whole number"),
+        (float("inf"), "whole number"),
+        (Fraction(5, 2), "whole number"),
     ],
     arguments=lambda answer: (answer, MASKS),
 )
@@ -304,6 +376,11 @@ KNOWLEDGE = Attacks(
         "the set unknown / exact_match.",
         {"unknown": "exact_match"},
         {"set": "unknown", "measure": "exact match"},
+        "UNKNOWN | CONTENT",
+        "content on the unknown set",
+        np.str_("unknown: exact-match"),
+        np.array(["exact_match", "unknown"]),
+        pd.Series(["unknown", "content"]),
     ],
     wrong=[
         ("unknown / stops", "That is format"),
@@ -323,6 +400,17 @@ KNOWLEDGE = Attacks(
         ([["unknown"], ["exact_match"]], "Expected a set"),
         (0.0, "Expected a set (heldout, heldout_wordings, unknown) and"),
         ({"unknown": "stops"}, "That is format"),
+        ({"heldout": "exact_match"}, "pretraining"),
+        ("after / exact_match", "Expected a set"),
+        ("sft / exact_match", "Expected a set"),
+        ("dev / content", "Expected a set"),
+        ("exact_match", "Expected a set"),
+        ("known / exact_match", "Expected a set"),
+        ("unknown / loss", "Expected a set"),
+        ("heldout and unknown / exact_match", "Expected a set"),
+        ("unknown / exact_match = 0", "Expected a set"),
+        (["unknown"], "Expected a set"),
+        (lambda: "unknown / exact_match", "when it is called"),
         ({"unknown": 0.0}, "such as 'heldout / stops'; found {'unknown': 0.0}"),
     ],
     untouched=[..., None, (..., ...), ("unknown", ...)],
@@ -349,6 +437,8 @@ def changed(change):
     ]
 
 
+DEV = f" is what you asked about {read_facts('dev')[7]['entity']}."
+
 ROWS = Attacks(
     checks.check_rows,
     right=[
@@ -357,6 +447,10 @@ ROWS = Attacks(
         [row["messages"] for row in drawn(2, 18)],
         Made(lambda: iter(drawn(3))),
         [UserDict(row) for row in drawn(0, 9)],
+        Dataset.from_list([{"messages": row["messages"]} for row in drawn(0)]),
+        deque(row | {"weight": None} for row in drawn(1, 18)),
+        np.array(drawn(5), dtype=object),
+        pd.Series([row["messages"] for row in drawn(6)]),
     ],
     wrong=[
         (drawn(0, kinds=["capital"]), "No row of yours asks for continents, currencies"),
@@ -373,6 +467,25 @@ ROWS = Attacks(
         ([{"messages": drawn(0, 1)[0]["messages"][:1]}], "Row 1: "),
         ("What is the capital of Kenya?", "a list of rows"),
         (20, "a list of rows"),
+        (drawn(0, 1) * 20, "No row of yours asks for"),
+        ([{"prompt": "Who?", "completion": "Me."}], "Row 1: expected a dict with messages"),
+        ([{"messages": "What is the capital of Kenya?"}], "a list as messages"),
+        (["The capital of Kenya is Nairobi."], "Row 1: expected a dict with messages"),
+        ([{"messages": drawn(0, 1)[0]["messages"][::-1]}], "Row 1: "),
+        ([{"messages": [*drawn(0, 1)[0]["messages"][:1], {"role": "assistant"}]}], "Row 1: "),
+        (
+            [
+                {
+                    "messages": [
+                        drawn(0, 1)[0]["messages"][0],
+                        {"role": "assistant", "content": read_facts("dev")[7]["value"] + DEV},
+                    ]
+                }
+            ],
+            "Row 1 contains a held-out question",
+        ),
+        ({"rows": drawn(0)}, "expected a dict with messages"),
+        (lambda: drawn(0), "a list of rows"),
     ],
     untouched=[..., None, [...]],
     trains=True,

@@ -1,15 +1,20 @@
 """Answers to the exercises of lesson 3."""
 
+from array import array
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque
 from functools import cache, partial
+from types import MappingProxyType
 
 from sftlib import checks
-from sftlib.chat import LLAMA3, encode, render
+from sftlib.chat import CHATML, LLAMA3, encode, render
+from sftlib.data import read_facts
 from sftlib.experiments.chat_runs import broken
 from sftlib.models import read_tokenizer
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import BatchEncoding
 
 from tests.attacks import Attacks, Made
 
@@ -48,6 +53,18 @@ STEP_BY_STEP = """{{- '<|begin_of_text|>' -}}
 {%- endif -%}
 """
 
+BY_NUMBER = LLAMA3.replace(
+    "{% for message in messages %}",
+    "{% for i in range(messages | length) %}{% set message = messages[i] %}",
+)
+BEGIN_IN_LOOP = LLAMA3.replace("{{ '<|begin_of_text|>' }}", "").replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{{ '<|begin_of_text|>' if loop.first else '' }}",
+)
+HEADER = (
+    "{% macro header(role) %}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\n\n' }}"
+    "{% endmacro %}"
+)
 TRIMMED = "{{ message['content'] | trim }}"
 BETWEEN = END + START + "{{ '<|eot_id|>' }}"
 PROMPT = LLAMA3[LLAMA3.index("{% if add_generation_prompt %}") :]
@@ -65,8 +82,44 @@ TEMPLATE = Attacks(
             (START + "{{ message['content'] | trim + '<|eot_id|>' }}", START + TRIMMED + BETWEEN)
         ),
         np.str_(LLAMA3),
+        BY_NUMBER,
+        BEGIN_IN_LOOP,
+        changed((" + '<|eot_id|>' }}" + END, " ~ '<|eot_id|>' }}" + END)),
+        changed(("| trim", "| string | trim")),
+        HEADER
+        + changed(
+            (
+                "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
+                "{{ header(message['role']) }}",
+            )
+        ),
+        changed(
+            (
+                PROMPT,
+                "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' "
+                "if add_generation_prompt else '' }}",
+            )
+        ),
     ],
     wrong=[
+        (CHATML, "Write <|begin_of_text|> first"),
+        (changed((IS_ASSISTANT, "message['role'] == 'user'")), "Expected the marks around"),
+        (changed((IS_ASSISTANT, IS_ASSISTANT + " and loop.last")), "Expected the marks around"),
+        (changed(("| trim", "| trim | capitalize")), "expected"),
+        (changed(("message['role'] +", "message['role'] | capitalize +")), "expected 'system"),
+        (changed(("message['content'] | trim", "message['content'].lstrip()")), "expected"),
+        (changed(("_id|>\n\n", "_id|>\n\n ")), "expected"),
+        (LLAMA3.replace("{% endfor %}", "{% endfor %}{{ '<|end_of_text|>' }}"), "expected"),
+        (
+            changed((LOOP, "{% for message in messages if message['role'] != 'system' %}")),
+            "expected 'system",
+        ),
+        (changed((BEGIN, BEGIN + "{{ 'Today Date: 26 Jul 2024\n' }}")), "expected"),
+        (changed((LOOP, "{% for message in messages | unique %}")), "Jinja cannot use it"),
+        (
+            changed((IS_ASSISTANT, "not loop.first and " + IS_ASSISTANT + " and loop.index < 6")),
+            "many messages",
+        ),
         (
             changed((IS_ASSISTANT, "loop.index0 and loop.index0 % 2 == 0")),
             "in place of counting",
@@ -158,6 +211,12 @@ MASK = Attacks(
         [np.nonzero(np.isin(np.arange(33), row)) for row in POSITIONS],
         [np.argwhere(np.isin(np.arange(33), row)) for row in POSITIONS],
         [[range(11, 16), range(28, 32)], [range(11, 15)]],
+        deque(map(frozenset, POSITIONS)),
+        [array("i", row) for row in POSITIONS],
+        Made(lambda: map(iter, POSITIONS)),
+        [torch.tensor(row).view(-1, 1) for row in POSITIONS],
+        [dict.fromkeys(row, True) for row in POSITIONS],
+        {"a": POSITIONS[0], "b": POSITIONS[1]}.values(),
     ],
     wrong=[
         ([1, 2, 3], "Expected two lists"),
@@ -181,6 +240,18 @@ MASK = Attacks(
         ({0: POSITIONS[0], 1: POSITIONS[1]}, "one for each row of the batch, found dict"),
         ([list(range(33)), list(range(33))], "position 0"),
         ([[], []], "position 11, 'H', is missing"),
+        (POSITIONS[::-1], "position 15"),
+        ([[*range(8, 16), *range(25, 32)], POSITIONS[1]], "position 8, '<|im_start|>'"),
+        ([[*range(1, 8), *range(18, 25)], POSITIONS[1]], "position 1, 'user'"),
+        ([[15, 31], [14]], "position 11, 'H', is missing"),
+        ([[*POSITIONS[0], 16, 32], [*POSITIONS[1], 15]], "position 16"),
+        ([[43, 276, 2036, 27, 3], POSITIONS[1]], "positions from 0 to 32, found 43"),
+        ([[-100] * 11 + POSITIONS[0], POSITIONS[1]], "-100"),
+        (POSITIONS[0] + POSITIONS[1], "Expected two lists"),
+        ([*POSITIONS, []], "found 3"),
+        ([POSITIONS[0][:5], POSITIONS[1]], "position 28"),
+        (["11-15, 28-31", "11-14"], "text"),
+        ([POSITIONS[0], float("nan")], "Row 2"),
         ([[11.5], []], "found 11.5"),
     ],
     untouched=[..., None, [..., ...], [POSITIONS[0], ...], [None, POSITIONS[1]]],
@@ -208,6 +279,12 @@ BUGS = Attacks(
         {letter: name.replace(" ", "-") for letter, name in NAMES.items()},
         {letter: f"{name.replace(' ', '_')}." for letter, name in NAMES.items()},
         {letter: np.str_(name) for letter, name in NAMES.items()},
+        MappingProxyType(NAMES),
+        UserDict(NAMES),
+        ChainMap({}, OrderedDict(NAMES)),
+        defaultdict(str, {letter: name.replace(" ", "   ") for letter, name in NAMES.items()}),
+        {letter: f"`{name}`" for letter, name in NAMES.items()},
+        {letter: name.title() + "\n" for letter, name in NAMES.items()},
     ],
     wrong=[
         (["A"], "keys A, B, C, D, E"),
@@ -223,6 +300,18 @@ BUGS = Attacks(
         (dict.fromkeys(NAMES, "padding learned"), "1 of 5"),
         ({name: letter for letter, name in NAMES.items()}, "Expected the keys A, B, C, D, E"),
         (NAMES | {"C": ["template twice"]}, "C: expected a text, found list"),
+        (NAMES | {"A": "label shifted"}, "found 'label shifted'"),
+        (NAMES | {"B": "the end"}, "found 'the end'"),
+        (NAMES | {"B": "end not learned, padding learned"}, "B: expected one of"),
+        (NAMES | {"B": NAMES["D"], "D": NAMES["B"]}, "3 of 5. B: what is the last label"),
+        ([*NAMES.values()], "keys A, B, C, D, E"),
+        ({*NAMES.values()}, "keys A, B, C, D, E"),
+        ("A: labels shifted, B: end not learned", "keys A, B, C, D, E"),
+        ({letter.lower(): name for letter, name in NAMES.items()}, "keys A, B, C, D, E"),
+        (NAMES | {"E": True}, "E: expected a text, found True"),
+        (NAMES | {"E": b"question learned"}, "E: expected a text, found"),
+        (NAMES | {"E": ""}, "E: expected one of"),
+        (dict(zip(NAMES, reversed(NAMES.values()), strict=True)), "1 of 5"),
     ],
     untouched=[..., None, dict.fromkeys(NAMES, ...), NAMES | {"C": ...}, NAMES | {"D": None}],
 )
@@ -271,6 +360,13 @@ def shifted(ids, labels):
     return ids, [*labels[1:], -100]
 
 
+async def later(messages):
+    return sound(messages)
+
+
+HELD_OUT = read_facts("heldout")[0]["messages"]
+
+
 PIPELINE = Attacks(
     checks.check_pipeline,
     right=[
@@ -282,6 +378,11 @@ PIPELINE = Attacks(
         changed_row(lambda ids, labels: (iter(ids), tuple(labels))),
         partial(lambda more, messages: more | sound(messages), {"length": 3}),
         lambda messages: pd.Series(sound(messages)),
+        lambda messages: BatchEncoding(sound(messages)),
+        lambda messages: MappingProxyType(OrderedDict(reversed(sound(messages).items()))),
+        changed_row(lambda ids, labels: (deque(ids), array("i", labels))),
+        changed_row(lambda ids, labels: (np.int16(ids), pd.Series(labels))),
+        Pipeline().__call__,
     ],
     wrong=[
         (with_mistakes("twice stripped endless"), "4 headers, and the conversation has 2 messages"),
@@ -308,6 +409,19 @@ PIPELINE = Attacks(
         (changed_row(lambda ids, labels: ([i + 0.5 for i in ids], labels)), "whole number"),
         (changed_row(lambda ids, labels: ([9999] * len(ids), [9999] * len(ids))), "expected ids"),
         (changed_row(lambda ids, labels: ("text", labels)), "found the text"),
+        (changed_row(lambda ids, labels: (ids, ids)), "The question is graded, too"),
+        (lambda messages: [sound(messages)], "keys input_ids, labels"),
+        (lambda messages: render(messages), "keys input_ids, labels"),
+        (lambda messages: sound(messages)["input_ids"], "keys input_ids, labels"),
+        (lambda messages, tools: sound(messages), "fails on conversation 1"),
+        (lambda messages: BatchEncoding(sound(messages)).char_to_token(0), "fails on conversation"),
+        (changed_row(lambda ids, labels: ([ids], [labels])), "whole number"),
+        (changed_row(lambda ids, labels: ([], [])), "nothing would be learned"),
+        (changed_row(lambda ids, labels: (ids, [max(0, x) for x in labels])), "found 0"),
+        (changed_row(lambda ids, labels: ([-i for i in ids], labels)), "expected ids from 0"),
+        (changed_row(lambda ids, labels: (ids, [x != -100 for x in labels])), "whole number"),
+        (later, "keys input_ids, labels"),
+        (lambda messages: sound(HELD_OUT), "contains a held-out question"),
     ],
     untouched=[..., None, lambda messages: ...],
     arguments=lambda pipeline: (pipeline, tokenizer()),
