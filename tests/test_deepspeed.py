@@ -140,8 +140,9 @@ def test_fsdp_keeps_and_sends_what_the_formulas_say(case, divided, tiny):
 @pytest.mark.integration
 def test_an_offloaded_optimizer_keeps_in_main_memory_what_the_planner_says(divided, tiny):
     parameters = sum(p.numel() for p in tiny[0].parameters())
-    kept = sum(row["host"] for row in divided["offload"]) / parameters
-    assert kept == pytest.approx(OPTIMIZER_STATES + HOST_GRADIENTS, abs=1)
+    # beside a bucket of gradients in bfloat16 on each rank
+    kept = [row["host"] - 2 * BUCKET for row in divided["offload"]]
+    assert sum(kept) / parameters == pytest.approx(OPTIMIZER_STATES + HOST_GRADIENTS, abs=0.1)
 
 
 @pytest.fixture(scope="module")
