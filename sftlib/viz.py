@@ -217,14 +217,18 @@ def compare(
     return Picture(figure, alt + said)
 
 
-def bars(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Picture:
+def bars(
+    table: pandas.DataFrame, title: str, alt: str, y_label: str, runs: str = "seeds"
+) -> Picture:
     """Grouped bars: a group for each row of `table`, a bar for each column, values on the bars.
 
     Args:
         table: numbers or seeds, with the rows' and columns' names; six columns at most.
         alt: what the figure shows, in a sentence or two.
+        runs: what the description calls the values behind a bar, such as "repetitions".
     """
     figure, axes, said = _bars(table, title, y_label)
+    said = said.replace(" seeds", f" {runs}")
     low, high = axes.dataLim.intervaly
     axes.set_ylim(1.12 * min(low, 0), 1.12 * high)
     return Picture(figure, alt + said)
@@ -254,6 +258,62 @@ def stacked(table: pandas.DataFrame, title: str, alt: str, y_label: str) -> Pict
     _name_bars(axes, table)
     axes.set_ylim(0, 1.12 * axes.dataLim.y1)
     return Picture(figure, alt + _seeds_said(sums.counts, "Sums"))
+
+
+def shards(
+    divided: Mapping[str, Collection[str]],
+    title: str,
+    alt: str,
+    kinds: Sequence[str] = ("weights", "gradients", "optimizer"),
+    ranks: int = 2,
+    numbers: int = 4,
+) -> Picture:
+    """What each rank keeps: a panel for each setting, a frame for each rank, a square per number.
+
+    Args:
+        divided: name of the setting → the kinds that are divided over the ranks. Of these a rank
+            keeps its part, and of the others everything.
+        alt: what the figure shows, in a sentence or two.
+        kinds: a line of squares for each; six at most.
+        numbers: squares in a line, a multiple of `ranks`.
+
+    Raises:
+        ValueError: there are more kinds than colours.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    _check_colours(kinds)
+    height = len(kinds) + 1.3  # of a rank's frame and the gap below it
+    figure = Figure(figsize=(1.9 * len(divided) + 0.6, 1.1 * ranks + 0.9), layout="constrained")
+    looks = [_square_look(i) for i in range(len(kinds))]
+    elsewhere: dict = {"facecolor": "white", "edgecolor": "grey", "linestyle": ":"}
+    for axes, (name, parts) in zip(
+        figure.subplots(1, len(divided), squeeze=False)[0], divided.items(), strict=True
+    ):
+        axes.set_title(name)
+        for rank in range(ranks):
+            top = -rank * height
+            axes.text(numbers / 2, top + 0.15, f"rank {rank}", ha="center", fontsize=9)
+            for line, kind in enumerate(kinds):
+                own = range(rank * numbers // ranks, (rank + 1) * numbers // ranks)
+                for number in range(numbers):
+                    look = looks[line] if kind not in parts or number in own else elsewhere
+                    place = (number + 0.06, top - line - 0.94)
+                    axes.add_patch(Rectangle(place, 0.88, 0.88, **look))
+        axes.set_xlim(-0.1, numbers + 0.1)
+        axes.set_ylim(-ranks * height + 0.9, 0.8)
+        axes.set_aspect("equal")
+        axes.set_axis_off()
+    handles = [Rectangle((0, 0), 1, 1, **look) for look in (*looks, elsewhere)]
+    labels = [*kinds, "kept by another rank"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(title)
+    return Picture(figure, alt)
+
+
+def _square_look(i: int) -> dict:
+    return {"facecolor": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white"}
 
 
 def _bars(table: pandas.DataFrame, title: str, y_label: str, scale: float = 1):

@@ -8,6 +8,7 @@ from sftlib.chat import CHATML, encode
 from sftlib.checks import chatml
 from sftlib.checks.deepspeed import BROKEN
 from sftlib.checks.trl_preferences import CASES, METHODS
+from sftlib.checks.two_ranks import BROKEN_SCRIPT
 from sftlib.experiments.diagnosis import HEALTHY
 from sftlib.experiments.failures import unnamed
 
@@ -55,3 +56,11 @@ def test_the_configurations_to_repair_are_those_of_lesson_5():
     given = source.partition("repaired = ")[2].partition("\n\nchecks.")[0]
     assert ast.literal_eval(given) == BROKEN
     assert checks.check_configs(ast.literal_eval(given)).passed is None
+
+
+def test_the_script_to_mend_is_that_of_lesson_5():
+    cells = nbformat.read(LESSONS / "05_deepspeed.ipynb", 4).cells
+    (source,) = [
+        c.source for c in cells if c.source.startswith("%%writefile") and "broken" in c.source
+    ]
+    assert source.partition("\n")[2] == BROKEN_SCRIPT.strip()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sftlib.models import load
 from sftlib.scale.launch import launch, unavailable
-from sftlib.scale.memory import zero_bytes
+from sftlib.scale.memory import fsdp_bytes, zero_bytes
+from sftlib.scale.planner import HOST_GRADIENTS, OPTIMIZER_STATES
 from sftlib.training import config as sft_config
 
 import pytest
@@ -103,6 +104,45 @@ def test_offload_changes_no_loss(stage, cases):
     losses = cases[f"{stage} offload"][0]["losses"]
     assert len(losses) == 8
     assert losses == pytest.approx(cases[f"{stage} float32"][0]["losses"][:8], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """FSDP2 on the same batches, and what an offloaded optimizer keeps; a row from each rank."""
+    found = {}
+    for row in run_ranks("fsdp.py", tmp_path_factory.mktemp("fsdp")).rows:
+        found.setdefault(row["case"], []).append(row)
+    return found
+
+
+@pytest.mark.integration
+def test_fsdp_learns_what_zero_3_and_one_process_learn(divided, cases, plain):
+    first, second = divided["FSDP2"]
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 20
+    assert first["losses"] == pytest.approx(cases["3 float32"][0]["losses"], abs=1e-5)
+    assert first["losses"] == pytest.approx(plain, abs=1e-5)
+    assert divided["FSDP2 bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.004)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", ["FSDP2", "FSDP2 bfloat16", "FSDP2 keeping"])
+def test_fsdp_keeps_and_sends_what_the_formulas_say(case, divided, tiny):
+    sizes = {name: p.numel() for name, p in tiny[0].named_parameters()}
+    whole, root = sum(sizes.values()), sum(n for name, n in sizes.items() if ".layers." not in name)
+    width = 4 if case == "FSDP2" else 2
+    # All is gathered and reduced once. The layers, not what is left, are gathered once more.
+    sent = width * (2 * whole + (whole - root) * (case != "FSDP2 keeping"))
+    for row in divided[case]:
+        assert row["kept"] == pytest.approx(vars(fsdp_bytes(whole, 2)), rel=0.01)
+        assert row["sent"] == pytest.approx([sent] * len(row["sent"]), rel=0.01)
+
+
+@pytest.mark.integration
+def test_an_offloaded_optimizer_keeps_in_main_memory_what_the_planner_says(divided, tiny):
+    parameters = sum(p.numel() for p in tiny[0].parameters())
+    # beside a bucket of gradients in bfloat16 on each rank
+    kept = [row["host"] - 2 * BUCKET for row in divided["offload"]]
+    assert sum(kept) / parameters == pytest.approx(OPTIMIZER_STATES + HOST_GRADIENTS, abs=0.1)
 
 
 @pytest.fixture(scope="module")

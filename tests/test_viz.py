@@ -451,3 +451,26 @@ def test_the_bins_of_a_histogram_reach_from_the_lowest_value_to_the_highest(monk
     for outline in outlines:
         assert outline[:, 0].min() == 3.0 and outline[:, 0].max() == 7.0
     assert sorted({x for x, _ in outlines[0]}) == [3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def test_shards_draws_a_square_for_each_number_and_fills_those_that_a_rank_keeps(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append((figure, alt)))
+    divided = {"none": [], "all": ["weights", "gradients", "optimizer"]}
+    viz.shards(divided, "Title", "Squares.", ranks=2, numbers=4)
+    (figure, alt), none_and_all = figures[0], figures[0][0].axes
+    assert alt == "Squares." and [axes.get_title() for axes in none_and_all] == [*divided]
+    filled = [
+        sum(patch.get_facecolor()[:3] != (1, 1, 1) for patch in axes.patches)
+        for axes in none_and_all
+    ]
+    assert [len(axes.patches) for axes in none_and_all] == [2 * 3 * 4] * 2
+    assert filled == [24, 12]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "kept by another rank"
+
+
+def test_what_is_repeated_without_another_seed_is_not_called_a_seed(monkeypatch):
+    said = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: said.append(alt))
+    viz.bars(pd.DataFrame({"ms": [[1, 2, 3]]}), "T", "Bars.", "ms", runs="repetitions")
+    assert "means of 3 repetitions" in said[0] and "seed" not in said[0]

@@ -53,6 +53,7 @@ from sftlib.checks.trl_sft import (
     check_modern_call,
     check_training_steps,
 )
+from sftlib.checks.two_ranks import check_launch
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict
 from sftlib.checks.what_is_sft import (
     check_exact_match,
@@ -83,6 +84,7 @@ __all__ = [
     "check_form_and_content",
     "check_gpu_hours",
     "check_knowledge",
+    "check_launch",
     "check_leaks",
     "check_learned_tokens",
     "check_learning_rate",

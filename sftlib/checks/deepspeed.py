@@ -13,6 +13,7 @@ from sftlib.checks.exercise import exercise
 from sftlib.checks.reading import Unread, described, mapping, number, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.scale.memory import Bytes, zero_bytes
+from sftlib.scale.planner import RESERVE, Machines, Setting, needed_gb
 
 # --- Predict memory ------------------------------------------------------------------------------
 
@@ -214,32 +215,64 @@ def _fault_c(read: Any, config: Mapping) -> str:
     return ""
 
 
-# --- Choose a stage ------------------------------------------------------------------------------
+# --- Choose a setting ----------------------------------------------------------------------------
 
-# name → billions of parameters, GPUs, the lowest stage that fits
-MODELS = {
-    "small": (1.2, 8, 0),
-    "accumulating": (7, 8, 1),
-    "wide": (13, 8, 2),
-    "large": (34, 64, 3),
+# name → billions of parameters, GPUs of 80 GB, GB of main memory per machine, the first that fits
+MODELS: dict[str, tuple[float, int, int, int | str]] = {
+    "small": (1.2, 8, 500, 0),
+    "seven": (7, 8, 500, 1),
+    "wide": (13, 8, 500, 2),
+    "large": (34, 64, 500, 3),
+    "huge": (70.6, 8, 2000, "offload"),
+    "starved": (70.6, 8, 1000, "nothing"),
 }
 COSTS = {
-    1: "it gathers the updated weights after each step",
-    2: "it sends gradients after each micro-batch",
-    3: "it gathers the weights in each forward and backward pass",
+    1: "stage 1 sends half as much again in each step",
+    2: "stage 2 sends gradients with each micro-batch",
+    3: "stage 3 gathers the weights with each micro-batch",
 }
+WORDS = ("offload", "nothing")
 
 
-@exercise(5, 3, "the lowest stage that fits")
+@exercise(5, 3, "the first setting that fits, six times")
 def check_stages(stages: Any) -> Verdict:
     for name, given in mapping(stages, MODELS).items():
-        billions, gpus, best = MODELS[name]
-        found = whole(given, name)
-        if found not in (0, 1, 2, 3):
-            return wrong(f"{name}: expected a stage from 0 to 3, found {found}.")
-        needs = zero_bytes(round(billions * 1e9), gpus, found).total / 1e9
-        if found < best:
-            return wrong(f"{name}: stage {found} keeps {needs:.0f} GB per GPU; 64 are free.")
-        if found > best:
-            return wrong(f"{name}: stage {found} fits, but {COSTS[found]}. A lower one fits, too.")
-    return right("As little ZeRO as fits.")
+        found = given if isinstance(given, str) and given in WORDS else _stage(given, name)
+        if cause := _setting_fault(found, *MODELS[name]):
+            return wrong(f"{name}: {cause}")
+    return right("As little ZeRO as fits, and main memory counted, too.")
+
+
+def _stage(given: Any, name: str) -> int:
+    if isinstance(given, str):
+        raise Unread(
+            f"expected a stage from 0 to 3, 'offload' or 'nothing', found {given!r}.", name
+        )
+    found = whole(given, name)
+    if found not in (0, 1, 2, 3):
+        raise Unread(f"expected a stage from 0 to 3, 'offload' or 'nothing', found {found}.", name)
+    return found
+
+
+def _setting_fault(
+    found: int | str, billions: float, gpus: int, host_gb: int, best: int | str
+) -> str:
+    """Why an answer is wrong; empty if it is right."""
+    machines, size = Machines(gpus, 80, host_gb), 1e9 * billions
+    gpu, host = (1 - RESERVE) * 80, (1 - RESERVE) * host_gb
+    if found == best:
+        return ""
+    if isinstance(found, int):
+        on_gpu, _ = needed_gb(size, machines, Setting(found))
+        if on_gpu > gpu:
+            return f"stage {found} keeps {on_gpu:.0f} GB per GPU; {gpu:.0f} are free."
+        return f"stage {found} fits, but so does stage {best}, and {COSTS[found]} (section 3)."
+    if isinstance(best, int):
+        return f"stage {best} fits without any help."
+    on_gpu, on_host = needed_gb(size, machines, Setting(3, ("optimizer",)))
+    if found == "offload":
+        return f"the optimizer needs {on_host:,.0f} GB of main memory; {host:,.0f} are free."
+    return (
+        f"stage 3 with the optimizer in main memory needs {on_gpu:.0f} of {gpu:.0f} GB per GPU and "
+        f"{on_host:,.0f} of {host:,.0f} GB of main memory."
+    )

@@ -6,6 +6,7 @@
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
 | `new_facts` | facts that the base has never read, taught by SFT (lesson 1) |
 | `chat_runs` | trainings with other masks, graded turns, system messages and packing (lesson 3) |
+| `sharding` | trainings divided over ranks by DeepSpeed and by FSDP2 (lesson 5) |
 | `data_quality` | what flaws of the training data cost (lesson 2) |
 | `failures` | trainings that go wrong on purpose (lesson 8) |
 | `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |

@@ -55,6 +55,25 @@ def tracked_zero_bytes(engine: DeepSpeedEngine) -> Bytes:
     )
 
 
+def tracked_fsdp_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
+    """What `fsdp_bytes` predicts, summed over the parts that this rank holds now.
+
+    Args:
+        model: after `torch.distributed.fsdp.fully_shard`. Call it after a backward pass, so that
+            there are gradients.
+        optimizer: made from the divided parameters, after its first step.
+    """
+    weights = list(model.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    states = _tensors(dict(optimizer.state))
+    return Bytes(*(_bytes(map(_own_part, part)) for part in (weights, gradients, states)))
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a `DTensor`; any other tensor as it is."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
 def _tensors(value: object) -> list[torch.Tensor]:
     """All tensors in a nest of lists and dicts."""
     import torch
@@ -104,6 +123,44 @@ def saved_bytes(model: torch.nn.Module) -> Generator[Saved]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+ONCE, TWICE = 1, 2
+COLLECTIVES = {  # torch's operation → how often its tensor passes a rank
+    "allreduce_": TWICE,  # a reduce-scatter and an all-gather
+    "reduce_": ONCE,
+    "broadcast_": ONCE,
+    "_allgather_base_": ONCE,
+    "_reduce_scatter_base_": ONCE,
+}
+
+
+@contextmanager
+def sent_bytes() -> Generator[dict[str, int]]:
+    """Count what this rank's collectives send inside the block: operation → bytes.
+
+    An all-gather and a reduce-scatter count the whole tensor once, an all-reduce twice, as in
+    section 7.1 of Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054. (Exactly, (N - 1) / N of this
+    passes each of N ranks.) All libraries count alike: DeepSpeed and FSDP2 both call torch's
+    operations. It slows steps down: measure bytes and time in separate steps.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sent: dict[str, int] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.__name__.partition(".")[0]
+            if func.namespace == "c10d" and name in COLLECTIVES:
+                sizes = [t.nbytes for t in tree_leaves(args) if hasattr(t, "nbytes")]
+                # The base operations have the whole tensor and a part of it as arguments.
+                size = max(sizes) if name.endswith("base_") else sum(sizes)
+                sent[name] = sent.get(name, 0) + COLLECTIVES[name] * size
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield sent
 
 
 @dataclass

@@ -272,6 +272,29 @@ def zero_bytes(
     )
 
 
+def fsdp_bytes(parameters: int, world_size: int) -> Bytes:
+    """Bytes that one rank keeps when FSDP2 divides Adam's training (`fully_shard`).
+
+    Weights, gradients and moments are all divided, and all in float32: 4 + 4 + 8 bytes per
+    parameter. With a `MixedPrecisionPolicy` the copies in bfloat16 live only while a layer computes
+    (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+
+    Args:
+        parameters: number of parameters, all of them trained.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: there is no rank, or the number of parameters is negative.
+    """
+    if world_size < 1 or parameters < 0:
+        raise ValueError(
+            "Expected at least one rank and no negative number of parameters, found "
+            f"{world_size=}, {parameters=}."
+        )
+    whole = adam_bytes(parameters)
+    return Bytes(*(-(-part // world_size) for part in vars(whole).values()))
+
+
 def activation_bytes(
     config: PretrainedConfig,
     batch_size: int,

@@ -1,11 +1,17 @@
 """Answers to the exercises of lesson 5."""
 
+import atexit
+import shutil
+import tempfile
 from collections import UserDict
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 from sftlib import checks
 from sftlib.checks.deepspeed import BROKEN
+from sftlib.checks.two_ranks import BROKEN_SCRIPT
 from sftlib.scale.memory import zero_bytes
 
 import numpy as np
@@ -158,37 +164,144 @@ CONFIGS = Attacks(
 
 # --- Exercise 3 ----------------------------------------------------------------------------------
 
-LOWEST = {"small": 0, "accumulating": 1, "wide": 2, "large": 3}
+FIRST = {
+    "small": 0,
+    "seven": 1,
+    "wide": 2,
+    "large": 3,
+    "huge": "offload",
+    "starved": "nothing",
+}
 
 STAGES = Attacks(
     checks.check_stages,
     right=[
-        LOWEST,
-        {name: np.int64(stage) for name, stage in LOWEST.items()},
-        {name: torch.tensor(stage) for name, stage in LOWEST.items()},
-        pd.Series(LOWEST),
-        {name: float(stage) for name, stage in LOWEST.items()},
-        dict(reversed(LOWEST.items())),
+        FIRST,
+        FIRST | {"small": np.int64(0), "wide": np.float32(2)},
+        FIRST | {"large": torch.tensor(3)},
+        pd.Series(FIRST),
+        FIRST | {"seven": 1.0},
+        dict(reversed(FIRST.items())),
+        UserDict(FIRST),
     ],
     wrong=[
         (3, "keys small"),
-        ([0, 1, 2, 3], "keys small, accumulating, wide, large, found list"),
-        (LOWEST | {"small": 4}, "from 0 to 3"),
-        (LOWEST | {"small": 1}, "small: stage 1 fits, but it gathers the updated weights"),
-        (LOWEST | {"small": 2}, "small: stage 2 fits, but it sends gradients"),
-        (LOWEST | {"small": 3}, "small: stage 3 fits, but it gathers the weights in each"),
-        (LOWEST | {"accumulating": 2}, "sends gradients after each micro-batch"),
-        (LOWEST | {"accumulating": 0}, "accumulating: stage 0 keeps 112 GB"),
-        (LOWEST | {"wide": 1}, "keeps 72 GB"),
-        (LOWEST | {"wide": 3}, "wide: stage 3 fits"),
-        (LOWEST | {"large": 2}, "keeps 75 GB"),
-        (LOWEST | {"large": 2.5}, "large: expected a whole number, found 2.5"),
-        (LOWEST | {"large": "3"}, "large: expected a whole number, found the text '3'"),
-        (LOWEST | {"accumulating": True}, "accumulating: expected a whole number, found True"),
-        (LOWEST | {"wide": float("nan")}, "found NaN"),
-        (dict.fromkeys(LOWEST, 3), "small: stage 3 fits"),
+        ([0, 1, 2, 3], "keys small, seven, wide, large, huge, starved, found list"),
+        (
+            FIRST | {"small": 4},
+            "small: expected a stage from 0 to 3, 'offload' or 'nothing', found 4",
+        ),
+        (FIRST | {"small": 1}, "small: stage 1 fits, but so does stage 0, and stage 1 sends half"),
+        (FIRST | {"small": 2}, "so does stage 0, and stage 2 sends gradients with each"),
+        (FIRST | {"small": 3}, "so does stage 0, and stage 3 gathers the weights with each"),
+        (FIRST | {"small": "offload"}, "small: stage 0 fits without any help"),
+        (FIRST | {"seven": 2}, "seven: stage 2 fits, but so does stage 1"),
+        (FIRST | {"seven": 0}, "seven: stage 0 keeps 112 GB per GPU; 64 are free"),
+        (FIRST | {"wide": 1}, "keeps 72 GB"),
+        (FIRST | {"wide": 3}, "wide: stage 3 fits"),
+        (FIRST | {"large": 2}, "keeps 75 GB"),
+        (FIRST | {"large": "nothing"}, "large: stage 3 fits without any help"),
+        (FIRST | {"large": 2.5}, "large: expected a whole number, found 2.5"),
+        (FIRST | {"large": "3"}, "large: expected a stage from 0 to 3, 'offload' or 'nothing'"),
+        (FIRST | {"huge": 3}, "huge: stage 3 keeps 141 GB"),
+        (FIRST | {"huge": "nothing"}, "needs 18 of 64 GB per GPU and 1,271 of 1,600 GB of main"),
+        (FIRST | {"starved": "offload"}, "needs 1,271 GB of main memory; 800 are free"),
+        (FIRST | {"starved": 3}, "starved: stage 3 keeps 141 GB"),
+        (FIRST | {"seven": True}, "seven: expected a whole number, found True"),
+        (FIRST | {"wide": float("nan")}, "found NaN"),
+        (dict.fromkeys(FIRST, 3), "small: stage 3 fits"),
     ],
-    untouched=[..., None, dict.fromkeys(LOWEST, ...), LOWEST | {"wide": ...}],
+    untouched=[..., None, dict.fromkeys(FIRST, ...), FIRST | {"wide": ...}],
 )
 
-ATTACKS = [MEMORY, CONFIGS, STAGES]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+SCRIPTS = Path(tempfile.mkdtemp(prefix="sftlib-attacks-"))
+atexit.register(shutil.rmtree, SCRIPTS, ignore_errors=True)
+MENDED = {
+    '"gradient_accumulation_step"': '"gradient_accumulation_steps"',
+    "micro[:1]": "micro.chunk(comm.get_world_size())[comm.get_rank()]",
+    "    if comm.get_rank() == 0:\n        comm.all_reduce(losses)": "    comm.all_reduce(losses)",
+}
+HANG = "    if comm.get_rank() == 0:\n        comm.all_reduce(losses)"
+
+
+def script(but: Iterable[str] = (), **changes: str) -> Path:
+    """The script without its mistakes, written to a file.
+
+    Args:
+        but: mistakes, keys of `MENDED`, that stay.
+        changes: `old` and `new`, a piece of the mended script and what stands in its place.
+    """
+    text = BROKEN_SCRIPT
+    for old, new in MENDED.items():
+        assert old in text
+        text = text if old in but else text.replace(old, new)
+    if changes:
+        assert changes["old"] in text
+        text = text.replace(changes["old"], changes["new"])
+    file = SCRIPTS / f"script{len(list(SCRIPTS.iterdir()))}.py"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def written(text: str) -> Path:
+    file = SCRIPTS / f"script{len(list(SCRIPTS.iterdir()))}.py"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+OTHER_ADAM = """\
+    model = load()[0].train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    config = {k: v for k, v in CONFIG.items() if k != "optimizer"}
+    config["zero_allow_untested_optimizer"] = True
+    engine = deepspeed.initialize(model=model, optimizer=adamw, config=config)[0]
+"""
+START = "    engine = deepspeed.initialize(model=load()[0].train(), config=CONFIG)[0]\n"
+RETURNED = "return engine, losses.tolist()"
+
+LAUNCHED = Attacks(
+    checks.check_launch,
+    right=[
+        script(),
+        str(script(old="micro.chunk(comm.get_world_size())", new="torch.chunk(micro, 2)")),
+        script(old="all_reduce(losses)", new="all_reduce(losses)\n    comm.barrier()"),
+        script(old="comm.all_reduce(", new="torch.distributed.all_reduce("),
+        script(old=START, new=OTHER_ADAM),
+        script(old=RETURNED, new="return [engine, losses.double().numpy()]"),
+    ],
+    wrong=[
+        (5, "Expected the path of your script, found 5"),
+        ([script()], "Expected the path of your script, found list"),
+        (SCRIPTS / "missing.py", "Found no file missing.py"),
+        (written("def train(batches:\n"), "Line 1 is not Python"),
+        (written("def fit(batches):\n    return 1\n"), "Expected a function `train(batches)`"),
+        (
+            script(but=[HANG]),
+            "It hangs. Rank 0 waits in line 27, `comm.all_reduce(losses)`. Rank 1",
+        ),
+        (script(but=["micro[:1]"]), "look at the rows: each rank must take its own"),
+        (
+            script(but=['"gradient_accumulation_step"']),
+            "The engine takes 1 micro-batches before it updates, one process 2. Which key",
+        ),
+        (
+            script(old='clipping": 1.0', new='clipping": 0.0'),
+            "clips gradients at 0 (0: not at all)",
+        ),
+        (
+            script(old="    comm.all_reduce(losses)  # add up what the ranks have\n", new=""),
+            "the mean over the ranks is not",
+        ),
+        (script(old=" / comm.get_world_size()", new=""), "the mean over the ranks is not"),
+        (script(old='"stage": 2', new='"stage": 1'), "It trains with ZeRO stage 1, not 2"),
+        (script(old='"lr": 5e-4', new='"lr": 1e-3'), "up to step 0, and other ones from step 1 on"),
+        (script(old=RETURNED, new="return losses.tolist()"), "expected an engine and its losses"),
+        (script(old="comm.get_rank()]", new="comm.rank()]"), "stopped, line "),
+    ],
+    untouched=[..., None, written(BROKEN_SCRIPT)],
+    trains=True,
+)
+
+ATTACKS = [MEMORY, CONFIGS, STAGES, LAUNCHED]
