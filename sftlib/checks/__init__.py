@@ -50,8 +50,10 @@ from sftlib.checks.sft_data import (
 from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
 from sftlib.checks.trl_sft import (
     check_completion_labels,
+    check_loss_curve,
     check_modern_call,
     check_training_steps,
+    loss_curves,
 )
 from sftlib.checks.two_ranks import check_launch
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict
@@ -88,6 +90,7 @@ __all__ = [
     "check_leaks",
     "check_learned_tokens",
     "check_learning_rate",
+    "check_loss_curve",
     "check_mask",
     "check_memory",
     "check_methods",
@@ -105,5 +108,6 @@ __all__ = [
     "check_validator",
     "check_zero_memory",
     "dirty_rows",
+    "loss_curves",
     "progress",
 ]

@@ -7,12 +7,16 @@ import inspect
 import random
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import call, compare, reference
 from sftlib.checks.reading import Unread, described, number, same, shown
-from sftlib.checks.verdict import Verdict, right, wrong
+from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
+
+if TYPE_CHECKING:
+    import pandas
 
 # --- Labels for a completion ---------------------------------------------------------------------
 
@@ -186,15 +190,15 @@ def check_modern_call(config_arguments: Any, trainer_arguments: Any) -> Verdict:
     return right("TRL takes it.")
 
 
-def _arguments(given: Any, whose: str) -> dict[str, Any]:
+TWO = "two dictionaries, for SFTConfig and for SFTTrainer"
+
+
+def _arguments(given: Any, whose: str, wanted: str = TWO) -> dict[str, Any]:
     """The student's arguments, of a dictionary or a Series."""
     if hasattr(given, "to_dict") and not hasattr(given, "columns"):
         given = given.to_dict()
     if not isinstance(given, Mapping):
-        raise Unread(
-            "expected two dictionaries, for SFTConfig and for SFTTrainer; found for "
-            f"{whose} {described(given)}."
-        )
+        raise Unread(f"expected {wanted}; found for {whose} {described(given)}.")
     if odd := [name for name in given if not isinstance(name, str)]:
         raise Unread(f"expected names of arguments as keys for {whose}, found {shown(odd[0])}.")
     return dict(given)
@@ -258,3 +262,103 @@ def _equal(found: Any, expected: Any) -> bool:
             return True
         return same(found, expected)
     return False
+
+
+# --- Which setting gives this loss curve? --------------------------------------------------------
+
+NEAR = 2e-3  # nats per token: other thread counts and processors differ by less
+WITHOUT_EFFECT = {"output_dir", "use_cpu", "report_to", "disable_tqdm", "save_strategy"}
+
+
+def loss_curves() -> pandas.DataFrame:
+    """Lesson 6, exercise 4: the losses of the usual training, and those of the given one."""
+    import pandas
+
+    curves = {"usual": _curve(None), "given": _curve(("warmup_steps", _hidden()))}
+    steps = pandas.RangeIndex(1, len(curves["usual"]) + 1, name="step")
+    return pandas.DataFrame(curves, index=steps)
+
+
+def _hidden() -> int:
+    from sftlib.experiments.loss_curve import HIDDEN
+
+    return HIDDEN["warmup_steps"]
+
+
+@cache
+def _curve(change: tuple[str, Any] | None) -> tuple[float, ...]:
+    from sftlib.experiments.loss_curve import curve
+
+    return tuple(curve(dict([change]) if change else None))
+
+
+@exercise(6, 4, "the one setting that was changed in a given loss curve")
+def check_loss_curve(change: Any) -> Verdict:
+    name, value = _one_setting(change)
+    try:
+        found = _curve((name, value))
+    except Exception as error:
+        return wrong(f"With {name}={shown(value)} TRL says {type(error).__name__}: {error}")
+    given, usual = _curve(("warmup_steps", _hidden())), _curve(None)
+    if len(found) != len(given):
+        return wrong(f"Your training has {len(found)} losses, the given one {len(given)}.")
+    apart = [abs(a - b) for a, b in zip(found, given, strict=True)]
+    if max(apart) <= NEAR:
+        return right(f"Your losses are at most {max(apart):.1g} from the given ones.")
+    if max(abs(a - b) for a, b in zip(found, usual, strict=True)) <= NEAR:
+        return wrong(f"{name}={shown(value)} gives the usual curve. It changes no loss here.")
+    step = next(number for number, one in enumerate(apart, 1) if one > NEAR)
+    return wrong(
+        f"Your curve leaves the given one at step {step}: a loss of {found[step - 1]:.3f}, where "
+        f"{given[step - 1]:.3f} is wanted. {_first_difference(step)}"
+    )
+
+
+def _first_difference(step: int) -> str:
+    """What follows from the step at which a curve leaves the given one."""
+    if step == 1:
+        return (
+            "The first loss is that of the untouched model: it shows the rows, the mask and the "
+            "precision, and the given curve begins like the usual one."
+        )
+    if step == 2:
+        return (
+            "In the given curve the second loss is the usual one, so its first step changed "
+            "nothing, either."
+        )
+    return (
+        f"The losses before it are right. So your updates are right up to step {step - 2}, and "
+        f"that of step {step - 1} is not."
+    )
+
+
+def _one_setting(change: Any) -> tuple[str, Any]:
+    """Name and value of the one setting that differs from the usual training.
+
+    Raises:
+        CheckEnds: there is none, or several; SFTConfig refuses it; or it does not touch the losses.
+    """
+    from sftlib.experiments.loss_curve import SETTINGS, config
+
+    wanted = 'a dictionary such as {"learning_rate": 1e-4}'
+    if type(change).__name__ == "SFTConfig":  # it names all settings, not the one that was changed
+        raise Unread(f"expected {wanted}, found an SFTConfig.")
+    arguments = _arguments(change, "SFTConfig", wanted)
+    changed = {k: v for k, v in arguments.items() if not (k in SETTINGS and _equal(v, SETTINGS[k]))}
+    if len(changed) != 1:
+        names = ", ".join(changed) or "none"
+        raise CheckEnds(
+            wrong(f"Expected one setting that is not the usual one, found {len(changed)}: {names}.")
+        )
+    ((name, value),) = changed.items()
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if name in WITHOUT_EFFECT:
+        raise CheckEnds(wrong(f"{name} does not touch the losses. Find a setting that does."))
+    made = call(lambda: config({name: value}))
+    if made.error:
+        raise CheckEnds(wrong(f"SFTConfig says {type(made.error).__name__}: {made.error}"))
+    try:
+        hash(value)
+    except TypeError:
+        raise CheckEnds(wrong(f"{name}: expected one value, found {described(value)}.")) from None
+    return name, value

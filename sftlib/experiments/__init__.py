@@ -8,6 +8,10 @@
 | `chat_runs` | trainings with other masks, graded turns, system messages and packing (lesson 3) |
 | `sharding` | trainings divided over ranks by DeepSpeed and by FSDP2 (lesson 5) |
 | `data_quality` | what flaws of the training data cost (lesson 2) |
+| `trainer_parts` | what TRL's trainer does to rows, watched (lesson 6) |
+| `early_stopping` | training for too long, and which checkpoint to keep (lesson 6) |
+| `trainer_options` | time and memory of options of the trainer (lesson 6) |
+| `loss_curve` | one short training with one setting changed (lesson 6) |
 | `failures` | trainings that go wrong on purpose (lesson 8) |
 | `logs` | `table`: a training log as a table; `explain`: each figure of a `TrainOutput` |
 | `diagnosis` | `diagnose`: signs of trouble in a log |

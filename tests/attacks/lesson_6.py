@@ -286,4 +286,40 @@ CALL = Attacks(
     arguments=lambda pair: pair,
 )
 
-ATTACKS = [LABELS, STEPS, CALL]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+CURVE = Attacks(
+    checks.check_loss_curve,
+    right=[
+        {"warmup_steps": 1},
+        {"warmup_steps": np.int64(1), "learning_rate": 5e-4},
+        {"warmup_steps": 0.08},  # a fraction of twelve steps, rounded up
+        UserDict({"warmup_steps": 1.0}),
+        pd.Series({"warmup_steps": 1}),
+        {"warmup_steps": torch.tensor(1)},
+    ],
+    wrong=[
+        ({"learning_rate": 1e-3}, "leaves the given one at step 4"),
+        ({"warmup_steps": 0}, "leaves the given one at step 2"),
+        ({"assistant_only_loss": False}, "leaves the given one at step 1"),
+        ({"max_length": 512}, "It changes no loss here"),
+        ({"per_device_train_batch_size": 4}, "Your training has 24 losses, the given one 12"),
+        ({"lr_scheduler_type": "constant_with_warmup"}, "leaves the given one at step 3"),
+        ({}, "one setting that is not the usual one, found 0: none"),
+        ({"warmup_steps": 2}, "found 0: none"),
+        ({"warmup_steps": 1, "learning_rate": 1e-3}, "found 2: warmup_steps, learning_rate"),
+        ({"warm_up": 1}, "SFTConfig says TypeError"),
+        ({"warmup_steps": -1}, "SFTConfig says ValueError"),
+        ({"output_dir": "out"}, "output_dir does not touch the losses"),
+        ({"lr_scheduler_type": "no such curve"}, "SFTConfig says ValueError"),
+        ({"warmup_steps": [1]}, "SFTConfig says TypeError"),
+        ("warmup_steps=1", "a dictionary such as"),
+        (1, "a dictionary such as"),
+        ({1: "warmup_steps"}, "names of arguments as keys for SFTConfig, found 1"),
+        (SFTConfig("out", warmup_steps=1, use_cpu=True, bf16=False), "a dictionary such as"),
+    ],
+    untouched=[..., None, {"warmup_steps": ...}],
+    trains=True,
+)
+
+ATTACKS = [LABELS, STEPS, CALL, CURVE]
