@@ -108,12 +108,13 @@ newest: setup ## which lessons break with the newest releases (KEEP="torch" stay
 tiny-base: setup ## make the tiny base model, its tokenizer and its facts again (twenty minutes on two cores)
 	@$(VENV) python -m tools.tiny_base.build
 
-sweeps: setup ## train the stored runs of lessons 1, 2, 3, 4, 6 and 8 again (two hours)
+sweeps: setup ## train the stored runs of lessons 1, 2, 3, 4, 6 and 8 again (three hours)
 	@$(VENV) python -m tools.stored_runs.new_facts
 	@$(VENV) python -m tools.stored_runs.chat
 	@$(VENV) python -m tools.stored_runs.data_quality
 	@$(VENV) python -m tools.stored_runs.sweeps
 	@$(VENV) python -m tools.stored_runs.trainer
+	@$(VENV) python -m tools.stored_runs.capacity
 	@$(VENV) python -m tools.stored_runs.failures
 
 slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB=01 for one)

@@ -491,6 +491,39 @@ def _draw_seeds(
     return mean
 
 
+def cloud(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    alt: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+) -> Picture:
+    """A mark for each of many runs; groups differ in color and in shape.
+
+    Args:
+        groups: name → (x values, y values), one for each run; six groups at most. Later groups
+            are drawn over earlier ones.
+        alt: what the figure shows, in a sentence or two.
+        log_x: a logarithmic x axis.
+    """
+    figure, axes = _axes(title, x_label, y_label, (8, 4.2))
+    _check_colours(groups)
+    for i, (name, (x, y)) in enumerate(groups.items()):
+        look = {"color": COLOURS[i], "marker": MARKERS[i], "label": f"{name} ({len(x)})"}
+        axes.scatter(list(x), list(y), s=30, alpha=0.6, linewidth=0, **look)
+    if log_x:
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        steps = (1, 2, 3, 5) if high / low < 100 else (1,)
+        ticks = [step * 10.0**power for power in range(-9, 10) for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return Picture(figure, alt)
+
+
 def histogram(
     series: Mapping[str, Sequence[float]],
     title: str,

@@ -1,7 +1,7 @@
 """What the formulas count is what PEFT, PyTorch and the papers say; what measures is exact."""
 
 from sftlib.models import TINY_BASE, load
-from sftlib.scale.measure import peak_bytes, saved_bytes, tracked_bytes
+from sftlib.scale.measure import peak_bytes, saved_bytes, step_bytes, tracked_bytes
 from sftlib.scale.memory import (
     Bytes,
     activation_bytes,
@@ -268,6 +268,18 @@ def test_after_a_step_there_is_what_adam_bytes_says(dtype, r):
     assert found.gradients == pytest.approx(expected.gradients, rel=1e-3)
     assert found.optimizer == pytest.approx(expected.optimizer, rel=1e-3)
     assert found.total == pytest.approx(expected.total, rel=1e-3)
+
+
+def test_a_measured_step_has_the_bytes_of_its_parts_and_a_peak_above_them():
+    model = AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
+    tokens = torch.arange(64).reshape(4, 16)
+    found = step_bytes(model, tokens, torch.optim.AdamW(model.parameters()))
+    expected = adam_bytes(parameters(model).total)
+    for kind in ("weights", "gradients", "optimizer"):
+        assert found[kind] == pytest.approx(getattr(expected, kind), rel=1e-3)
+    activations = activation_bytes(model.config, 4, 16, "float32", 0)
+    assert found["activations"] == pytest.approx(activations, rel=0.01)
+    assert found["peak"] > found["weights"] + found["optimizer"] + found["activations"]
 
 
 def test_saved_bytes_are_exact_and_leave_the_weights_aside():

@@ -474,3 +474,16 @@ def test_what_is_repeated_without_another_seed_is_not_called_a_seed(monkeypatch)
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: said.append(alt))
     viz.bars(pd.DataFrame({"ms": [[1, 2, 3]]}), "T", "Bars.", "ms", runs="repetitions")
     assert "means of 3 repetitions" in said[0] and "seed" not in said[0]
+
+
+def test_a_cloud_has_a_mark_for_each_run_and_counts_them(drawn):
+    groups = {"full": ([1, 2, 30], [0.1, 0.9, 0.8]), "LoRA": ([4, 5], [0.5, 0.6])}
+    axes, alt = drawn(viz.cloud, groups, "T", "Marks.", "perplexity", "score", True)
+    marks = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert marks == [[[1, 0.1], [2, 0.9], [30, 0.8]], [[4, 0.5], [5, 0.6]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["full (3)", "LoRA (2)"]
+    assert axes.get_xscale() == "log" and alt == "Marks."
+    colours = {tuple(collection.get_facecolor()[0][:3]) for collection in axes.collections}
+    assert len(colours) == 2
+    with pytest.raises(ValueError, match="at most 6 series"):
+        viz.cloud({str(n): ([1], [1]) for n in range(7)}, "T", "alt", "x", "y")

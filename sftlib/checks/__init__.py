@@ -30,6 +30,7 @@ from sftlib.checks.lora_vs_full import (
     check_adapted_layer,
     check_fair_comparison,
     check_memory,
+    check_storing,
     check_trainable,
 )
 from sftlib.checks.metrics import (
@@ -101,6 +102,7 @@ __all__ = [
     "check_rows",
     "check_schedule",
     "check_stages",
+    "check_storing",
     "check_template",
     "check_train_output",
     "check_trainable",

@@ -5,6 +5,8 @@
 | `spread` | `over_seeds`: one setting with several seeds; `Spread`: what they gave |
 | `sweep` | many finetuning runs, each measured in the same way and saved at once |
 | `new_facts` | facts that the base has never read, taught by SFT (lesson 1) |
+| `capacity` | how many random facts an adapter can store (lesson 4) |
+| `forgetting` | what finetuning does to single tokens (lesson 4) |
 | `chat_runs` | trainings with other masks, graded turns, system messages and packing (lesson 3) |
 | `sharding` | trainings divided over ranks by DeepSpeed and by FSDP2 (lesson 5) |
 | `data_quality` | what flaws of the training data cost (lesson 2) |

@@ -91,6 +91,33 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
+def step_bytes(
+    model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> dict[str, int]:
+    """What a training step keeps in memory, in bytes, and its peak.
+
+    The first step makes the optimizer's moments. The second is measured.
+
+    Args:
+        model: changed by the two steps.
+        batch: token ids (rows, tokens), which are the labels, too.
+        optimizer: of the trained parameters.
+
+    Returns:
+        `weights`, `gradients`, `optimizer`, `activations` (what the forward pass keeps for the
+        backward pass) and `peak`, the most that is there at once.
+    """
+    model.train()(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    kept = tracked_bytes(model, optimizer)
+    optimizer.zero_grad()
+    before = [*model.parameters(), *_tensors(dict(optimizer.state))]
+    with saved_bytes(model) as saved, peak_bytes(before) as peak:
+        model(input_ids=batch, labels=batch).loss.backward()
+    found = {"weights": kept.weights, "gradients": kept.gradients, "optimizer": kept.optimizer}
+    return found | {"activations": saved.total, "peak": peak.peak}
+
+
 @dataclass
 class Saved:
     """What autograd saved: address of a storage → its bytes."""

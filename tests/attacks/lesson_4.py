@@ -10,6 +10,7 @@ from sftlib.scale.memory import adam_bytes
 import numpy as np
 import pandas as pd
 import torch
+from peft import LoraConfig
 
 from tests.attacks import Attacks
 
@@ -103,34 +104,34 @@ LAYER = Attacks(
 TRAINABLE = Attacks(
     checks.check_trainable,
     right=[
-        3_407_872,
-        3_407_872.0,
-        torch.tensor(3_407_872),
-        np.int32(3_407_872),
-        Fraction(3_407_872),
-        Decimal(3_407_872),
-        np.array(3_407_872),
+        2_662_400,
+        2_662_400.0,
+        torch.tensor(2_662_400),
+        np.int32(2_662_400),
+        Fraction(2_662_400),
+        Decimal(2_662_400),
+        np.array(2_662_400),
     ],
     wrong=[
-        (106_496, "one layer"),
-        (425_984, "r = 1"),
-        (4_194_304, "fewer outputs"),
-        (2_097_152, "q_proj alone, or A alone"),
-        (1_310_720, "v_proj alone, or B alone"),
-        (671_088_640, "frozen weights themselves"),
-        (6_815_744, "Twice as many"),
-        (3.407872, "in millions"),
-        (3.4, "in millions"),
-        (8 * (4096 * 4096 + 4096 * 1024) * 32, "inputs + outputs, not their product"),
-        (13_312, "one layer with r = 1"),
-        (0.042, "share of all"),
-        (0.00042, "share of all"),
-        (13_631_488, "bytes"),
-        (3_400_000, "give the exact number"),
+        (66_560, "one layer"),
+        (665_600, "r = 1"),
+        (3_276_800, "fewer outputs"),
+        (1_638_400, "q_proj alone, or A alone"),
+        (1_024_000, "v_proj alone, or B alone"),
+        (1_310_720_000, "frozen weights themselves"),
+        (5_324_800, "Twice as many"),
+        (2.6624, "in millions"),
+        (2.7, "in millions"),
+        (4 * (5120 * 5120 + 5120 * 1280) * 40, "inputs + outputs, not their product"),
+        (16_640, "one layer with r = 1"),
+        (0.02, "a share"),
+        (10_649_600, "bytes"),
+        (2_700_000, "give the exact number"),
+        (3_407_872, "found 3,407,872"),
         (12, "found 12"),
         (0, "found 0"),
         ("3M", "Expected a number, found the text '3M'"),
-        ([3_407_872], "Expected a number, found list"),
+        ([2_662_400], "Expected a number, found list"),
         (float("nan"), "found NaN"),
         (True, "found True"),
     ],
@@ -272,4 +273,42 @@ COMPARISON = Attacks(
     arguments=lambda fair: (fair, RUNS, RUNS),
 )
 
-ATTACKS = [LAYER, TRAINABLE, MEMORY, COMPARISON]
+# --- Exercise 5 ----------------------------------------------------------------------------------
+
+
+def on(targets, r=1, **options):
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **options)
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GOOD = on("all-linear", r=4)
+STORING = Attacks(
+    checks.check_storing,
+    right=[
+        (GOOD, 5e-3),
+        (on(ALL, r=4), np.float64(5e-3)),
+        (on("all-linear", r=4, task_type="CAUSAL_LM"), torch.tensor(5e-3)),
+        (on(r".*(self_attn|mlp)\.\w+_proj", r=4), Fraction(1, 200)),
+        (LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", use_rslora=True), 5e-3),
+    ],
+    wrong=[
+        ((on("all-linear", r=8), 5e-3), "at most 60,000 are allowed"),
+        ((on("all-linear", r=4, trainable_token_indices=[*range(100)]), 5e-3), "at most 60,000"),
+        ((on(ALL[2:4], r=16), 5e-3), "half or twice as high"),
+        ((GOOD, 1e-6), "far too low or too high"),
+        ((GOOD, 0.9), "far too low or too high"),
+        ((on(["gate_porj"]), 5e-3), "does not fit the model"),
+        ((on(["down_proj"], r=999), 5e-3), "does not fit the model"),
+        ((4, 5e-3), "Expected a LoraConfig, found 4"),
+        (({"r": 4}, 5e-3), "Expected a LoraConfig, found dict"),
+        ((LoraConfig, 5e-3), "Expected a LoraConfig, found LoraConfig itself"),
+        ((GOOD, "5e-3"), "found the text '5e-3'"),
+        ((GOOD, -5e-3), "between 0 and 1, found -0.005"),
+        ((GOOD, float("nan")), "found NaN"),
+    ],
+    untouched=[(..., ...), (GOOD, ...), (None, 5e-3)],
+    arguments=lambda answer: answer,
+    trains=True,
+)
+
+ATTACKS = [LAYER, TRAINABLE, MEMORY, COMPARISON, STORING]

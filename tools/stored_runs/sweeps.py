@@ -10,7 +10,9 @@ import pydoc_data.topics
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+from sftlib.data import write_jsonl
 from sftlib.experiments.sweep import Run, sweep
 from sftlib.training import FULL_LEARNING_RATE as FULL
 from sftlib.training import LORA_LEARNING_RATE as LORA
@@ -33,18 +35,24 @@ FULL_COARSE = (2e-4, FULL, 1e-3, 2e-3, 5e-3)
 LORA_COARSE = (1e-3, 2e-3, LORA, 1e-2, 2e-2)
 
 
-def tuned() -> list[tuple[dict, tuple[float, ...]]]:
+Tuned = list[tuple[dict[str, Any], tuple[float, ...]]]
+
+
+def tuned() -> Tuned:
     """The settings that are compared at their best learning rates, and the rates each one got."""
-    ranks = [({"r": r}, LORA_COARSE) for r in (1, 2, 4, 16, 32, 64)]
-    places = [({"r": 8, "targets": t}, LORA_COARSE) for t in ("attention", "mlp")]
-    full_places = [({"targets": t}, FULL_COARSE) for t in ("attention", "mlp", "all-linear")]
-    variants = [({"r": 8, "variant": v}, LORA_COARSE) for v in ("dora", "rslora", "control tokens")]
-    alphas = [
+    ranks: Tuned = [({"r": 1}, (*LORA_COARSE, 5e-2))]
+    ranks += [({"r": r}, LORA_COARSE) for r in (2, 4, 16, 32, 64)]
+    places: Tuned = [({"r": 8, "targets": t}, LORA_COARSE) for t in ("attention", "mlp")]
+    full_places: Tuned = [({"targets": t}, FULL_COARSE) for t in ("attention", "mlp", "all-linear")]
+    variants: Tuned = [
+        ({"r": 8, "variant": v}, LORA_COARSE) for v in ("dora", "rslora", "control tokens")
+    ]
+    alphas: Tuned = [
         ({"r": 8, "alpha": 4}, (2e-3, LORA, 1e-2, 2e-2, 5e-2)),
         ({"r": 8, "alpha": 64}, (5e-4, 1e-3, 2e-3, LORA, 1e-2)),
         ({"r": 8, "alpha": 128}, (2e-4, 5e-4, 1e-3, 2e-3, LORA)),
     ]
-    both = [({}, FULL_RATES), ({"r": 8}, LORA_RATES)]
+    both: Tuned = [({}, FULL_RATES), ({"r": 8}, LORA_RATES)]
     return both + ranks + alphas + places + full_places + variants
 
 
@@ -69,4 +77,4 @@ if __name__ == "__main__":
         texts = [text for text in reference if len(text) == 600][:48]
         sweep(LARGER, LARGER_RUNS, prompts=40, texts=texts)
     else:
-        sweep(runs(), RUNS)
+        write_jsonl(RUNS, sweep(runs(), RUNS))  # in the order of `runs`, whenever they were made
