@@ -23,14 +23,13 @@ def test_the_stored_runs_are_those_of_the_lesson(lesson):
     found = {tuple(row[key] for key in keys): row for row in rows}
     wanted = {tuple(getattr(run, key) for key in keys) for run in data_quality.stored(lesson)}
     assert found.keys() == wanted and len(found) == len(rows)
-    asked = data_quality.tests(lesson)
-    for seed in data_quality.SEEDS:
-        for experiment, sets in data_quality.training_sets(lesson, seed).items():
-            for data, train_rows in sets.items():
-                row = found[experiment, data, seed, data_quality.STEPS[experiment]]
-                again = len(train_rows), data_quality.digest(train_rows)
-                assert (row["rows"], row["set"]) == again, (experiment, data, seed)
-                assert row["scores"].keys() == asked[experiment].keys()
+    sets = {seed: data_quality.training_sets(lesson, seed) for seed in data_quality.SEEDS}
+    for run in data_quality.stored(lesson):
+        row = found[tuple(getattr(run, key) for key in keys)]
+        train_rows = sets[run.seed][run.experiment][run.data]
+        again = len(train_rows), data_quality.digest(train_rows)
+        assert (row["rows"], row["set"]) == again, run
+        assert row["scores"].keys() == data_quality.tests(lesson, run).keys()
 
 
 @pytest.mark.integration
@@ -38,8 +37,10 @@ def test_no_training_set_of_the_lesson_leaks_but_those_that_should(lesson):
     from sftlib.data import decontaminate
 
     for experiment, sets in data_quality.training_sets(lesson, 0).items():
-        tests = [row for rows in data_quality.tests(lesson)[experiment].values() for row in rows]
         for data, rows in sets.items():
+            asked = data_quality.tests(lesson, data_quality.Training(experiment, data, 0))
+            again = ("the true answer", "the false answer")  # the very questions of the rows
+            tests = [row for name in asked.keys() - {*again} for row in asked[name]]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # many leaks: eight pages are a third of the rows
                 leaks = len(decontaminate(rows, tests)[1])
@@ -60,3 +61,8 @@ def test_scores_of_all_seeds_are_one_spread(tmp_path):
         stored_scores("f", "test", path)
     with pytest.raises(ValueError, match="with the test 'other'"):
         stored_scores("e", "other", path)
+
+
+def test_of_a_cell_that_trains_only_the_functions_are_taken():
+    source = "def f(seed):\n    return seed + 1\n\n\nscore = train(f(0))\nprint(score)"
+    assert data_quality.functions(source) == "def f(seed):\n    return seed + 1"

@@ -248,8 +248,8 @@ def test_inside_a_check_the_training_follows_the_seed_of_that_check(monkeypatch)
 
 
 def test_the_course_s_own_rows_give_nothing_away():
-    held_out._refuse_leaks(SFT, HELD_OUT)
-    held_out._refuse_leaks(read_facts("never_asked"), HELD_OUT)  # Sierra Leone's leone is a name
+    held_out.refuse_leaks(SFT, HELD_OUT)
+    held_out.refuse_leaks(read_facts("never_asked"), HELD_OUT)  # Sierra Leone's leone is a name
 
 
 def test_what_a_trainer_was_given_is_looked_at(no_training, tokenizer):

@@ -114,13 +114,13 @@ def beats(
         tokenizer = model.processing_class
     if not is_trainer and not hasattr(model, "generate"):
         rows = read_rows(model, most_rows)
-        _refuse_leaks(rows, tests)
+        refuse_leaks(rows, tests)
         model, tokenizer, spent = _trained(rows, steps, most_seconds, settings)
     elif tokenizer is None:
         found = "a trainer" if is_trainer else "a model"
         raise CheckEnds(wrong(f"Found {found} without a tokenizer. {GIVE_A_TRAINER}"))
     elif is_trainer:
-        _refuse_leaks(_seen_by(model), tests)
+        refuse_leaks(_seen_by(model), tests)
         model = model.model
     hits = _hits(model, tokenizer, tests, measure, most_seconds - spent)
     return _score(hits, len(tests), baseline, measure)
@@ -229,8 +229,12 @@ def _seen_by(trainer: Any) -> list[dict]:
     return [{"messages": [{"role": "assistant", "content": text}]} for text in texts]
 
 
-def _refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
-    """Raise if a row contains a held-out question, its answer or its fact."""
+def refuse_leaks(rows: Sequence[dict], held_out: Sequence[Row]) -> None:
+    """Raise if a row contains a held-out question, its answer or its fact.
+
+    Raises:
+        CheckEnds: with the row, and what it gives away.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many leaks: one is enough here
         _, leaks = decontaminate(rows, [dict(row) for row in held_out])

@@ -13,7 +13,7 @@ from typing import Any
 from sftlib.checks.causes import likely_cause, near
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.held_out import Score, beats, read_rows
+from sftlib.checks.held_out import Score, beats, read_rows, refuse_leaks, training_seed
 from sftlib.checks.reading import number, sequence, shown, text, unique
 from sftlib.checks.verdict import Verdict, right, wrong
 from sftlib.data.files import read_facts
@@ -71,6 +71,7 @@ PAIR_EDGES = [
     ("There is nothing wrong with a true, plain pair.", (QUESTION, ANSWER)),
     ("An empty answer is a problem.", (QUESTION, "")),
     ("An answer of spaces and line breaks is empty too: `strip()` it.", (QUESTION, " \n ")),
+    ("An answer of tabs is empty too: `strip()` knows all white space.", (QUESTION, "\t")),
     ("An answer that is the question is a problem.", (QUESTION, QUESTION)),
     (
         "The question repeated in other case, with spaces around, is still the question: compare "
@@ -190,6 +191,10 @@ COMPLETION_EDGES = [
         ('[{"question": "What is a[i]?", "ans',),
     ),
     (
+        "An object may have other keys besides: look for the two, and leave the others.",
+        ('[{"question": "2 + 2?", "answer": "4", "id": 7}]',),
+    ),
+    (
         "JSON is no Python: `true` and `null` are read by `json.loads`, not by `eval`.",
         ('[{"question": "2 + 2?", "answer": "4", "ok": true, "note": null}]',),
     ),
@@ -253,6 +258,11 @@ def check_cost(cost: Any) -> Verdict:
         expected * 0.4: "That pays for the attempts that fail alone; the others cost, too.",
         2.0 * 440 * attempts / 1e6: "That is 2.0 for all tokens: prompt tokens cost 0.5.",
         0.5 * 440 * attempts / 1e6: "That is 0.5 for all tokens: completion tokens cost 2.0.",
+        expected * 0.6 * 1.4: "That pays for 14,000 attempts, of which 8,400 would be usable.",
+        expected * 0.6 * 1.6: "That pays for 16,000 attempts, of which 9,600 would be usable.",
+        attempts: "That is the number of attempts. What do they cost?",
+        440 * attempts: "That is the number of tokens. What do they cost?",
+        100 * expected * 0.6: "That is in cents, and for 10,000 attempts.",
         4.6: "That is cut. Round to 4.67, or give all digits.",
     }
     cause = likely_cause(found, expected, causes, unit="money")
@@ -290,7 +300,7 @@ def _row(question: str, answer: str) -> dict:
 
 @cache
 def _dirty() -> list[dict]:
-    """The dirty rows, each with its `kind`: right, false, copy, leak or broken."""
+    """The dirty rows, each with its `kind` (right, false, copy, leak or broken) and its `truth`."""
     chance = random.Random(7)
     facts = _by_fact()
     chosen = chance.sample(sorted(facts), ASKED + SPOILT)
@@ -326,20 +336,21 @@ def _four(same: list[dict], facts: dict, chance: random.Random) -> list[dict]:
     kinds = ("right", "right", "false", "false")
     answers = (answer, answer, *false)
     return [
-        _row(question, said) | {"kind": kind}
+        _row(question, said) | {"kind": kind, "truth": answer}
         for question, said, kind in zip(questions, answers, kinds, strict=True)
     ]
 
 
 def _looking_otherwise(row: dict, chance: random.Random) -> dict:
     question, answer = (m["content"] for m in row["messages"])
-    return _row(chance.choice(LOOKS_OTHERWISE)(question), answer) | {"kind": "copy"}
+    looks = _row(chance.choice(LOOKS_OTHERWISE)(question), answer)
+    return looks | {"kind": "copy", "truth": row["truth"]}
 
 
 def _broken(row: dict, number: int) -> dict:
     question, answer = (m["content"] for m in row["messages"])
     answers = (" ", question, f"{answer}<|im_end|>", f"<|start_header_id|>{answer}")
-    return _row(question, answers[number % len(answers)]) | {"kind": "broken"}
+    return _row(question, answers[number % len(answers)]) | {"kind": "broken", "truth": answer}
 
 
 def _leaks(chance: random.Random) -> list[dict]:
@@ -349,7 +360,7 @@ def _leaks(chance: random.Random) -> list[dict]:
     for row in found[4:]:
         row["messages"][0]["content"] = "I ask for a friend. " + row["messages"][0]["content"]
     found += [_row(*(m["content"] for m in row["messages"])) for row in chance.sample(reworded, 4)]
-    return [row | {"kind": "leak"} for row in found]
+    return [row | {"kind": "leak", "truth": row["messages"][1]["content"]} for row in found]
 
 
 @exercise(2, 5, "a cleaned `checks.dirty_rows()` that wins the score back")
@@ -362,15 +373,28 @@ def check_cleaning(rows: Any) -> Verdict:
             f"Expected at least {AT_LEAST} rows, found {len(given)}: good rows are missing. "
             "Remove only what is dirty."
         )
-    verdict = beats(given, WON_BACK, most_rows=len(_dirty()))
-    if not isinstance(verdict, Score):
-        return verdict
-    left = _dirt_left(given)
-    if verdict and not left:
+    refuse_leaks(given, read_facts("heldout"))
+    if left := _dirt_left(given):  # seconds of training would say nothing more
+        return wrong(f"{left} Nothing was trained yet.")
+    verdict = _trained_on(given)
+    if isinstance(verdict, Score) and verdict:
         return right(f"{verdict.message} No dirt that matters is left.")
-    if verdict:
-        return wrong(f"{verdict.message} But the score does not show everything: {left}")
-    return wrong(f"{verdict.message} {left}".strip())
+    return verdict
+
+
+_scores: dict[tuple[int, str], Verdict] = {}
+
+
+def _trained_on(rows: Sequence[dict]) -> Verdict:
+    """The verdict of `beats`, once for the same rows in whatever order."""
+    ordered = sorted(rows, key=json.dumps)
+    key = training_seed(), json.dumps(ordered)
+    if key not in _scores:
+        verdict = beats(ordered, WON_BACK, most_rows=len(rows))
+        if not isinstance(verdict, Score):  # such as: time is up
+            return verdict
+        _scores[key] = verdict
+    return _scores[key]
 
 
 def _said(row: dict) -> tuple[str, ...]:
@@ -394,10 +418,12 @@ def _foreign(rows: Sequence[dict]) -> str:
 
 def _dirt_left(rows: Sequence[dict]) -> str:
     """A hint at the kind of dirt that is left most often; empty if there is hardly any."""
-    truths = {normalise(row["messages"][1]["content"]) for row in read_facts("sft")}
+    answer_to = {_said(row)[0]: normalise(row["truth"]) for row in _dirty()}
+    truths = set(answer_to.values())
     said = [_said(row) for row in rows]
     found = {
         "false": sum(answer not in truths for _, answer in said),
+        "of others": sum(a in truths and a != answer_to[q] for q, a in said),
         "copies": sum(count - 1 for count in Counter(said).values()),
     }
     kind = max(found, key=lambda name: found[name])
@@ -405,6 +431,8 @@ def _dirt_left(rows: Sequence[dict]) -> str:
         return ""
     hints = {
         "false": "are false. Look for rows about one fact that contradict each other.",
-        "copies": "repeat another one, but for case, spaces and punctuation.",
+        "of others": "have the answer to another question. Keep each answer with its question.",
+        "copies": "repeat another one, but for case, spaces and punctuation. The score would not "
+        "show it.",
     }
     return f"{found[kind]} of your rows {hints[kind]}"

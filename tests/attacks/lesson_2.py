@@ -2,10 +2,13 @@
 
 import ast
 import json
+import operator
 import re
 from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache, partial
+from typing import NamedTuple
 
 from sftlib import checks
 from sftlib.checks.sft_data import dirty_rows, pairs, problems
@@ -16,6 +19,7 @@ from sftlib.teacher import Prices
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 
 from tests.attacks import Attacks, Made, raises
 
@@ -56,6 +60,15 @@ def only_answer_stripped(question, answer):
     return found + ["repeats"] * (question.lower() == answer.strip().lower())
 
 
+def without_repeats(question, answer):
+    return [problem for problem in validator(question, answer) if problem != "repeats"]
+
+
+def knows_some_blanks(question, answer):
+    found = [problem for problem in validator(question, answer) if problem != "empty"]
+    return found + ["empty"] * (answer in ("", " ", " \n "))
+
+
 def lists_nothing(question, answer):
     return [] if not validator(question, answer) else [None]
 
@@ -71,6 +84,10 @@ VALIDATOR = Attacks(
         lambda q, a: pd.Series(validator(q, a), dtype=object),
         lambda q, a: filter(None, ["empty" if not a.strip() else "", *validator(q, a)]),
         lambda q, a: validator(normalise(q), normalise(a)) + ["control"] * ("<|" in q + a),
+        lambda q, a: deque(validator(q.casefold(), a.casefold())),
+        lambda *texts: validator(*texts),
+        partial(validator, repeats=operator.eq),
+        lambda question, answer, strict=True: frozenset(2 * validator(question, answer)),
     ],
     wrong=[
         (lambda q, a: validator(q, a, lambda q, a: a in q), "a part of the question"),
@@ -116,6 +133,15 @@ VALIDATOR = Attacks(
         (lambda q: [], "function of (question, answer), found one of (q)"),
         (lambda q, a: raises(ValueError("bad")), "your function raised ValueError: bad"),
         (problems, "calls problems of sftlib.checks"),
+        (lambda q, a: validator(q, a, tokens=()) + ["x"] * ("<|" in a), "in the question too"),
+        (lambda q, a: validator(q, a, tokens=()) + ["x"] * ("<|" in q), "token in the answer"),
+        (lambda q, a: without_repeats(q, a) + ["same"] * (q == a), "in other case"),
+        (lambda q, a: without_repeats(q, a) + ["same"] * (q.lower() == a.lower()), "`strip()`ped"),
+        (lambda q, a: without_repeats(q, a) + ["same"] * (q == a.lower()), "is the question"),
+        (knows_some_blanks, "knows all white space"),
+        (lambda q, a: len(validator(q, a)), "expected a list of problems, found 0"),
+        (lambda q, a: str(validator(q, a)), "expected a list of problems, found the text '[]'"),
+        (lambda q, a: validator(q, a) + ["x"] * (a[-1] == "?"), "raised IndexError"),
     ],
     untouched=[..., None, lambda question, answer: ...],
 )
@@ -214,6 +240,37 @@ def gives_up(text):
         return found
 
 
+class Pair(NamedTuple):
+    asked: str
+    said: str
+
+
+def first_json(text):
+    for at in (found.start() for found in re.finditer(r"[\[{]", text)):
+        try:
+            data, _ = json.JSONDecoder().raw_decode(text, at)
+        except ValueError:
+            continue
+        return parse(json.dumps(data))
+    return []
+
+
+def two_keys_alone(text):
+    try:
+        items = items_of(text)
+    except (ValueError, TypeError):
+        return []
+    return [(i[q], i[a]) for i in items for q, a in BOTH if set(i) == {q, a}]
+
+
+def question_is_enough(text):
+    try:
+        items = items_of(text)
+    except (ValueError, TypeError):
+        return []
+    return [(i[q], i[a]) for i in items for q, a in BOTH if q in i]
+
+
 PARSER = Attacks(
     checks.check_parser,
     right=[
@@ -223,6 +280,10 @@ PARSER = Attacks(
         lambda text: (pair for pair in parse(text)),
         lambda text: deque(parse(text)),
         lambda text: np.array(parse(text), dtype=object),
+        first_json,
+        lambda text: map(list, parse(text)),
+        lambda text: [Pair(*pair) for pair in parse(text)],
+        lambda text: pd.DataFrame(parse(text)).itertuples(index=False),
     ],
     wrong=[
         (by_pattern, "other order"),
@@ -258,6 +319,16 @@ PARSER = Attacks(
         (lambda text: print(parse(text)), "write `return` in place of `print`"),
         (lambda text: raises(KeyError("question")), "your function raised KeyError"),
         (pairs, "calls pairs of sftlib.checks"),
+        (lambda text: parse(text) if re.search(r"\[\s*\{", text) else [], "A single object"),
+        (lambda text: parse(text)[::-1], "Both kinds"),
+        (lambda text: parse(text.lower()), "found [('say hello.', 'hello.')]"),
+        (lambda text: sorted(parse(text)), "not in general"),
+        (lambda text: parse(text.replace("'", '"')), "not in general"),
+        (lambda text: parse(text.replace("\n", " ").replace("\\n", " ")), "not in general"),
+        (two_keys_alone, "may have other keys besides"),
+        (question_is_enough, "A question without its answer"),
+        (lambda text: parse(text, keys=BOTH[1:]), "A list of one pair"),
+        (lambda text: json.dumps(parse(text)), "expected a list, found the text"),
     ],
     untouched=[..., None, lambda text: ...],
 )
@@ -276,8 +347,22 @@ LEAKS = Attacks(
         torch.tensor([3, 1]),
         range(1, 4, 2),
         Made(lambda: (row for row in (1, 3))),
+        pd.Series([1, 3]),
+        pd.Index([3, 1]),
+        deque([3, 1]),
+        np.array([1, 3], dtype=np.uint8),
+        Made(lambda: {1: "same question", 3: "inside"}.keys()),
     ],
     wrong=[
+        ({2}, "another country"),
+        ({4}, "another fact"),
+        ({2, 4}, "another country"),
+        ({3, 4}, "another fact"),
+        ({1, 2, 3, 4}, "another country"),
+        ([1, 1], "1 is given twice"),
+        ({-1, 3}, "found -1"),
+        ((1, 3j), "Expected a whole number, found complex"),
+        (lambda: {1, 3}, "when it is called"),
         ({1, 2, 3}, "another country"),
         ({1, 3, 4}, "another fact"),
         ({1}, "One more row: the question stands inside a longer text"),
@@ -307,8 +392,22 @@ COST = Attacks(
         np.float32(4.67),
         torch.tensor(4.6667),
         Prices(prompt=0.5, completion=2.0).of(400 * 10_000 / 0.6, 40 * 10_000 / 0.6),
+        10_000 * Prices(prompt=0.5, completion=2.0).of(400, 40) / 0.6,
+        np.array(14 / 3),
+        round(14 / 3, 3),
+        4.7,
+        Decimal(14) / 3,
     ],
     wrong=[
+        (0.00028 * 14_000, "of which 8,400 would be usable"),
+        (0.00028 * 16_000, "of which 9,600 would be usable"),
+        (10_000 / 0.6, "the number of attempts"),
+        (440 * 10_000 / 0.6, "the number of tokens"),
+        (2.5 * 440 * 10_000 / 0.6 / 1e6, "Count the attempts first"),
+        (280, "in cents"),
+        ("4.67 a million", "Expected a number, found the text"),
+        ({4.67}, "Expected a number, found set"),
+        (4.67 + 0j, "Expected a number"),
         (2.8, "6,000 would be usable"),
         (1.68, "divide"),
         (28 / 6 * 1e6, "per million"),
@@ -385,13 +484,52 @@ def without_tokens(rows):
 
 
 def cleaned():
+    return list(_cleaned())
+
+
+@cache
+def _cleaned():
     return agreeing(unique_rows(unleaked(sound(dirty_rows()))))
+
+
+def repaired():
+    """Nothing is removed that can be repaired; of two copies the other one stays."""
+    rows = unique_rows(unleaked(sound(without_tokens(dirty_rows()[::-1]))))
+    return unique_rows(corrected(rows))
 
 
 def true_copies():
     """No row is false, but the copies are still there."""
     kept = {row["messages"][1]["content"] for row in cleaned()}
     return [r for r in unleaked(sound(dirty_rows())) if r["messages"][1]["content"] in kept]
+
+
+def shifted(rows):
+    """Each row with the answer of the row before it."""
+    answers = [row["messages"][1]["content"] for row in rows]
+    return [
+        answered(row, answer) for row, answer in zip(rows, answers[-1:] + answers, strict=False)
+    ]
+
+
+def believed_copies():
+    """The copies are removed last, so that a false row with its copy outvotes the right ones."""
+    return unique_rows(agreeing(unleaked(sound(dirty_rows()))))
+
+
+def disagreeing(right):
+    """The other half: the rows that were outvoted."""
+    kept = {row["messages"][1]["content"] for row in right}
+    rows = unique_rows(unleaked(sound(dirty_rows())))
+    return [row for row in rows if row["messages"][1]["content"] not in kept]
+
+
+def in_small_letters(row):
+    return answered(row, row["messages"][1]["content"].lower())
+
+
+def two_in_one(rows):
+    return [{"messages": rows[0]["messages"] + rows[1]["messages"]}]
 
 
 CLEANING = Attacks(
@@ -401,11 +539,29 @@ CLEANING = Attacks(
         Made(lambda: agreeing(unique_rows(sound(unleaked(dirty_rows()))))),
         Made(lambda: tuple(row["messages"] for row in cleaned())),
         Made(lambda: (row for row in reversed(cleaned()))),
-        Made(lambda: unique_rows(corrected(unique_rows(unleaked(sound(dirty_rows())))))),
-        Made(lambda: agreeing(unique_rows(unleaked(sound(without_tokens(dirty_rows())))))),
+        Made(repaired),
         Made(lambda: [row | {"kept": True} for row in cleaned()]),
+        Made(lambda: Dataset.from_list(cleaned())),
+        Made(lambda: deque(cleaned())),
+        Made(lambda: dict(enumerate(cleaned())).values()),
+        Made(lambda: filter(None, cleaned())),
     ],
     wrong=[
+        (Made(lambda: shifted(cleaned())), "have the answer to another question"),
+        (
+            Made(
+                lambda: [answered(row, cleaned()[0]["messages"][1]["content"]) for row in cleaned()]
+            ),
+            "have the answer to another question",
+        ),
+        (Made(believed_copies), "about one fact that contradict each other"),
+        (Made(lambda: disagreeing(cleaned())), "about one fact that contradict each other"),
+        (Made(lambda: cleaned()[::2]), "at least 200 rows, found 120"),
+        (Made(lambda: [in_small_letters(row) for row in cleaned()]), "Score: 0.0 %"),  # it trains
+        (Made(lambda: two_in_one(cleaned()) + cleaned()), "does not come from dirty_rows()"),
+        (Made(lambda: [answered(row, "") for row in cleaned()]), "Message 2 is empty"),
+        (Made(lambda: [*cleaned(), "and so on"]), "expected a dict with messages, found the text"),
+        (Made(lambda: {"rows": cleaned()}), "expected a dict with messages"),
         (Made(dirty_rows), "Message 2"),
         (Made(lambda: without_tokens(dirty_rows())), "Message 2"),
         (Made(lambda: sound(dirty_rows())), "contains a held-out question or its answer"),
@@ -429,7 +585,7 @@ CLEANING = Attacks(
         (Made(lambda: [about(row) for row in cleaned()]), "a dict with messages"),
         (dirty_rows, "when it is called"),
     ],
-    untouched=[..., None, [...], [{"messages": ...}]],
+    untouched=[..., None, [...], [{"messages": ...}], Made(lambda: [*cleaned(), None])],
     trains=True,
 )
 
