@@ -360,8 +360,8 @@ def shifted(ids, labels):
     return ids, [*labels[1:], -100]
 
 
-async def later(messages):
-    return sound(messages)
+def one_by_one(messages):
+    yield sound(messages)
 
 
 HELD_OUT = read_facts("heldout")[0]["messages"]
@@ -420,7 +420,7 @@ PIPELINE = Attacks(
         (changed_row(lambda ids, labels: (ids, [max(0, x) for x in labels])), "found 0"),
         (changed_row(lambda ids, labels: ([-i for i in ids], labels)), "expected ids from 0"),
         (changed_row(lambda ids, labels: (ids, [x != -100 for x in labels])), "whole number"),
-        (later, "keys input_ids, labels"),
+        (one_by_one, "keys input_ids, labels"),
         (lambda messages: sound(HELD_OUT), "contains a held-out question"),
     ],
     untouched=[..., None, lambda messages: ...],
