@@ -467,7 +467,6 @@ ROWS = Attacks(
         ([{"messages": drawn(0, 1)[0]["messages"][:1]}], "Row 1: "),
         ("What is the capital of Kenya?", "a list of rows"),
         (20, "a list of rows"),
-        (drawn(0, 1) * 20, "No row of yours asks for"),
         ([{"prompt": "Who?", "completion": "Me."}], "Row 1: expected a dict with messages"),
         ([{"messages": "What is the capital of Kenya?"}], "a list as messages"),
         (["The capital of Kenya is Nairobi."], "Row 1: expected a dict with messages"),
