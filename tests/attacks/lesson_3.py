@@ -215,7 +215,6 @@ MASK = Attacks(
         [array("i", row) for row in POSITIONS],
         Made(lambda: map(iter, POSITIONS)),
         [torch.tensor(row).view(-1, 1) for row in POSITIONS],
-        [dict.fromkeys(row, True) for row in POSITIONS],
         {"a": POSITIONS[0], "b": POSITIONS[1]}.values(),
     ],
     wrong=[
