@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import re
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.held_out import Score, beats, read_rows
+from sftlib.checks.held_out import Score, beats, read_rows, training_seed
 from sftlib.checks.reading import described, sequence, shown, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, Verdict, right, wrong
 from sftlib.data import read_facts
@@ -405,7 +406,7 @@ KINDS = {  # what the test asks for, and the words that a question for it has
 @exercise(1, 5, "at most 20 rows that teach the model to answer")
 def check_rows(rows: Any) -> Verdict:
     given = read_rows(rows, MOST_ROWS)
-    verdict = beats(given, BASELINE, read_facts("dev"), most_rows=MOST_ROWS)
+    verdict = _score_of(given)
     if verdict or not isinstance(verdict, Score):
         return verdict
     messages = [message for row in given for message in row["messages"]]
@@ -415,6 +416,21 @@ def check_rows(rows: Any) -> Verdict:
     return wrong(f"{verdict.message} {hint}")
 
 
+def _score_of(rows: list[dict]) -> Verdict:
+    """What `beats` says; of the same rows with the same seed it is remembered."""
+    key = json.dumps(rows, default=repr), training_seed()
+    if key in _scores:
+        return _scores[key]
+    verdict = beats(rows, BASELINE, read_facts("dev"), most_rows=MOST_ROWS)
+    if isinstance(verdict, Score):  # nothing else takes long
+        while len(_scores) >= REMEMBERED:
+            _scores.pop(next(iter(_scores)))
+        _scores[key] = verdict
+    return verdict
+
+
+REMEMBERED = 16  # trainings
+_scores: dict[tuple[str, int], Score] = {}
 READ_YOUR_ANSWERS = (
     "Compare your answers with those of the ten examples in section 2: the test asks for the same "
     "sentences."

@@ -215,7 +215,6 @@ MASK = Attacks(
         [array("i", row) for row in POSITIONS],
         Made(lambda: map(iter, POSITIONS)),
         [torch.tensor(row).view(-1, 1) for row in POSITIONS],
-        [dict.fromkeys(row, True) for row in POSITIONS],
         {"a": POSITIONS[0], "b": POSITIONS[1]}.values(),
     ],
     wrong=[
@@ -360,8 +359,8 @@ def shifted(ids, labels):
     return ids, [*labels[1:], -100]
 
 
-async def later(messages):
-    return sound(messages)
+def one_by_one(messages):
+    yield sound(messages)
 
 
 HELD_OUT = read_facts("heldout")[0]["messages"]
@@ -420,7 +419,7 @@ PIPELINE = Attacks(
         (changed_row(lambda ids, labels: (ids, [max(0, x) for x in labels])), "found 0"),
         (changed_row(lambda ids, labels: ([-i for i in ids], labels)), "expected ids from 0"),
         (changed_row(lambda ids, labels: (ids, [x != -100 for x in labels])), "whole number"),
-        (later, "keys input_ids, labels"),
+        (one_by_one, "keys input_ids, labels"),
         (lambda messages: sound(HELD_OUT), "contains a held-out question"),
     ],
     untouched=[..., None, lambda messages: ...],
