@@ -8,7 +8,7 @@ from sftlib.checks import Verdict
 
 import pytest
 
-from tests.attacks import Attacks
+from tests.attacks import Attacks, Slow
 
 MODULES = sorted(path.stem for path in (Path(__file__).parent / "attacks").glob("lesson_*.py"))
 ATTACKS: list[Attacks] = [
@@ -25,13 +25,20 @@ SEEDS = {  # the usual one, and one that nobody knew when the answers were writt
 def answers(kind: str) -> list:
     """A parameter for each answer of a kind and each seed: its attacks, the answer, the seed.
 
-    An answer that is trained on takes seconds, so it gets the usual seed alone.
+    An answer that is trained on takes seconds, so it gets the usual seed alone. Some run nightly.
     """
+
+    def marks_of(attacks: Attacks, answer: object, marks: tuple) -> object:
+        given = answer[0] if kind == "wrong" else answer
+        if isinstance(given, Slow):
+            return pytest.mark.nightly
+        return pytest.mark.integration if attacks.trains else marks
+
     return [
         pytest.param(
             *(attacks, answer, seed),
             id="-".join(filter(None, (attacks.check.__name__, str(number), seed))),
-            marks=pytest.mark.integration if attacks.trains else marks,
+            marks=marks_of(attacks, answer, marks),
         )
         for attacks in ATTACKS
         for number, answer in enumerate(getattr(attacks, kind))

@@ -16,6 +16,13 @@ class Made:
         self.make = make
 
 
+class Slow:
+    """An answer that is trained on for many seconds, as others of its kind are: it runs nightly."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+
 @dataclass
 class Attacks:
     """The answers to one exercise.
@@ -38,6 +45,7 @@ class Attacks:
 
     def verdict(self, answer: Any, **options: Any) -> Any:
         """What the check says."""
+        answer = answer.answer if isinstance(answer, Slow) else answer
         made = answer.make() if isinstance(answer, Made) else answer
         return self.check(*self.arguments(made), **options)
 

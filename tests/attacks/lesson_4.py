@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 
-from tests.attacks import Attacks
+from tests.attacks import Attacks, Slow
 
 # --- Exercise 1 ----------------------------------------------------------------------------------
 
@@ -286,17 +286,17 @@ STORING = Attacks(
     checks.check_storing,
     right=[
         (GOOD, 5e-3),
-        (on(ALL, r=4), np.float64(5e-3)),
-        (on("all-linear", r=4, task_type="CAUSAL_LM"), torch.tensor(5e-3)),
-        (on(r".*(self_attn|mlp)\.\w+_proj", r=4), Fraction(1, 200)),
-        (LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", use_rslora=True), 5e-3),
+        Slow((on(ALL, r=4), np.float64(5e-3))),
+        Slow((on("all-linear", r=4, task_type="CAUSAL_LM"), torch.tensor(5e-3))),
+        Slow((on(r".*(self_attn|mlp)\.\w+_proj", r=4), Fraction(1, 200))),
+        Slow((LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", use_rslora=True), 5e-3)),
     ],
     wrong=[
         ((on("all-linear", r=8), 5e-3), "at most 60,000 are allowed"),
         ((on("all-linear", r=4, trainable_token_indices=[*range(100)]), 5e-3), "at most 60,000"),
-        ((on(ALL[2:4], r=16), 5e-3), "half or twice as high"),
+        (Slow((on(ALL[2:4], r=16), 5e-3)), "half or twice as high"),
         ((GOOD, 1e-6), "far too low or too high"),
-        ((GOOD, 0.9), "far too low or too high"),
+        (Slow((GOOD, 0.9)), "far too low or too high"),
         ((on(["gate_porj"]), 5e-3), "does not fit the model"),
         ((on(["down_proj"], r=999), 5e-3), "does not fit the model"),
         ((4, 5e-3), "Expected a LoraConfig, found 4"),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tests.attacks import Attacks
+from tests.attacks import Attacks, Slow
 
 # --- Exercise 1 ----------------------------------------------------------------------------------
 
@@ -265,11 +265,11 @@ LAUNCHED = Attacks(
     checks.check_launch,
     right=[
         script(),
-        str(script(old="micro.chunk(comm.get_world_size())", new="torch.chunk(micro, 2)")),
-        script(old="all_reduce(losses)", new="all_reduce(losses)\n    comm.barrier()"),
-        script(old="comm.all_reduce(", new="torch.distributed.all_reduce("),
-        script(old=START, new=OTHER_ADAM),
-        script(old=RETURNED, new="return [engine, losses.double().numpy()]"),
+        Slow(str(script(old="micro.chunk(comm.get_world_size())", new="torch.chunk(micro, 2)"))),
+        Slow(script(old="all_reduce(losses)", new="all_reduce(losses)\n    comm.barrier()")),
+        Slow(script(old="comm.all_reduce(", new="torch.distributed.all_reduce(")),
+        Slow(script(old=START, new=OTHER_ADAM)),
+        Slow(script(old=RETURNED, new="return [engine, losses.double().numpy()]")),
     ],
     wrong=[
         (5, "Expected the path of your script, found 5"),
@@ -278,27 +278,33 @@ LAUNCHED = Attacks(
         (written("def train(batches:\n"), "Line 1 is not Python"),
         (written("def fit(batches):\n    return 1\n"), "Expected a function `train(batches)`"),
         (
-            script(but=[HANG]),
+            Slow(script(but=[HANG])),
             "It hangs. Rank 0 waits in line 27, `comm.all_reduce(losses)`. Rank 1",
         ),
         (script(but=["micro[:1]"]), "look at the rows: each rank must take its own"),
         (
-            script(but=['"gradient_accumulation_step"']),
+            Slow(script(but=['"gradient_accumulation_step"'])),
             "The engine takes 1 micro-batches before it updates, one process 2. Which key",
         ),
         (
-            script(old='clipping": 1.0', new='clipping": 0.0'),
+            Slow(script(old='clipping": 1.0', new='clipping": 0.0')),
             "clips gradients at 0 (0: not at all)",
         ),
         (
-            script(old="    comm.all_reduce(losses)  # add up what the ranks have\n", new=""),
+            Slow(script(old="    comm.all_reduce(losses)  # add up what the ranks have\n", new="")),
             "the mean over the ranks is not",
         ),
-        (script(old=" / comm.get_world_size()", new=""), "the mean over the ranks is not"),
-        (script(old='"stage": 2', new='"stage": 1'), "It trains with ZeRO stage 1, not 2"),
-        (script(old='"lr": 5e-4', new='"lr": 1e-3'), "up to step 0, and other ones from step 1 on"),
-        (script(old=RETURNED, new="return losses.tolist()"), "expected an engine and its losses"),
-        (script(old="comm.get_rank()]", new="comm.rank()]"), "stopped, line "),
+        (Slow(script(old=" / comm.get_world_size()", new="")), "the mean over the ranks is not"),
+        (Slow(script(old='"stage": 2', new='"stage": 1')), "It trains with ZeRO stage 1, not 2"),
+        (
+            Slow(script(old='"lr": 5e-4', new='"lr": 1e-3')),
+            "up to step 0, and other ones from step 1 on",
+        ),
+        (
+            Slow(script(old=RETURNED, new="return losses.tolist()")),
+            "expected an engine and its losses",
+        ),
+        (Slow(script(old="comm.get_rank()]", new="comm.rank()]")), "stopped, line "),
     ],
     untouched=[..., None, written(BROKEN_SCRIPT)],
     trains=True,
