@@ -16,7 +16,7 @@ from sftlib.experiments.early_stopping import EarlyRun
 from sftlib.experiments.sweep import sweep
 from sftlib.experiments.trainer_options import OPTIONS, OptionRun
 
-SEEDS, REPETITIONS, COMPILATIONS = 5, 3, 2
+SEEDS, REPETITIONS = 5, 3
 
 
 def early_runs() -> list[EarlyRun]:
@@ -26,12 +26,7 @@ def early_runs() -> list[EarlyRun]:
 
 def option_runs() -> list[OptionRun]:
     """Each option several times. The options take turns, so that a busy minute slows them all."""
-    return [
-        OptionRun(option, number)
-        for number in range(REPETITIONS)
-        for option in OPTIONS
-        if option != "torch_compile" or number < COMPILATIONS
-    ]
+    return [OptionRun(option, number) for number in range(REPETITIONS) for option in OPTIONS]
 
 
 def measured(run: OptionRun) -> dict[str, Any]:
