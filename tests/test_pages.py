@@ -145,6 +145,7 @@ def test_all_lessons_together_take_at_most_fifteen_minutes():
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 def test_a_cell_that_takes_long_shows_how_far_it_is(lesson: Path):
     sources = {cell["id"]: text(cell) for cell in cells(lesson)}
-    shows = ("progress_bar(", "ppo.train(", "tune(", "prepare(")  # those of sftlib show one
+    # Those of sftlib show one.
+    shows = ("progress_bar(", "ppo.train(", "tune(", "prepare(", "launch(")
     for name in MEASURED[lesson.stem]["long"]:
         assert any(call in sources[name] for call in shows), name
