@@ -11,7 +11,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import compare, reference
-from sftlib.checks.reading import Unread, described, mapping, number, shown, text, whole
+from sftlib.checks.reading import Unread, described, mapping, number, open_parts, shown, text, whole
 from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, right, wrong
 from sftlib.experiments.diagnosis import HEALTHY, SIGNS, Sign
 from sftlib.experiments.failures import BATCH, SICK_SETTINGS, Training, train_with, unnamed
@@ -196,7 +196,8 @@ SETTINGS = SIZES | RATES | {"lr_scheduler_type", "optim"}
 @exercise(8, 4, "one setting for each of five sick trainings", parts_may_be_open=True)
 def check_repairs(answer: Any) -> Verdict:
     given = mapping(answer, SICK_SETTINGS)
-    repairs = {letter: _repair(part, letter) for letter, part in given.items() if not _open(part)}
+    attempted = {letter: part for letter, part in given.items() if open_parts(part)[1]}
+    repairs = {letter: _repair(part, letter) for letter, part in attempted.items()}
     if not repairs:
         return NOT_ATTEMPTED
     sick = {}
@@ -220,10 +221,6 @@ SICK_HINTS = {
     "D": "Look at grad_norm: which setting keeps a gradient from being that long?",
     "E": "Something other than the gradient changes the weights in each step.",
 }
-
-
-def _open(part: Any) -> bool:
-    return part is ... or part is None or (isinstance(part, Mapping) and (not part or ... in part))
 
 
 def _repair(part: Any, letter: str) -> tuple[str, Any]:

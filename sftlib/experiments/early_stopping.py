@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftlib.experiments.logs import table
 from sftlib.experiments.spread import Spread
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def measure(run: EarlyRun) -> dict[str, Any]:
     )
     trainer.add_callback(Ask())
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses = table(trainer).loss.dropna().tolist()
     means = [sum(losses[at - EVERY : at]) / EVERY for at in found["steps"]]
     return {**found, "loss": [round(loss, 5) for loss in means]}
 
@@ -112,10 +113,10 @@ def chosen(runs: list[dict]) -> pandas.DataFrame:
         "last checkpoint": lambda run: len(run["steps"]) - 1,
     }
     names = {"step": "steps", "dev": "dev", "held-out": "heldout"}
-    table = {}
+    rows = {}
     first = next(iter(ways.values()))
     for way, choose in ways.items():
-        table[way] = {to: Spread(r[name][choose(r)] for r in runs) for to, name in names.items()}
+        rows[way] = {to: Spread(r[name][choose(r)] for r in runs) for to, name in names.items()}
         more = (run["heldout"][choose(run)] - run["heldout"][first(run)] for run in runs)
-        table[way]["more"] = Spread(more)
-    return pandas.DataFrame(table).T
+        rows[way]["more"] = Spread(more)
+    return pandas.DataFrame(rows).T

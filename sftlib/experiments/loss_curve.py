@@ -6,22 +6,13 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from sftlib.experiments import table, trainer_parts
+
 ROWS = 96
-SETTINGS: dict[str, Any] = {  # arguments of `trl.SFTConfig`, those of lesson 6
-    "per_device_train_batch_size": 8,
+SETTINGS: dict[str, Any] = trainer_parts.SETTINGS | {  # arguments of `trl.SFTConfig`
     "num_train_epochs": 1,
-    "learning_rate": 5e-4,
     "lr_scheduler_type": "linear",
     "warmup_steps": 2,
-    "assistant_only_loss": True,
-    "train_sampling_strategy": "sequential",
-    "bf16": False,
-    "activation_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 0,
 }
 HIDDEN = {"warmup_steps": 1}  # what the given curve of the exercise was trained with
 
@@ -52,24 +43,8 @@ def curve(change: Mapping[str, Any] | None = None) -> list[float]:
     Raises:
         TypeError, ValueError: see `config`.
     """
-    from sftlib import patches
     from sftlib.data import read_facts
-    from sftlib.models import load
 
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
-
-    args = config(change)
-    model, tokenizer = load()
-    rows = [{"messages": row["messages"]} for row in read_facts("sft")[:ROWS]]
-    with patches.without_dataset_bars():
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
-    trainer.remove_callback(PrinterCallback)
+    trainer = trainer_parts.plain_trainer(read_facts("sft")[:ROWS], config(change))
     trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return table(trainer).loss.dropna().tolist()

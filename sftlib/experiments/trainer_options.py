@@ -13,11 +13,13 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftlib.experiments import table, trainer_parts
 from sftlib.experiments.spread import Spread
 
 if TYPE_CHECKING:
     import pandas
     import torch
+    from trl import SFTTrainer
 
 RUNS = Path(__file__).parents[2] / "data" / "runs" / "trainer_options.jsonl"
 ROWS, BATCH = 64, 8
@@ -30,20 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # changes to `SETTINGS`
     "torch_compile": {"torch_compile": True},
 }
 FULL = "full logits"  # the loss of `trainer_class`, not TRL's
-SETTINGS: dict[str, Any] = {  # arguments of `trl.SFTConfig`
+SETTINGS: dict[str, Any] = trainer_parts.SETTINGS | {  # arguments of `trl.SFTConfig`
     "per_device_train_batch_size": BATCH,
     "num_train_epochs": 2,
-    "learning_rate": 5e-4,
-    "assistant_only_loss": True,
-    "train_sampling_strategy": "sequential",
     "use_cpu": True,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 0,
 }
 
 
@@ -71,7 +63,7 @@ def conversations() -> list[dict]:
     return [row for pair in pairs for row in pair][:ROWS]
 
 
-def trainer_class(option: str) -> type:
+def trainer_class(option: str) -> type[SFTTrainer]:
     """TRL's trainer; for `FULL` one that computes all logits at once, as our loop does."""
     from torch.nn.functional import cross_entropy
     from trl import SFTTrainer
@@ -116,8 +108,7 @@ def measure(run: OptionRun) -> dict[str, Any]:
         trainer.add_callback(Clock())
         trainer.train()
         found: dict[str, Any] = {"first": times[1] - times[0], "second": times[2] - times[1]}
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        found["losses"] = [round(loss, 5) for loss in losses]
+        found["losses"] = table(trainer).loss.dropna().round(5).tolist()
         if run.repetition == 0 and run.option != "torch_compile":
             found["peak"] = peak(run.option)
     finally:
@@ -136,22 +127,10 @@ def peak(option: str) -> int:
 
 
 def _trainer(option: str, **changes: Any) -> Any:
-    from sftlib import patches
-    from sftlib.models import load
-
-    from datasets import Dataset
-    from transformers import PrinterCallback
     from trl import SFTConfig
 
-    model, tokenizer = load()
-    rows = Dataset.from_list([{"messages": row["messages"]} for row in conversations()])
     args = SFTConfig("work/options", **(SETTINGS | OPTIONS[option] | changes))
-    with patches.without_dataset_bars():
-        trainer = trainer_class(option)(
-            model=model, args=args, train_dataset=rows, processing_class=tokenizer
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return trainer_parts.plain_trainer(conversations(), args, trainer_class(option))
 
 
 def _cpu_seconds() -> float:
@@ -171,17 +150,17 @@ def stored(path: Path = RUNS) -> pandas.DataFrame:
     import pandas
 
     runs = read_jsonl(path)
-    table = {}
+    found = {}
     for option in OPTIONS:
         own = [run for run in runs if run["option"] == option]
         peaks = [run["peak"] / 1e6 for run in own if "peak" in run] or [nan]
-        table[option] = {
+        found[option] = {
             "first": Spread(run["first"] for run in own),
             "second": Spread(run["second"] for run in own),
             "peak": peaks[0],
             "losses": own[0]["losses"],
         }
-    return pandas.DataFrame(table).T
+    return pandas.DataFrame(found).T
 
 
 def said(times: Spread) -> str:

@@ -1,4 +1,4 @@
-"""Looking inside TRL's trainer while TRL itself runs unchanged (lesson 6)."""
+"""TRL's trainer by itself, and looking inside it while it runs unchanged (lesson 6)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from trl import SFTConfig, SFTTrainer
+
+SETTINGS: dict[str, Any] = {  # arguments of `trl.SFTConfig` for short trainings of the lesson
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "assistant_only_loss": True,
+    "train_sampling_strategy": "sequential",
+    "bf16": False,
+    "activation_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
+def plain_trainer(
+    rows: Sequence[dict], args: SFTConfig, make: type[SFTTrainer] | None = None
+) -> SFTTrainer:
+    """TRL's trainer of the dial's model on rows with `messages`, without bars and printed logs.
+
+    `sftlib.training` has no part in it.
+
+    Args:
+        make: a class derived from TRL's `SFTTrainer`, in its place.
+    """
+    from sftlib import patches
+    from sftlib.models import load
+
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    model, tokenizer = load()
+    dataset = Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    with patches.without_dataset_bars():
+        trainer = (make or SFTTrainer)(
+            model=model, args=args, train_dataset=dataset, processing_class=tokenizer
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
 
 Step = tuple[str, dict[str, Any]]
 """What TRL says that it does, and the first row after it."""
