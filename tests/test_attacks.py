@@ -25,12 +25,14 @@ SEEDS = {  # the usual one, and one that nobody knew when the answers were writt
 def answers(kind: str) -> list:
     """A parameter for each answer of a kind and each seed: its attacks, the answer, the seed.
 
-    An answer that is trained on takes seconds, so it gets the usual seed alone. Some run nightly.
+    An answer that is trained on takes seconds, so it gets the usual seed alone. Some run nightly,
+    and so does the usual right one: the notebook of solutions trains on it at each commit.
     """
 
-    def marks_of(attacks: Attacks, answer: object, marks: tuple) -> object:
+    def marks_of(attacks: Attacks, number: int, answer: object, marks: tuple) -> object:
         given = answer[0] if kind == "wrong" else answer
-        if isinstance(given, Slow):
+        in_solutions = attacks.trains and kind == "right" and number == 0
+        if isinstance(given, Slow) or in_solutions:
             return pytest.mark.nightly
         return pytest.mark.integration if attacks.trains else marks
 
@@ -38,7 +40,7 @@ def answers(kind: str) -> list:
         pytest.param(
             *(attacks, answer, seed),
             id="-".join(filter(None, (attacks.check.__name__, str(number), seed))),
-            marks=marks_of(attacks, answer, marks),
+            marks=marks_of(attacks, number, answer, marks),
         )
         for attacks in ATTACKS
         for number, answer in enumerate(getattr(attacks, kind))

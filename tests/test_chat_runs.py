@@ -153,6 +153,17 @@ def test_every_way_to_ask_changes_the_prompt(tokenizer):
     )
 
 
+def test_a_prompt_holds_every_message_but_the_answer(tokenizer):
+    for study, names in (("turns", ("first question", "follow-up")), ("masks", ("as trained",))):
+        ways = chat_runs.asked(study, read_facts("heldout")[:3], tokenizer)
+        for name in names:
+            for ids, row in zip(*ways[name], strict=True):
+                text = tokenizer.decode(ids)
+                assert all(one["content"] in text for one in row["messages"][:-1])
+                assert row["messages"][-1]["content"] not in text
+                assert text.count("<|im_start|>") == len(row["messages"])
+
+
 def test_attacks_are_read_as_a_system_message_by_the_naive_template_alone(tokenizer):
     ways = chat_runs.asked("guard", read_facts("heldout")[:3], tokenizer)
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")

@@ -1,6 +1,7 @@
 """What the exercises give to students, and hints that must not tell too much."""
 
 import ast
+import re
 from pathlib import Path
 
 from sftlib import checks
@@ -13,8 +14,19 @@ from sftlib.experiments.diagnosis import HEALTHY
 from sftlib.experiments.failures import unnamed
 
 import nbformat
+import pytest
 
 LESSONS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((LESSONS / "solutions").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_exercises_have_the_numbers_of_their_lesson(path):
+    called = re.findall(r"checks\.(check_\w+)\(", path.read_text(encoding="utf-8"))
+    for number, name in enumerate(dict.fromkeys(called), start=1):
+        said = getattr(checks, name).__doc__
+        assert said.startswith(f"Lesson {int(path.stem[:2])}, exercise {number}: ")
 
 
 def test_a_hint_about_methods_does_not_name_the_answer():

@@ -68,7 +68,7 @@ def cases(tmp_path_factory):
     return found
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 @pytest.mark.parametrize("stage", range(4))
 def test_each_stage_learns_what_one_process_learns(stage, cases, plain):
     first, second = cases[f"{stage} float32"]
@@ -77,7 +77,7 @@ def test_each_stage_learns_what_one_process_learns(stage, cases, plain):
     assert first["losses"] == pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", range(4))
 def test_a_rank_keeps_what_the_formula_says(stage, dtype, cases, tiny):
@@ -89,7 +89,7 @@ def test_a_rank_keeps_what_the_formula_says(stage, dtype, cases, tiny):
             assert kept == pytest.approx(expected[kind], abs=0.05 * expected[kind] + bucket)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 def test_bfloat16_learns_almost_what_float32_learns(cases, plain):
     for stage in (1, 2, 3):
         assert cases[f"{stage} bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.004)
@@ -98,7 +98,7 @@ def test_bfloat16_learns_almost_what_float32_learns(cases, plain):
     assert cases["0 bfloat16"][0]["losses"][1] > plain[1] + 0.0025
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offload_changes_no_loss(stage, cases):
     losses = cases[f"{stage} offload"][0]["losses"]
@@ -115,7 +115,7 @@ def divided(tmp_path_factory):
     return found
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 def test_fsdp_learns_what_zero_3_and_one_process_learn(divided, cases, plain):
     first, second = divided["FSDP2"]
     assert first["losses"] == second["losses"] and len(first["losses"]) == 20
@@ -124,7 +124,7 @@ def test_fsdp_learns_what_zero_3_and_one_process_learn(divided, cases, plain):
     assert divided["FSDP2 bfloat16"][0]["losses"] == pytest.approx(plain[:2], abs=0.004)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 @pytest.mark.parametrize("case", ["FSDP2", "FSDP2 bfloat16", "FSDP2 keeping"])
 def test_fsdp_keeps_and_sends_what_the_formulas_say(case, divided, tiny):
     sizes = {name: p.numel() for name, p in tiny[0].named_parameters()}
@@ -137,7 +137,7 @@ def test_fsdp_keeps_and_sends_what_the_formulas_say(case, divided, tiny):
         assert row["sent"] == pytest.approx([sent] * len(row["sent"]), rel=0.01)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # lesson 5 does it at each commit
 def test_an_offloaded_optimizer_keeps_in_main_memory_what_the_planner_says(divided, tiny):
     parameters = sum(p.numel() for p in tiny[0].parameters())
     # beside a bucket of gradients in bfloat16 on each rank

@@ -286,7 +286,7 @@ def test_a_base_in_four_bits_takes_an_adapter_further(base, adapter, tmp_path, c
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_zero_takes_an_adapter_further(stage, adapter, tmp_path):
     config = ROOT / f"deepspeed_configs/zero{stage}.json"
     asked = words("--adapter", adapter, "--deepspeed", config, out="z", folder=tmp_path)

@@ -205,6 +205,7 @@ SEEN = [  # sign, a log, what a finding must mention
         logged([8 * x for x in FALLING], {5: 1.0, 10: 0.5, 20: 0.13}),
         "times the eval",
     ),
+    ("out of scale", logged([8 * x for x in FALLING], **SURE), "At step 20 the loss"),
     ("out of scale", logged([8 * x for x in FALLING], **SURE), "99% of the"),
     ("starts near chance", logged([4 * x for x in FALLING]), "11.8 for Llama 3"),
     ("starts near chance", logged([3 * x for x in FALLING], **LOST), "2% of guesses"),

@@ -207,11 +207,11 @@ def test_an_adapter_is_merged_in_the_dtype_of_its_base(dtype, base, adapter, tmp
     from sftlib.adapters import load_adapter
 
     folder = adapter(base(dtype), LLAMA3)
-    command(monkeypatch, folder, tmp_path / "new/merged")
-    assert dtypes(tmp_path / "new/merged") == {dtype}
-    merged, tokenizer = load(tmp_path / "new/merged")
+    command(monkeypatch, folder, tmp_path / "a/new/merged")  # no folder of these is there
+    assert dtypes(tmp_path / "a/new/merged") == {dtype}
+    merged, tokenizer = load(tmp_path / "a/new/merged")
     assert tokenizer.chat_template == LLAMA3
-    assert (tmp_path / "new/merged/chat_template.jinja").read_text() == published_template(
+    assert (tmp_path / "a/new/merged/chat_template.jinja").read_text() == published_template(
         read_tokenizer(folder)
     )
     apart = load_adapter(load(tmp_path / "base")[0], folder)
@@ -375,8 +375,9 @@ def test_thoughts_that_the_script_reads_are_written_once(tmp_path, tokenizer):
 
 @pytest.fixture
 def card(tokenizer):
-    def write(*words, data=None, folder=None, template=CHATML):
+    def write(*words, data=None, folder=None, template=CHATML, adapter=""):
         args, training = parse(list(map(str, words)))
+        args.adapter = adapter
         args.model = args.model or "tiny-base"
         training.learning_rate = 1e-3
         tokenizer.chat_template = template
@@ -403,6 +404,12 @@ def test_the_card_names_the_template_and_its_reason(card):
     said = card("--template", "chatml")
     assert "**Chat template**: chatml (as --template says)." in said
     assert "**Chat template**: llama3 (auto: the tokenizer" in card(template=LLAMA3)
+
+
+def test_the_card_names_the_adapter_that_training_went_on_from_and_not_where_it_lies(card):
+    assert "continued from" not in card()
+    for folder in ("/home/me/runs/one/adapter", "one/adapter"):
+        assert "continued from the adapter `one/adapter`" in card(adapter=folder)
 
 
 def test_the_card_says_whether_the_merged_model_exists(card):

@@ -1,6 +1,7 @@
 """What is measured on ranks: bytes that collectives send, bytes kept, seconds by repetition."""
 
 from sftlib.experiments import sharding
+from sftlib.models import load
 from sftlib.scale.measure import sent_bytes, tracked_fsdp_bytes
 from sftlib.scale.memory import fsdp_bytes
 
@@ -83,3 +84,23 @@ def test_a_repetition_is_as_slow_as_its_slower_rank():
 def test_the_rate_is_that_of_rank_0():
     rows = [{"case": "all-reduce", "rank": rank, "rates": [rank + 1, 3]} for rank in (1, 0)]
     assert sharding.bytes_per_second(rows).values == (1, 3)
+
+
+def test_one_process_clips_each_gradient_at_one():
+    """Which `check_launch` asks of two ranks."""
+    model, tokenizer = load()
+    data = sharding.batches(tokenizer, 3)
+    chance = torch.Generator().manual_seed(0)
+    data[1] = torch.randint(len(tokenizer), data[1].shape, generator=chance)  # a large gradient
+    found = sharding.one_process(model, data)
+    model = load()[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    norms = []
+    for step, batch in enumerate(data):
+        loss = torch.stack([model(input_ids=rows, labels=rows).loss for rows in batch]).mean()
+        assert found[step] == pytest.approx(loss.item(), abs=1e-5)  # which the order of sums costs
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(norms) > 1 and max(norms) > 3 * min(norms)  # so the limit changes the weights

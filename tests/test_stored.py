@@ -260,7 +260,7 @@ print(len(data.train) + len(data.held_out), status("VmHWM") - before)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("length", [330, 1500])
+@pytest.mark.parametrize("length", [330, pytest.param(1500, marks=pytest.mark.nightly)])
 def test_reading_takes_at_most_twice_the_size_of_the_file(length, tmp_path):
     path, count = tmp_path / "data.jsonl", 30_000_000 // length
     with open(path, "w") as file:

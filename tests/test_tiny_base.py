@@ -310,7 +310,7 @@ def test_the_shipped_sets_and_the_tokenizer_are_what_the_build_makes(tmp_path):
     assert shipped == {p.name for p in (tmp_path / "facts").iterdir()}
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_a_few_steps_of_the_build_lower_the_loss(build, part, tokenizer):
     import torch
 

@@ -6,6 +6,7 @@ from sftlib.experiments import early_stopping, loss_curve, trainer_options, trai
 from sftlib.experiments.early_stopping import EarlyRun
 from sftlib.experiments.spread import Spread
 from sftlib.experiments.trainer_options import OPTIONS, OptionRun
+from sftlib.training import prepare
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_a_checkpoint_is_chosen_by_loss_by_score_or_as_the_last():
 def test_the_same_seed_draws_the_same_rows():
     assert early_stopping.few(1) == early_stopping.few(1) != early_stopping.few(2)
     assert len(early_stopping.few(0)) == early_stopping.ROWS
+
+
+def test_early_stopping_learns_the_answers_alone(tiny):
+    model, tokenizer = tiny
+    settings = early_stopping.SETTINGS | {"eval_strategy": "no"}
+    trainer = prepare(model, tokenizer, early_stopping.few(0)[:2], **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    learned = [
+        ids[labels != -100] for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    answers = {row["messages"][1]["content"] + "<|im_end|>" for row in early_stopping.few(0)[:2]}
+    assert {tokenizer.decode(ids).strip() for ids in learned} == answers
 
 
 def test_the_stored_runs_of_early_stopping_are_those_of_the_script():

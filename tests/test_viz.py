@@ -483,6 +483,15 @@ def test_a_cloud_has_a_mark_for_each_run_and_counts_them(drawn):
     assert marks == [[[1, 0.1], [2, 0.9], [30, 0.8]], [[4, 0.5], [5, 0.6]]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["full (3)", "LoRA (2)"]
     assert axes.get_xscale() == "log" and alt == "Marks."
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        "1",
+        "2",
+        "3",
+        "5",
+        "10",
+        "20",
+        "30",
+    ]
     colours = {tuple(collection.get_facecolor()[0][:3]) for collection in axes.collections}
     assert len(colours) == 2
     with pytest.raises(ValueError, match="at most 6 series"):
