@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from sftlib.checks import functions, reading
+from sftlib.checks.causes import likely_cause
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import call, compare, reference
 from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, right, wrong
@@ -499,3 +500,9 @@ def test_a_function_whose_arguments_python_does_not_tell_is_called():
     with pytest.raises(CheckEnds) as end:
         compare(print, total, [("", ([1],))])
     assert "prints its answer" in end.value.verdict.message
+
+
+def test_a_cause_is_named_within_half_a_percent_and_not_beyond():
+    causes = {1.0: "halved", 4.0: "doubled"}
+    assert likely_cause(1.004, 2.0, causes) == likely_cause(0.996, 2.0, causes) == "halved"
+    assert likely_cause(1.007, 2.0, causes) == likely_cause(3.97, 2.0, causes) == ""

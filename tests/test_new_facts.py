@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import fields
 
+from sftlib import models
 from sftlib.data import read_facts, read_jsonl
 from sftlib.experiments.new_facts import (
     Teaching,
@@ -79,3 +80,18 @@ def test_a_run_measures_what_was_taught_and_what_was_not():
     assert found["taught_cloze"] > 0.1 and found["others_named"] > 0.5
     with pytest.raises(ValueError, match="at most"):
         teach_and_measure(Teaching(facts=99))
+
+
+def test_all_teachable_facts_may_be_taught_and_not_one_more(monkeypatch):
+    class Trains(Exception):
+        """It would train now."""
+
+    def load():
+        raise Trains
+
+    monkeypatch.setattr(models, "load", load)
+    count = len(divided()[0])
+    with pytest.raises(Trains):
+        teach_and_measure(Teaching(facts=count))
+    with pytest.raises(ValueError, match=f"at most {count} facts, found {count + 1}"):
+        teach_and_measure(Teaching(facts=count + 1))
