@@ -2,10 +2,10 @@
 
 PORT ?= 8888
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
-# Two processes of one thread each, see conftest.py. A file stays in one process, the longest are
-# the first to start.
+# A process of one thread for each core, see conftest.py. A file stays in one process, the longest
+# are the first to start.
 # The environment may forbid it, but then each run rewrites every assert anew: ten seconds.
-PYTEST := PYTHONDONTWRITEBYTECODE= python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The timeout notices a dead kernel and nothing else: a busy machine takes three times as long.
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg

@@ -5,10 +5,11 @@ import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
-# One thread for each test process and kernel, and `make` starts two: two processes of two threads
-# on two cores slow each other down (`make threads` measures it). Before anything imports torch.
+# One thread for each test process and kernel, as `make` starts several: two processes of two
+# threads on two cores slow each other down (`make threads` measures it). Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 from nbval.plugin import IPyNbFile  # noqa: E402
 
@@ -36,6 +37,18 @@ def start_kernel_as_outside_pytest(notebook: IPyNbFile) -> None:
 
 
 IPyNbFile.setup = start_kernel_as_outside_pytest
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes `-n auto` starts: one for each core, and at least two.
+
+    Beside the notebooks one more, since launches, servers and browsers leave a core idle while a
+    test waits for them; without them it would cost more (imports, collection) than it gains. Each
+    process may take 2 GB.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().available // 2**31
+    return int(max(2, min((cores or 2) + bool(config.option.nbval), memory, 8)))
 
 
 @pytest.hookimpl(trylast=True)  # when `-m` and `-k` have taken out what does not run
