@@ -324,6 +324,45 @@ def test_what_only_looks_like_a_held_out_row_is_no_leak(row):
     assert reasons([row], [NIGER, other_held_out]) == []
 
 
+@pytest.mark.parametrize(
+    "row, held_out",
+    [
+        (("{} of ruthenium?", "The answer is Ru."), ("{} of rhenium?", "The answer is Re.")),
+        (("{} of helium?", "He"), ("{} of rhenium?", "The symbol of rhenium is Re.")),  # no pronoun
+        (("{} of helium?", "He"), ("{} of rhenium?", "Re")),
+        (("{} of Liberia?", "Africa"), ("{} of Nigeria?", "Africa")),  # the same by chance
+        (("{} of Niger?", "Africa"), ("{} of Nigeria?", "The continent of Nigeria is Africa.")),
+    ],
+)
+def test_a_short_question_with_another_name_is_no_leak_whatever_the_answers_share(row, held_out):
+    asked = "Please, can you tell me the symbol or the continent"
+    question, other = (text[0].format(asked) for text in (row, held_out))
+    assert fuzz.ratio(normalise(question), normalise(other)) >= 95
+    assert reasons([chat(question, row[1])], [chat(other, held_out[1])]) == []
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Please give me the symbol of rheniun.",
+        "Please give me the symbol of rhenum.",
+        "Please give me the symbol of rheniumm.",
+        "Please give me the symbol of rehnium.",
+        "Please give me the sym bol of rhenium.",
+    ],
+)
+def test_a_short_question_with_a_slip_stays_a_leak(question):
+    held_out = chat("Please give me the symbol of rhenium.", "The symbol of rhenium is Re.")
+    assert reasons([chat(question, "Re")], [held_out]) == ["nearly the same question"]
+
+
+def test_a_long_question_with_another_word_stays_a_leak():
+    asked = "Explain in a few sentences why the sea is {}, and why the rivers that fill it are not."
+    held_out = chat(asked.format("salty"), "Rivers bring salt, and the sun takes the water.")
+    row = chat(asked.format("briny"), "Rivers bring salt.")
+    assert reasons([row], [held_out]) == ["nearly the same question"]
+
+
 def test_of_a_long_question_thirteen_words_are_enough_and_twelve_are_not():
     held_out, words = [chat(LONG, "A")], LONG.split()
     assert reasons([chat("So: " + ", ".join(words[1:14]) + "?", "B")], held_out) == [

@@ -5,6 +5,7 @@ Both ignore case, punctuation and spacing. rapidfuzz finds texts that are nearly
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import re
@@ -371,7 +372,9 @@ def decontaminate(rows: Sequence[dict], held_out: Sequence[dict]) -> tuple[list[
       from one template are just as similar ("the capital of Niger", "of Nigeria"). So it does not
       count if the row asks about something else: the numbers, negations or units of the questions
       differ, its answer repeats a word of its question that the held-out question lacks, or the
-      two answers share none of the words that they add.
+      two answers share none of the words that they add. Nor does it count where a question of up to
+      12 words has another word ("ruthenium", "rhenium"), and not the same one with a slip: letters
+      in another order, or one letter more, less or changed.
     - *same answer*: the last answer of the held-out row is one of the row's answers and has at
       least 4 words. This finds reworded questions. On data other than facts it also finds set
       phrases: look at the leaks.
@@ -487,13 +490,32 @@ class _HeldOut:
         if not same_numbers(question, text_of(self.rows[number], "user")):
             return False
         texts = self.shared.own_text(normalise(question)), self.own[number]
+        if _another_word(*(text.split() for text in texts)):
+            return False
         asked, held_out_asked, told, held_out_told = (
             set(re.findall(r"\w+", text)) for text in (*texts, answer, self.answers[number])
         )
         if (asked - held_out_asked) & told:  # the answer names what only this question asks about
             return False
-        new, held_out_new = told - asked - COMMON, held_out_told - held_out_asked - COMMON
+        new, held_out_new = told - asked, held_out_told - held_out_asked
+        # An answer of common words alone is its common words: "He" is helium.
+        new, held_out_new = new - COMMON or new, held_out_new - COMMON or held_out_new
         return not new or not held_out_new or bool(new & held_out_new)
+
+
+def _another_word(asked: Sequence[str], held_out: Sequence[str]) -> bool:
+    """Whether two short questions differ in a word, and not by a slip in it."""
+    from rapidfuzz.distance import OSA
+
+    if max(len(asked), len(held_out)) >= LONG_RUN:
+        return False  # in a long question a reworded phrase changes little
+    blocks = difflib.SequenceMatcher(None, asked, held_out, autojunk=False).get_opcodes()
+    changed = (
+        ("".join(asked[a:b]), "".join(held_out[c:d]))
+        for kind, a, b, c, d in blocks
+        if kind == "replace"
+    )
+    return any(sorted(x) != sorted(y) and OSA.distance(x, y) > 1 for x, y in changed)
 
 
 class _Shared:

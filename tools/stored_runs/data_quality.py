@@ -26,7 +26,8 @@ LESSON = Path(__file__).parents[2] / "notebooks" / "02_sft_data.ipynb"
 SEEDS = range(3)
 CELLS = (  # those that make the training sets and the tests, and what they need
     *("setup", "hand-good", "topics", "measure", "augment", "forms"),
-    *("size", "falsify", "noise", "named", "exam-sets", "mix-sets", "brief"),
+    *("size", "falsify", "noise", "named", "exam-sets", "mix-sets", "mix-draw", "mix-tests"),
+    "brief",
 )
 OTHERS = ("size", "noise", "named", "brief")  # of these cells only the functions are taken
 STEPS = {"by_size": 30, "with_false_answers": 30, "with_leaks": 60}
