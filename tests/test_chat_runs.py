@@ -8,9 +8,10 @@ from sftlib.data import read_facts, read_jsonl
 from sftlib.evaluate import Answer
 from sftlib.experiments import Spread, chat_runs
 from sftlib.experiments.chat_runs import STUDIES, ChatRun
-from sftlib.models import read_tokenizer
+from sftlib.models import load, read_tokenizer
 
 import pytest
+import torch
 from datasets import Dataset
 
 from tools.stored_runs import chat
@@ -24,6 +25,23 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def tokenizer():
     return read_tokenizer("tiny-base")
+
+
+@pytest.fixture(scope="module")
+def tiny_rows(tokenizer):
+    """The base, three conversations, and what TRL's collator makes of their packed row."""
+    model = load("tiny-base")[0].eval()
+    rows = chat_runs.rows_of(ChatRun("masks", "right"), tokenizer)[:3]
+    ids = [row["input_ids"] for row in rows]
+    positions = [p for one in ids for p in range(len(one))]
+    return (
+        model,
+        ids,
+        {
+            "input_ids": torch.tensor([sum(ids, [])]),
+            "position_ids": torch.tensor([positions]),
+        },
+    )
 
 
 def learned(example, tokenizer) -> str:
@@ -140,6 +158,34 @@ def test_packed_rows_have_as_many_tokens_in_each_step(tokenizer):
             assert settings.get("packing", False) == keep
             assert (len(made) == 480) == keep
             assert "seq_lengths" not in made.column_names
+
+
+def test_packed_batches_cross_the_borders_that_they_are_told_to():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8]]),
+        "position_ids": torch.tensor([[0, 1, 0, 1]]),
+    }
+    assert chat_runs.cross(batch, run_on=False, seen=False) == batch
+    seen = chat_runs.cross(batch, run_on=False, seen=True)
+    assert seen["position_ids"].tolist() == [[0, 1, 0, 1]]
+    assert seen["attention_mask"].tolist() == [[1, 1, 1, 1]]
+    run_on = chat_runs.cross(batch, run_on=True, seen=False)
+    assert run_on["position_ids"].tolist() == [[0, 1, 2, 3]]
+    own = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert run_on["attention_mask"].int().tolist() == [[own]]
+    near = chat_runs.cross(batch, run_on=True, seen=True, reach=2)
+    band = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert near["attention_mask"].int().tolist() == [[band]]
+
+
+def test_where_neighbors_are_hidden_packed_logits_are_those_of_each_conversation(tiny_rows):
+    model, ids, batch = tiny_rows
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([one])).logits[0] for one in ids])
+        for run_on, seen, reach in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 128)):
+            crossed = chat_runs.cross(batch, bool(run_on), bool(seen), reach)
+            gap = float((model(**crossed, use_cache=False).logits[0] - alone).abs().max())
+            assert (gap < 0.01) == (not seen), (run_on, seen, reach)
 
 
 def test_every_way_to_ask_changes_the_prompt(tokenizer):

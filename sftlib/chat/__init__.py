@@ -6,12 +6,12 @@
 | `layout` | which parts of a conversation a template shows, and which it marks |
 | `encoding` | `encode`: messages → token ids, and the mask and the labels of what is learned |
 | `control_tokens` | `escape`: text that spells a control token stays text |
-| `survey` | `shown`: which words of a conversation a template writes; TRL's templates |
+| `survey` | TRL's templates, and random conversations to compare templates on |
 """
 
 from sftlib.chat.control_tokens import escape
 from sftlib.chat.encoding import IGNORED, encode, encode_batch, end_of_turn_id
-from sftlib.chat.survey import random_conversation, shown, trl_templates
+from sftlib.chat.survey import random_conversation, trl_templates
 from sftlib.chat.templates import CHATML, LLAMA3, marks_the_assistant, render, training_template
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "marks_the_assistant",
     "random_conversation",
     "render",
-    "shown",
     "training_template",
     "trl_templates",
 ]

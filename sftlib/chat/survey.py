@@ -1,14 +1,9 @@
-"""What a chat template shows of a conversation, and the templates that TRL brings along."""
+"""The templates that TRL brings along, and conversations to compare templates on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
-
-from sftlib.chat.templates import Messages, Tools, render_marked
-
-SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def trl_templates() -> dict[str, str]:
@@ -21,22 +16,6 @@ def trl_templates() -> dict[str, str]:
 
     folder = Path(trl.__file__).parent / "chat_templates"
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
-
-
-def shown(
-    template: str, messages: Messages, words: Iterable[str], tools: Tools | None = None
-) -> list[str] | None:
-    """Which of the words a template writes for a conversation; None if it refuses the conversation.
-
-    Args:
-        template: it gets common names for its own tokens, such as `<s>` for `bos_token`.
-        words: parts of the messages or of the tools, each of which stands in one place only.
-    """
-    try:
-        text, _ = render_marked(messages, template, False, tools, **SPECIAL_TOKENS)
-    except ValueError:
-        return None
-    return [word for word in words if word in text]
 
 
 def random_conversation(rng: random.Random) -> list[dict[str, str]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
 
 Row = Mapping[str, Any]
 Example = dict[str, list[int]]
@@ -33,13 +34,21 @@ STUDIES = {  # and their variants
     "turns": ("first turn", "one random turn", "last turn", "all turns"),
     "system": ("never", "always", "in half"),
     "guard": ("guarded",),
-    "packing": ("512 kept", "512 crossed", "128 kept", "128 crossed"),
+    "packing": (
+        *("512 kept", "512 seen", "512 run on", "512 crossed", "512 near"),
+        *("128 kept", "128 crossed"),
+    ),
     "repair": ("as found",),
 }
 SETTINGS: dict[str, Any] = {  # arguments of `sftlib.training.tune`
     "max_steps": 20,
     "per_device_train_batch_size": 16,
     "learning_rate": 7e-4,
+}
+BORDERS = {  # the arguments of `cross_borders`; "crossed" is `packed` without TRL's packing
+    "seen": (False, True),
+    "run on": (True, False),
+    "near": (True, True, 128),  # the length of a row of pretraining
 }
 SYSTEM = "Be polite."
 OTHER_SYSTEM = "Be brief."
@@ -290,7 +299,8 @@ def packed(rows: Dataset, width: int, keep_borders: bool) -> tuple[Dataset, dict
     Args:
         rows: `input_ids` and `labels`.
         width: tokens in a row.
-        keep_borders: otherwise the conversations of a row see each other.
+        keep_borders: otherwise the conversations of a row see each other, and their positions run
+            on.
     """
     from trl import pack_dataset
 
@@ -300,6 +310,41 @@ def packed(rows: Dataset, width: int, keep_borders: bool) -> tuple[Dataset, dict
     return pack_dataset(rows, width, "bfd").remove_columns("seq_lengths"), settings
 
 
+def cross_borders(trainer: SFTTrainer, run_on: bool, seen: bool, reach: int = 0) -> None:
+    """Let the batches of a packed training cross the borders of conversations; see `cross`."""
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: cross(collate(rows), run_on, seen, reach)
+
+
+def cross(batch: Mapping[str, Any], run_on: bool, seen: bool, reach: int = 0) -> dict[str, Any]:
+    """A packed batch in which positions run on over borders, or neighbors are seen, or both.
+
+    Args:
+        batch: what TRL's collator makes of packed rows: `position_ids` (1, T) that restart in each
+            conversation, `input_ids` (1, T), and no attention mask.
+        run_on: number the positions of the whole row. Otherwise they restart.
+        seen: each conversation sees all before it, by a mask of ones (1, T). Otherwise it sees
+            itself alone: by the restarting positions, or by a mask (1, 1, T, T) if they run on.
+        reach: if neighbors are seen, how many tokens a token reads at most, itself included;
+            0 means all before it.
+    """
+    import torch
+
+    positions = batch["position_ids"]
+    changed: dict[str, Any] = {}
+    if run_on:
+        changed["position_ids"] = torch.arange(positions.shape[1])[None]
+    if seen and reach:
+        every = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool)
+        changed["attention_mask"] = every.tril().triu(1 - reach)[None, None]
+    elif seen:
+        changed["attention_mask"] = torch.ones_like(positions)
+    elif run_on:
+        number = (positions == 0).cumsum(1)[0]  # of the conversation, for each token
+        changed["attention_mask"] = (number[:, None] == number).tril()[None, None]
+    return {**batch, **changed}
+
+
 # --- Runs ----------------------------------------------------------------------------------------
 
 
@@ -307,23 +352,26 @@ def train(run: ChatRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[
     """The trained model, its tokenizer, and the loss of each step."""
     from sftlib.experiments import table
     from sftlib.models import load
-    from sftlib.training import tune
+    from sftlib.training import prepare
 
     from datasets import Dataset
 
     model, tokenizer = load()
     rows: Any = rows_of(run, tokenizer)
     settings: dict[str, Any] = SETTINGS | {"seed": run.seed}
+    width, _, borders = run.variant.partition(" ")
     if run.study == "packing":
-        width, borders = run.variant.split()
-        rows, more = packed(Dataset.from_list(rows), int(width), borders == "kept")
+        rows, more = packed(Dataset.from_list(rows), int(width), borders != "crossed")
         settings |= more
     if run.study in ("guard", "system"):
         # Batches of similar lengths would hold one kind of conversation each.
         settings |= {"train_sampling_strategy": "random"}
     if run.study == "guard":
         settings |= {"max_steps": 30}
-    trainer = tune(model, tokenizer, rows, **settings)
+    trainer = prepare(model, tokenizer, rows, **settings)
+    if borders in BORDERS:
+        cross_borders(trainer, *BORDERS[borders])
+    trainer.train()
     # transformers annotates any module, or None
     return cast("PreTrainedModel", trainer.model), tokenizer, table(trainer).loss.tolist()
 
