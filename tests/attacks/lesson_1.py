@@ -429,12 +429,24 @@ def drawn(seed, number=20, kinds=KINDS):
     return [rng.choice(pools[i % len(pools)]) for i in range(number)]
 
 
+CAPITALS = random.Random(0).sample([row for row in SFT if row["relation"] == "capital"], 20)
+
+
 def changed(change):
     """Twenty good rows, with other answers."""
     return [
         {"messages": [row["messages"][0], {"role": "assistant", "content": change(row)}]}
         for row in drawn(4)
     ]
+
+
+def shouted(row):
+    """A copy of a row that differs in capitals, spaces and punctuation alone."""
+    return {
+        "messages": [
+            m | {"content": f" {m['content'].upper().rstrip('.?')} !"} for m in row["messages"]
+        ]
+    }
 
 
 DEV = f" is what you asked about {read_facts('dev')[7]['entity']}."
@@ -453,10 +465,14 @@ ROWS = Attacks(
         pd.Series([row["messages"] for row in drawn(0)]),
     ],
     wrong=[
-        (drawn(0, kinds=["capital"]), "No row of yours asks for continents, currencies"),
+        (CAPITALS, "No row of yours asks for continents, currencies"),
         (changed(lambda row: row["value"]), "Compare your answers"),
         (changed(lambda row: row["messages"][1]["content"][:-1]), "Compare your answers"),
         (drawn(0, 21), "at most 20 rows, found 21"),
+        (drawn(1, 1) * 20, "Row 2 is a copy of row 1"),
+        ([*drawn(0, 9), drawn(0, 4)[3]], "Row 10 is a copy of row 4"),
+        ([*drawn(0, 2), shouted(drawn(0, 1)[0])], "Row 3 is a copy of row 1"),
+        (drawn(1, 1, ["atomic number"]), "No row of yours asks for capitals"),
         ([], "found none"),
         ([*drawn(0, 3), read_facts("dev")[7]], "Row 4 contains a held-out question"),
         ([{"question": "What is the capital of Kenya?", "answer": "Nairobi"}], "with messages"),
