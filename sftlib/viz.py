@@ -524,6 +524,78 @@ def cloud(
     return Picture(figure, alt)
 
 
+def small_multiples(
+    plots: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Seeds]]]],
+    title: str,
+    alt: str,
+    x_label: str = "optimizer step",
+    columns: int = 1,
+    same_y: bool = False,
+    best: Mapping[str, str] | None = None,
+) -> Picture:
+    """Small plots over one x axis, for lines that would cover each other in one plot.
+
+    Args:
+        plots: title of the plot → name of the line → (x values, y values). Each y value is a number
+            or seeds: then a thin line is drawn for each seed, and a thick one for their mean. From
+            the second line of a plot on there are hollow marks in place of a line.
+        alt: what the figure shows, in a sentence or two.
+        columns: plots side by side.
+        same_y: whether all plots have one y axis. Each begins at zero, or below it where values do.
+        best: title of a plot → "least" or "greatest": a mark on each seed's value of this kind.
+
+    Raises:
+        ValueError: a plot has more lines than there are colors.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(plots) // columns)
+    figure = Figure(figsize=(max(7, 2.6 * columns), 1.7 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=same_y, squeeze=False).flatten()
+    counts: list[int] = []
+    for axes, (name, lines) in zip(grid, plots.items(), strict=False):
+        _check_colours(lines)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        for i, (label, (x, y)) in enumerate(lines.items()):
+            seeds = _by_seed(y)
+            look = _line_look(i) if not i else {"color": COLOURS[i], "linestyle": "none"}
+            if i:
+                look |= {"marker": MARKERS[i], "markerfacecolor": "none"}
+            axes.plot(
+                list(x), [fmean(values) for values in zip(*seeds, strict=True)], label=label, **look
+            )
+            if len(seeds) > 1:
+                counts.append(len(seeds))
+                _draw_each_seed(axes, list(x), seeds, COLOURS[i], (best or {}).get(name))
+        if min(axes.dataLim.intervaly) >= 0:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.axhline(0, color="black", linewidth=0.8)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+    for axes in grid[len(plots) :]:
+        axes.set_visible(False)
+    grid[0].xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    figure.supxlabel(x_label, fontsize=10)
+    if counts:
+        alt += f" Thick lines are means of {max(counts)} seeds; a thin line shows each seed."
+    return Picture(figure, alt)
+
+
+def _draw_each_seed(
+    axes, x: Sequence[float], seeds: Sequence[Sequence[float]], colour: str, best: str | None
+) -> None:
+    """A thin line for each seed, with a mark on its least or greatest value."""
+    for y in seeds:
+        axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
+        if best:
+            at = y.index(min(y) if best == "least" else max(y))
+            axes.plot(x[at], y[at], "D", color=COLOURS[5], markersize=6, alpha=0.7)
+
+
 def histogram(
     series: Mapping[str, Sequence[float]],
     title: str,

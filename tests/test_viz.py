@@ -134,6 +134,44 @@ def test_panels_share_axes_and_mark_where_a_line_breaks_off(monkeypatch):
     assert [text.get_text() for text in legend.get_texts()] == ["loss", "grad_norm"]
 
 
+def test_small_multiples_share_x_and_draw_no_line_over_another(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append((figure, alt)))
+    plots = {
+        "loss": {"usual": ([1, 2], [2.0, 1.0]), "given": ([1, 2], [2.0, 1.5])},
+        "difference": {"given − usual": ([1, 2], [-0.5, 0.5])},
+    }
+    viz.small_multiples(plots, "Title", "Two plots.")
+    [(figure, alt)] = figures
+    loss, difference = figure.axes
+    assert (loss.get_title(loc="left"), difference.get_legend(), alt) == (
+        "loss",
+        None,
+        "Two plots.",
+    )
+    assert loss.get_xlim() == difference.get_xlim() and loss.get_ylim()[0] == 0
+    assert [line.get_linestyle() for line in loss.lines] == ["-", "None"]
+    assert difference.get_ylim()[0] < 0 and difference.lines[-1].get_ydata() == [0, 0]
+
+
+def test_small_multiples_mark_each_seeds_best_value(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append((figure, alt)))
+    plots = {
+        "loss": {"loss": ([4, 8], [[3.0, 1.0], [2.0, 5.0]])},
+        "score": {"score": ([4, 8], [[0.1, 0.9], [0.5, 0.3]])},
+    }
+    viz.small_multiples(plots, "T", "Alt.", best={"loss": "least", "score": "greatest"}, columns=2)
+    [(figure, alt)] = figures
+    marks = [
+        [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "D"]
+        for axes in figure.axes
+    ]
+    assert marks == [[(8, 2), (4, 1)], [(8, 0.5), (4, 0.9)]]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [2, 3.5]
+    assert alt == "Alt. Thick lines are means of 2 seeds; a thin line shows each seed."
+
+
 # --- Seeds ---------------------------------------------------------------------------------------
 
 SAID = "means of 3 seeds; whiskers reach from the least to the greatest value."
@@ -291,6 +329,7 @@ def lines_of(count):
 MANY = {
     "curves": lambda n: viz.curves(lines_of(n), "T", "alt"),
     "panels": lambda n: viz.panels({"A": lines_of(n)}, "T", "alt"),
+    "small_multiples": lambda n: viz.small_multiples({"A": lines_of(n)}, "T", "alt"),
     "bars": lambda n: viz.bars(table_of(n), "T", "alt", "points"),
     "compare": lambda n: viz.compare(table_of(n) / 2, "T", "alt"),
     "stacked": lambda n: viz.stacked(table_of(n), "T", "alt", "points"),
@@ -304,7 +343,7 @@ def test_no_colour_is_used_for_two_series(monkeypatch, name):
     monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
     MANY[name](6)
     axes = figures[0].axes[0]
-    marks = axes.lines if name in ("curves", "panels") else axes.patches
+    marks = axes.lines if name in ("curves", "panels", "small_multiples") else axes.patches
     colours = {mark.get_edgecolor() if name == "histogram" else colour_of(mark) for mark in marks}
     assert len(colours) == 6
     with pytest.raises(ValueError, match="at most 6 series.*found 7"):
