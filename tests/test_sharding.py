@@ -1,9 +1,11 @@
 """What is measured on ranks: bytes that collectives send, bytes kept, seconds by repetition."""
 
+import json
+
 from sftlib.experiments import sharding
 from sftlib.models import load
 from sftlib.scale.measure import sent_bytes, tracked_fsdp_bytes
-from sftlib.scale.memory import fsdp_bytes
+from sftlib.scale.memory import Bytes, fsdp_bytes
 
 import pytest
 import torch
@@ -74,16 +76,36 @@ def test_batches_are_blocks_of_prose_in_order(tiny):
 def test_a_repetition_is_as_slow_as_its_slower_rank():
     rows = [
         {"case": "a", "rank": rank, "seconds": seconds}
-        for rank, repetitions in enumerate([[[1, 9, 2], [5]], [[3, 3], [4]]])
+        for rank, repetitions in enumerate(
+            [[[1, 9, 2, 2, 2], [5, 6, 7, 8, 9]], [[3, 3, 3, 3, 3], [9, 4, 9, 9, 9]]]
+        )
         for seconds in repetitions
     ]
     rows += [{"case": "b", "rank": 0, "seconds": [7]}, {"case": "c", "rank": 0, "error": ""}]
     assert sharding.seconds_per_step(rows, "a").values == (3, 5)  # the fastest steps: 1, 5; 3, 4
 
 
-def test_the_rate_is_that_of_rank_0():
-    rows = [{"case": "all-reduce", "rank": rank, "rates": [rank + 1, 3]} for rank in (1, 0)]
-    assert sharding.bytes_per_second(rows).values == (1, 3)
+def test_repetitions_that_timed_more_steps_are_not_compared_with_those_that_timed_fewer():
+    rows = [{"case": "a", "rank": 0, "seconds": [1.0] * count} for count in (17, 5)]
+    with pytest.raises(ValueError, match="Expected 5 timed steps .* found 17"):
+        sharding.seconds_per_step(rows, "a")
+
+
+@pytest.mark.parametrize("steps, timed", [(20, 5), (8, 5), (7, 4), (2, 0)])
+def test_each_run_times_the_same_steps_after_the_same_warm_up(alone, capsys, steps, timed):
+    data = torch.ones(steps, 1, 1, 1)
+    sharding.measure("a", data, torch.sum, lambda last: None, lambda: Bytes(1, 2, 3))
+    row = json.loads(capsys.readouterr().out)
+    assert len(row["seconds"]) == timed and len(row["losses"]) == steps
+
+
+def test_the_rate_of_a_repetition_is_that_of_rank_0s_fastest_all_reduce():
+    rows = [
+        {"case": "all-reduce", "rank": rank, "rates": [rank + rate, 3]}
+        for rate in (1, 5)
+        for rank in (1, 0)
+    ]
+    assert sharding.bytes_per_second(rows).values == (3, 5)
 
 
 def test_one_process_clips_each_gradient_at_one():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCHES, ROWS, TOKENS = 2, 2, 16
 LEARNING_RATE, LARGEST_NORM = 5e-4, 1.0
-WARM_UP = 2  # steps whose time does not count
+WARM_UP, TIMED = 2, 5  # steps whose time does not count, and the steps after them whose time does
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, steps: int, skip: int = 0) -> torch.Tensor:
@@ -72,8 +72,9 @@ def measure(
     """Train on each step of `data`, and print one line of JSON for `launch`.
 
     The line has `case`, `losses` (means over ranks and micro-batches), `held` (the most bytes that
-    `kept` gives in step 1, by kind), `seconds` (of each step but the first two and the last) and
-    `sent` (bytes per parameter of the course's model, with each micro-batch of the last step).
+    `kept` gives in step 1, by kind), `seconds` (of the five steps after two of warm-up, however
+    many there are; the last step is never timed) and `sent` (bytes per parameter of the course's
+    model, with each micro-batch of the last step).
 
     Args:
         data: (steps, micro-batches, rows, tokens); each rank takes its part of the rows.
@@ -100,7 +101,7 @@ def measure(
         seconds.append(time.perf_counter() - started)
         distributed.all_reduce(total)
         losses.append(total.item())
-    row = {"case": case, "losses": losses, "seconds": seconds[WARM_UP:-1]}
+    row = {"case": case, "losses": losses, "seconds": seconds[:-1][WARM_UP:][:TIMED]}
     row["held"] = {kind: max(one[kind] for one in held) for kind in held[0]}
     row["sent"] = sent[-len(data[0]) :]
     print(json.dumps(row))
@@ -112,43 +113,56 @@ def _parameters() -> int:
     return load()[0].num_parameters()
 
 
-def time_all_reduce(numbers: int = 2_800_000, repetitions: int = 6) -> None:
+def time_all_reduce(numbers: int = 2_800_000) -> None:
     """All-reduce so many float32 numbers a few times; prints one line of JSON for `launch`.
 
     The line has `case`, which is "all-reduce", and `rates` (bytes per second, counted as
-    `sent_bytes` counts them; the first repetition is left out).
+    `sent_bytes` counts them, of as many all-reduces as `measure` times steps, after its warm-up).
     """
     import torch
     from torch import distributed
 
     values, rates = torch.ones(numbers), []
-    for _ in range(repetitions):
+    for _ in range(WARM_UP + TIMED):
         distributed.barrier()
         started = time.perf_counter()
         distributed.all_reduce(values)
         rates.append(2 * values.nbytes / (time.perf_counter() - started))
-    print(json.dumps({"case": "all-reduce", "rates": rates[1:]}))
+    print(json.dumps({"case": "all-reduce", "rates": rates[WARM_UP:]}))
 
 
 def bytes_per_second(rows: Sequence[Mapping[str, Any]]) -> Spread:
-    """What `time_all_reduce` measured on rank 0, one value for each repetition."""
-    return next(
-        Spread(row["rates"]) for row in rows if row["case"] == "all-reduce" and not row["rank"]
+    """The fastest all-reduce in each call of `time_all_reduce`, on rank 0; see `seconds_per_step`.
+
+    A statement that sending is quick rests on the slowest of these values, `.least`.
+    """
+    return Spread(
+        max(row["rates"]) for row in rows if row["case"] == "all-reduce" and not row["rank"]
     )
 
 
 def seconds_per_step(rows: Sequence[Mapping[str, Any]], case: str) -> Spread:
-    """The fastest step in each repetition of a case.
+    """The fastest of the timed steps in each repetition of a case.
 
-    Other work of the machine can only slow a step down, so the fastest one says most about the
-    library (https://docs.python.org/3/library/timeit.html says so of `repeat`). A step ends when
-    its slowest rank does, so of the ranks of a repetition the slower one counts.
+    All repetitions and cases must have timed equally many steps: the fastest of many is faster than
+    the fastest of few. Other work of the machine can only slow a step down, so the fastest one says
+    most about the library (https://docs.python.org/3/library/timeit.html says so of `repeat`). A
+    step ends when its slowest rank does, so of the ranks of a repetition the slower one counts.
 
     Args:
         rows: what `launch` returned, from all ranks.
+
+    Raises:
+        ValueError: a repetition of the case timed another number of steps than `TIMED`.
     """
     by_rank: dict[int, list[float]] = {}
     for row in rows:
-        if row["case"] == case and row["seconds"]:
+        if row["case"] == case:
+            if len(row["seconds"]) != TIMED:
+                found = len(row["seconds"])
+                raise ValueError(
+                    f"Expected {TIMED} timed steps in each repetition of {case!r}, found {found}. "
+                    f"Train at least {WARM_UP + TIMED + 1} steps in each."
+                )
             by_rank.setdefault(row["rank"], []).append(min(row["seconds"]))
     return Spread(map(max, zip(*by_rank.values(), strict=True)))

@@ -118,7 +118,11 @@ CONFIGS = Attacks(
         (repaired("A", train_micro_batch_size_per_gpu=8), "A: keep the batch size"),
         (repaired("C", train_micro_batch_size_per_gpu=1), "C: keep the batch size"),
         ([], "keys A, B, C, found list"),
-        (repaired() | {"A": BROKEN["A"]}, "A: zero_optimisation: DeepSpeed ignores"),
+        (repaired("A", zero_optimisation={"stage": 2}), "A: zero_optimisation: DeepSpeed ignores"),
+        (
+            repaired("A", zero_optimization=None, zero_optimisation={"stage": 3}),
+            "A: zero_optimisation: DeepSpeed ignores",
+        ),
         (repaired("A", zero_optimization={"stage": 1}), "stage 1, not 2"),
         (repaired("A", zero_optimization=None), "stage 0, not 2"),
         (repaired("A", zero_optimization=2), "A: expected a dict as zero_optimization, found 2"),
@@ -131,7 +135,7 @@ CONFIGS = Attacks(
         (repaired("A", bf16={"enabled": False}), "bfloat16 was wanted"),
         (repaired("A", train_micro_batch_size_per_gpu=None), "needs to be provided"),
         (repaired() | {"A": 3}, "A: expected a dict, found 3"),
-        (repaired() | {"B": BROKEN["B"]}, "64 != 4 * 4 * 8"),
+        (repaired("B", gradient_accumulation_steps=4, bf16={"enabled": True}), "64 != 4 * 4 * 8"),
         (repaired("B", train_batch_size=128, gradient_accumulation_steps=4), "third number"),
         (repaired("B", zero_optimization=None), "B: keep stage 2"),
         (repaired("B", train_batch_size=None, gradient_accumulation_steps=None), "at least two"),
@@ -143,7 +147,11 @@ CONFIGS = Attacks(
             repaired("B", gradient_accumulation_step=2),
             "step: DeepSpeed ignores",
         ),
-        (repaired() | {"C": BROKEN["C"]}, "only with stage 3"),
+        (
+            repaired("C", zero_optimization={"stage": 1, "offload_param": {"device": "cpu"}}),
+            "only with stage 3",
+        ),
+        (BROKEN | {"B": repaired()["C"]}, "B: "),
         (repaired("C", zero_optimization={"stage": 3}), "keep offload_param"),
         (
             repaired("C", zero_optimization={"stage": 3, "offload_param": {"device": "none"}}),
@@ -159,6 +167,8 @@ CONFIGS = Attacks(
         pd.Series(BROKEN),
         dict.fromkeys(BROKEN, ...),
         repaired() | {"B": ...},
+        *(repaired() | {name: BROKEN[name]} for name in BROKEN),
+        BROKEN | {"C": repaired()["C"]},
     ],
 )
 
