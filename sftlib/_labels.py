@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,14 +11,18 @@ if TYPE_CHECKING:
     import numpy
 
 
-def label_points(axes, points: Mapping[str, tuple[float, float]]) -> None:
+def label_points(
+    axes, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str] | None = None
+) -> None:
     """Write each name beside its point: inside the plot, on nothing drawn, on no other name.
 
     A thin line leads from each name to its point.
 
     Args:
-        axes: matplotlib's, with the points drawn, and nothing but markers and straight lines.
+        axes: matplotlib's, with the points drawn, and nothing but markers, lines and
+            whiskers.
         points: name → place, in the units of the axes.
+        colours: of the names [black].
 
     Raises:
         ValueError: there is no room for a name.
@@ -44,22 +49,35 @@ def label_points(axes, points: Mapping[str, tuple[float, float]]) -> None:
             )
         taken = numpy.vstack([taken, [*(middle - size / 2), *(middle + size / 2)]])
         aside = (middle - at) * 72 / figure.dpi  # in points, whatever the picture's resolution
-        axes.annotate(text, point, aside, textcoords="offset points", **look)
+        colour = (colours or {}).get(name, "black")
+        axes.annotate(text, point, aside, textcoords="offset points", color=colour, **look)
 
 
 def _covered(axes) -> numpy.ndarray:
     """Boxes (left, bottom, right, top in pixels) around all markers and along all lines: (N, 4)."""
     import numpy
+    from matplotlib.collections import LineCollection
 
     boxes = []
     for drawn in axes.collections:
+        if isinstance(drawn, LineCollection):  # whiskers
+            ends = (drawn.get_transform().transform(x) for x in drawn.get_segments() if len(x))
+            boxes += map(_along, ends)
+            continue
         radius = 0.6 * drawn.get_sizes()[0] ** 0.5 * axes.figure.dpi / 72
         at = axes.transData.transform(drawn.get_offsets())
         boxes.append(numpy.hstack([at - radius, at + radius]))
-    for line in axes.lines:
-        at = numpy.linspace(*axes.transData.transform(line.get_xydata()), 21)
-        boxes.append(numpy.hstack([at - 1, at + 1]))
+    boxes += [_along(line.get_transform().transform(line.get_xydata())) for line in axes.lines]
     return numpy.vstack(boxes)
+
+
+def _along(places: numpy.ndarray) -> numpy.ndarray:
+    """Small boxes along a line through these places, in pixels: (N, 4)."""
+    import numpy
+
+    pairs = itertools.pairwise(places)
+    at = numpy.vstack([*(numpy.linspace(start, end, 21) for start, end in pairs), places[:1]])
+    return numpy.hstack([at - 1, at + 1])
 
 
 def _free_place(

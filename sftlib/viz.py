@@ -80,6 +80,7 @@ def curves(
     y_label: str = "loss (nats per token)",
     log_x: bool = False,
     from_zero: bool = True,
+    direct: bool = False,
 ) -> Picture:
     """Lines over steps, for instance training losses.
 
@@ -92,6 +93,7 @@ def curves(
         log_x: a logarithmic x axis with a tick at each x value (of more than 8, only at those that
             begin with 1, 2 or 5).
         from_zero: whether the y axis begins at 0. Without it small changes of large values show.
+        direct: write the names beside the lines, at their highest points, and not in a legend.
     """
     figure, axes = _axes(title, x_label, y_label)
     _check_colours(series)
@@ -108,11 +110,23 @@ def curves(
     _tick(axes, {value for x, *_ in found.values() for value in x}, log_x)
     if from_zero:
         axes.set_ylim(bottom=0)
-    if len(series) > 1:
+    if direct:
+        axes.margins(y=0.15)
+        tops = {name: max(zip(y.means, x, strict=True)) for name, (x, y, _) in found.items()}
+        darker = {name: _darker(COLOURS[i]) for i, name in enumerate(found)}
+        label_points(axes, {name: (x, y) for name, (y, x) in tops.items()}, darker)
+    elif len(series) > 1:
         axes.legend(frameon=False)
     marks = ("Lines", f"the shading reaches {RANGE}") if shaded else ("Points",)
     counts = [count for _, y, _ in found.values() for count in y.counts]
     return Picture(figure, alt + _seeds_said(counts, *marks))
+
+
+def _darker(colour: str) -> str:
+    """A colour in which text is readable on white, and which still resembles this one."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    return to_hex([0.6 * part for part in to_rgb(colour)])
 
 
 def _check_limits(limits: Iterable[Sequence], alt: str) -> None:

@@ -7,6 +7,7 @@ from sftlib.experiments import capacity
 from sftlib.experiments.capacity import Storing, encoded, facts, recall, store_and_measure, tuned
 from sftlib.experiments.sweep import sweep
 
+import pandas as pd
 import pytest
 
 from tools.stored_runs import capacity as script
@@ -48,6 +49,41 @@ def test_a_search_goes_on_until_the_best_rate_is_inside(best, rates):
     found, runs = tuned(Storing(0, r=4), (1, 2, 4), measure)
     assert (found, [run.learning_rate for run in runs]) == (best, rates)
     assert {run.r for run in runs} == {4}
+
+
+def test_a_search_with_several_seeds_goes_by_their_mean():
+    shares = {1.0: (0.9, 0.1, 0.1), 1.4: (0.3, 0.6, 0.6), 2.0: (0.2, 0.2, 0.2)}
+
+    def measure(runs):
+        return [{"stored": shares[run.learning_rate][run.seed], "loss": 1.0} for run in runs]
+
+    best, runs = tuned(Storing(0, r=4), (1.0, 1.4, 2.0), measure, (0, 1, 2), 2**0.5)
+    assert best == 1.4 and len(runs) == 9
+
+    def rising(runs):
+        return [{"stored": min(run.learning_rate, 4), "loss": run.learning_rate} for run in runs]
+
+    best, runs = tuned(Storing(0, r=4), (1.0, 1.4, 2.0), rising, (0, 1), 2**0.5)
+    assert best == 4.0 and sorted({run.learning_rate for run in runs}) == [1, 1.4, 2, 2.8, 4, 5.7]
+
+
+def test_the_best_rate_is_among_those_with_all_seeds():
+    rows = [(1, 0, 0.9, 1), (2, 0, 0.5, 3), (2, 1, 0.5, 3), (4, 0, 0.3, 1), (4, 1, 0.7, 2)]
+    found = pd.DataFrame(rows, columns=["learning_rate", "seed", "stored", "loss"])
+    assert list(capacity.at_best(found).learning_rate) == [4, 4]
+
+
+def test_each_setting_has_its_best_rate_inside_its_grid():
+    found = pd.DataFrame(read_jsonl(script.RUNS))
+    settings = list(found.groupby(["r", "embeddings", "epochs", "batch"]))
+    assert len(settings) == len(script.studies())
+    for (r, _, epochs, _), tried in settings:
+        best = capacity.at_best(tried).learning_rate.iloc[0]
+        assert tried.learning_rate.min() < best < tried.learning_rate.max()
+        if Storing(0, r=r, epochs=epochs) in script.NARROW:
+            whole = tried.groupby("learning_rate").seed.nunique()
+            rates = [*whole[whole == len(script.SEEDS)].index]
+            assert rates[0] < best < rates[-1]
 
 
 def test_the_stored_runs_are_those_of_the_script():

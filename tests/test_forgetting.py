@@ -25,6 +25,9 @@ def test_surprises_are_the_losses_of_single_tokens(tiny):
     assert len(found) == sum(lengths) and found.end.between(0, 1).all()
     assert np.exp(found.nats.mean()) == pytest.approx(perplexity(model, tokenizer, texts), rel=1e-3)
     assert (found.before == ".").any()
+    first = tokenizer(texts[0])["input_ids"]
+    assert list(found.token[: lengths[0]]) == [tokenizer.decode([i]) for i in first[1:]]
+    assert list(found.before[: lengths[0]]) == [tokenizer.decode([i]) for i in first[:-1]]
 
 
 def test_chances_of_words_and_of_ends_are_apart(tiny):

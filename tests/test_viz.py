@@ -92,6 +92,20 @@ def test_curves_over_ratios_name_each_value(monkeypatch):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "1,000"]
 
 
+def test_names_stand_beside_the_lines_instead_of_a_legend(monkeypatch):
+    figures = []
+    monkeypatch.setattr(viz, "Picture", lambda figure, alt: figures.append(figure))
+    lines = {"a": ((1, 2, 4), ([1.0, 1.2], [5.0, 6.0], 2.0)), "b": ((1, 2), (3.0, 1.0))}
+    viz.curves(lines, "T", "alt", log_x=True, direct=True)
+    [axes] = figures[0].axes
+    assert [(label.get_text(), label.xy) for label in axes.texts] == [
+        *(("a", (2, 5.5)), ("b", (1, 3.0))),
+    ]
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert axes.get_legend() is None and not boxes[0].overlaps(boxes[1])
+    assert len({label.get_color() for label in axes.texts}) == 2
+
+
 @pytest.mark.parametrize("from_zero", [True, False])
 def test_the_y_axis_of_curves_begins_at_zero_or_near_the_lowest_value(monkeypatch, from_zero):
     figures = []

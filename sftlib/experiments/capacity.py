@@ -14,11 +14,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.experiments.sweep import lora_config
 
 if TYPE_CHECKING:
+    import pandas
     import torch
     from datasets import Dataset
     from peft import PeftConfig
@@ -175,26 +177,49 @@ def tuned(
     run: Storing,
     rates: Sequence[float],
     measure: Callable[[list[Storing]], list[dict]],
+    seeds: Sequence[int] = (),
+    factor: float = 2,
 ) -> tuple[float, list[Storing]]:
-    """The learning rate that stores most, and the runs that were needed to find it.
+    """The learning rate that stores most on average, and the runs that were needed to find it.
 
-    Where the best is the first or the last of the rates, the next one beyond it is tried, half or
-    twice as large, until it is not.
+    Where the best is the first or the last of the rates, the next one beyond it is tried, smaller
+    or larger by `factor`, until it is not. Between equal shares, the lower loss decides.
 
     Args:
         run: the setting; its learning rate does not count.
-        rates: to begin with, in rising order, each about twice the one before.
+        rates: to begin with, in rising order.
         measure: does runs, and returns for each a row with `stored` and `loss`.
+        seeds: of the runs at each rate [the run's own].
+        factor: between neighbouring rates, roughly.
     """
-    rates = list(rates)
+    rates, seeds = list(rates), list(seeds) or [run.seed]
+    digits = ".1g" if factor == 2 else ".2g"
     while True:
-        runs = [replace(run, learning_rate=rate) for rate in rates]
+        runs = [replace(run, learning_rate=rate, seed=seed) for rate in rates for seed in seeds]
         rows = measure(runs)
-        order = [(row["stored"], -row["loss"]) for row in rows]
+        order = [_mean(rows[i : i + len(seeds)]) for i in range(0, len(rows), len(seeds))]
         best = order.index(max(order))
         if 0 < best < len(rates) - 1:
             return rates[best], runs
         if best == 0:
-            rates.insert(0, float(f"{rates[0] / 2:.1g}"))
+            rates.insert(0, float(format(rates[0] / factor, digits)))
         else:
-            rates.append(float(f"{rates[-1] * 2:.1g}"))
+            rates.append(float(format(rates[-1] * factor, digits)))
+
+
+def _mean(rows: Sequence[dict]) -> tuple[float, float]:
+    """What `tuned` compares: the mean share that is stored, and minus the mean loss."""
+    return fmean(row["stored"] for row in rows), -fmean(row["loss"] for row in rows)
+
+
+def at_best(found: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs of a setting at its best learning rate, among those that have every seed.
+
+    Args:
+        found: stored runs that differ in learning rate and seed only.
+    """
+    seeds = found.seed.nunique()
+    whole = found.groupby("learning_rate").filter(lambda runs: runs.seed.nunique() == seeds)
+    means = whole.groupby("learning_rate")[["stored", "loss"]].mean()
+    best = means.sort_values(["stored", "loss"], ascending=[False, True]).index[0]
+    return whole[whole.learning_rate == best]

@@ -43,8 +43,8 @@ def surprises(
         ends: a mask (vocabulary,) of the tokens that stand for an end.
 
     Returns:
-        For each token: `before`, the text of the token before it; `nats`, −ln of its probability;
-        `end`, the probability of an end in its place.
+        For each token: `token`, its text; `before`, the text of the token before it; `nats`, −ln
+        of its probability; `end`, the probability of an end in its place.
     """
     import pandas
     import torch
@@ -60,10 +60,11 @@ def surprises(
         )
         end = scores.softmax(-1)[..., ends].sum(-1)
         real = mask[:, 1:].bool()
-        parts.append([part[real].cpu() for part in (ids[:, :-1], nats, end)])
-    before, nats, end = (torch.cat(part) for part in zip(*parts, strict=True))
-    texts_before = [tokenizer.decode([i]) for i in before.tolist()]
-    return pandas.DataFrame({"before": texts_before, "nats": nats.numpy(), "end": end.numpy()})
+        parts.append([part[real].cpu() for part in (ids[:, 1:], ids[:, :-1], nats, end)])
+    token, before, nats, end = (torch.cat(part) for part in zip(*parts, strict=True))
+    read = {"token": token, "before": before}
+    found = {name: [tokenizer.decode([i]) for i in part.tolist()] for name, part in read.items()}
+    return pandas.DataFrame(found | {"nats": nats.numpy(), "end": end.numpy()})
 
 
 def answer_chances(

@@ -1,6 +1,6 @@
 """Let the tiny base model learn random facts by heart: the stored runs of lesson 4 (`make sweeps`).
 
-Takes a quarter of an hour; goes on where it was interrupted. To begin anew, delete the file.
+Takes twenty minutes; goes on where it was interrupted. To begin anew, delete the file.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from sftlib.experiments.sweep import sweep
 RUNS = Path(__file__).parents[2] / "data" / "runs" / "capacity.jsonl"
 SEEDS = (0, 1, 2)
 LONGER = 32  # epochs: twice as many
+FINE = 2**0.5  # between rates that are compared with all seeds
 Study = tuple[Storing, tuple[float, ...]]
 
 
@@ -31,8 +32,15 @@ def studies() -> list[Study]:
     return full + lora + longer
 
 
+# The two whose peak is narrow: half or twice the best rate stores a quarter as much, or less.
+NARROW = [Storing(0, r=r) for r in (16, 64)]
+
+
 def runs(measure: Callable[[list[Storing]], list[dict]]) -> list[Storing]:
     """For each setting a search for its learning rate with one seed, and three seeds at the best.
+
+    Where the peak is narrow, the best rate and its two neighbours, a factor of `FINE` away, are
+    compared with three seeds each.
 
     Args:
         measure: does runs, or looks up what they gave.
@@ -41,6 +49,9 @@ def runs(measure: Callable[[list[Storing]], list[dict]]) -> list[Storing]:
     for setting, rates in studies():
         best, searched = tuned(setting, rates, measure)
         seeds = [replace(setting, learning_rate=best, seed=seed) for seed in SEEDS]
+        if setting in NARROW:
+            near = [float(f"{best * factor:.2g}") for factor in (1 / FINE, 1, FINE)]
+            _, seeds = tuned(setting, near, measure, SEEDS, FINE)
         measure(seeds)
         found += searched + seeds
     return list(dict.fromkeys(found))
