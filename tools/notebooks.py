@@ -4,6 +4,7 @@
 run to run, and folds cells that hold claims; `verify` fails where `clean` would change something.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -175,7 +176,12 @@ def keep_claims(path: Path, ledger: Path) -> None:
         claims.update(path, read_ledger(ledger))
 
 
-def main(task: str, number: str = "") -> int:
+def main(*words: str) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
+    parser.add_argument("task", choices=("run", "clean", "verify"))
+    parser.add_argument("number", nargs="?", default="", help="a lesson's number; all without it")
+    asked = parser.parse_args(words)
+    task, number = asked.task, asked.number
     paths = find(number)
     if task == "clean":
         return clean(paths)
