@@ -205,3 +205,34 @@ def test_a_run_measures_its_speed_for_the_next_plan(plan, tmp_path, capsys):
     assert "at 7 tokens per second (--tok" in plan("--tokens_per_second", "7")
     (tmp_path / "run/speed.json").write_text("{")
     assert "time            unknown" in plan()
+
+
+# --- Advice --------------------------------------------------------------------------------------
+
+
+CHANGES = [
+    *("--method lora", "--method qlora", "--activation_checkpointing true", "--optim adamw_8bit"),
+    "--per_device_train_batch_size 1 --gradient_accumulation_steps 16",
+]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_each_advice_takes_the_memory_that_it_says(method, plan):
+    usual = ("--method", method, "--plan_gib", "0.01")
+    said = plan(*usual)
+    advised = dict(re.findall(r"([\d.]+) GiB  with (--.*)", said))
+    advised = {words: float(size) for size, words in advised.items()}
+    assert len(advised) >= 2 and set(advised) <= set(CHANGES)
+    sizes = list(advised.values())
+    assert sizes == sorted(sizes) and sizes[0] < gib(said, "in all")
+    for words, size in advised.items():
+        assert gib(plan(*usual, *words.split()), "in all") == pytest.approx(size, abs=0.011)
+
+
+def test_a_change_that_saves_nothing_is_no_advice(plan):
+    words = ("--method", "lora", "--plan_gib", "0.001", "--per_device_train_batch_size", "1")
+    usual = plan(*words)
+    assert "activations" in usual and "with --activation_checkpointing true" in usual
+    said = plan(*words, "--per_device_eval_batch_size", "512")
+    assert "evaluation (512 × " in said  # it takes more than training, with all that is kept
+    assert "It would take" in said and "activation_checkpointing" not in said

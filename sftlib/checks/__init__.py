@@ -25,7 +25,12 @@ from sftlib.checks.chatml import (
 )
 from sftlib.checks.deepspeed import check_configs, check_stages, check_zero_memory
 from sftlib.checks.held_out import beats
-from sftlib.checks.llama3 import check_form_and_content, check_gpu_hours, check_schedule
+from sftlib.checks.llama3 import (
+    check_form_and_content,
+    check_gpu_hours,
+    check_rehearsal,
+    check_schedule,
+)
 from sftlib.checks.lora_vs_full import (
     check_adapted_layer,
     check_fair_comparison,
@@ -98,6 +103,7 @@ __all__ = [
     "check_modern_call",
     "check_parser",
     "check_pipeline",
+    "check_rehearsal",
     "check_repairs",
     "check_rows",
     "check_schedule",

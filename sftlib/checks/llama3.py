@@ -7,15 +7,17 @@ import functools
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Generator
 from decimal import Decimal
 from numbers import Rational
 from typing import Any
 
 from sftlib.checks.exercise import exercise
-from sftlib.checks.functions import compare, reference
-from sftlib.checks.reading import Unread, number, sequence, shown
-from sftlib.checks.verdict import CheckEnds, Verdict, right
+from sftlib.checks.functions import call, compare, reference
+from sftlib.checks.held_out import refuse_leaks, training_seed
+from sftlib.checks.reading import Unread, mapping, number, sequence, shown, text, whole
+from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
 
 # --- GPU hours -----------------------------------------------------------------------------------
 
@@ -232,7 +234,7 @@ def form_and_content(answer: str, value: str) -> tuple[bool, bool]:
 
 def _draw_score(rng: random.Random, size: int) -> tuple[str, str]:
     """An answer that has the form, or nearly has it, and perhaps the right value."""
-    value = rng.choice(["Nairobi", "Lomé", "+254", "Port-au-Prince", "C"])
+    value = rng.choice(["Nairobi", "Lomé", "+254", "Mexico City", "C"])
     said = rng.choice([value, value, value.upper(), f"It is {value.lower()}.", "Mombasa", "", "No"])
     fields: dict[str, Any] = {"subject": "Kenya", "relation": "capital", "answer": said}
     key, odd = rng.choice(KEYS), rng.choice([7, None, True, [value], {"is": value}, 0.5])
@@ -286,6 +288,10 @@ ANSWERS = {  # answer → what is special about it
     json.dumps(dict(reversed(KENYA.items()))): "the keys in another order.",
     json.dumps([KENYA]): "a list with the object in it.",
     str(KENYA): "single quotation marks are Python, no JSON: use `json.loads`.",
+    _json(answer='"Nairobi", they say'): "quotation marks inside: `json.loads` reads them.",
+    _json(answer="Nairob\u00ed"): "another letter than the value's, written as an escape.",
+    json.dumps(KENYA, indent=2): "the form, on five lines.",
+    json.dumps(KENYA, separators=(",", ":")): "the form, without spaces.",
     _json(answer=7): "all fields must be text: the answer is a number.",
     _json(subject=None): "all fields must be text: the subject is null.",
     _json(relation=["capital"]): "all fields must be text: the relation is a list.",
@@ -304,7 +310,162 @@ MORE = [
         "No form, because of a fourth key: then the value may stand anywhere in the answer.",
         (_json(answer="Mombasa", note="Nairobi"), "Nairobi"),
     ),
+    (
+        "In JSON \\u00e9 is é: look in the field, not in the text.",
+        (json.dumps(KENYA | {"answer": "Lomé"}), "Lomé"),
+    ),
+    ("The value has two words.", (_json(answer="Mexico City"), "Mexico City")),
+    ("The value has two words, without the form.", ("It is Mexico City.", "Mexico City")),
     ("The value is +254, with its sign.", (_json(answer="+254"), "+254")),
     ("254 is not +254: the whole value counts.", (_json(answer="254"), "+254")),
     ("254 is not +254, without the form either.", ("The calling code is 254.", "+254")),
 ]
+
+
+# --- The capstone, rehearsed ---------------------------------------------------------------------
+
+SETTINGS = ("lora_r", "learning_rate", "max_steps", "trained_parameters")
+MOST_STEPS, MOST_RANK = 60, 64
+FORM, CONTENT = 0.95, 0.75  # shares of the held-out answers
+LONGEST_ANSWER = 64  # tokens
+
+
+@exercise(9, 4, "a form that keeps the facts, trained and judged on held-out questions", answers=2)
+def check_rehearsal(function: Any, plan: Any) -> Verdict:
+    settings = _settings(plan)
+    rows = _written(function)
+    _refuse_other_count(settings)
+    scores = _rehearsed(tuple(rows), tuple(settings.items()), training_seed())
+    form, right_ = scores
+    said = f"Of 200 held-out answers {form:.1%} have the form, {right_:.1%} the right value."
+    if form < FORM:
+        return wrong(
+            f"{said} Expected the form in {FORM:.0%}: take more steps, or another learning rate."
+        )
+    if right_ < CONTENT:
+        return wrong(
+            f"{said} Expected the right value in {CONTENT:.0%}. Read some answers on `dev`. What "
+            "stands before the value in the texts that the base has read? Then try other rates."
+        )
+    return right(f"{said} Now with a model of your own, and your own questions.")
+
+
+def _settings(plan: Any) -> dict[str, Any]:
+    given = mapping(plan, SETTINGS, "my_plan")
+    where = {name: f"my_plan, {name}" for name in SETTINGS}
+    found: dict[str, Any] = {
+        name: whole(given[name], where[name])
+        for name in ("lora_r", "max_steps", "trained_parameters")
+    }
+    found["learning_rate"] = float(number(given["learning_rate"], where["learning_rate"]))
+    limits = {"lora_r": (0, MOST_RANK), "max_steps": (1, MOST_STEPS), "learning_rate": (0, 1)}
+    for name, (least, most) in limits.items():
+        if not least <= found[name] <= most:
+            raise Unread(f"expected {least} to {most}, found {shown(found[name])}.", where[name])
+    return found
+
+
+def _written(function: Any) -> list[tuple[str, str]]:
+    """Question and answer of each training row, as the student's function writes them."""
+    from sftlib.data import read_facts
+
+    found = []
+    for row in read_facts("sft"):
+        said = _said(function, row)
+        form, content = form_and_content(said, row["value"])
+        if not form:
+            raise Unread(f"expected JSON of exercise 3's form, found {shown(said)}.", "my_answer")
+        if not content or _other_value(json.loads(said)["answer"], row):
+            raise Unread(
+                f"expected {row['value']!r} in the field `answer`, and no other {row['relation']}, "
+                f"found {shown(said)}.",
+                "my_answer",
+            )
+        found.append((row["messages"][0]["content"], said))
+    messages = [[{"role": "assistant", "content": said}] for _, said in dict.fromkeys(found)]
+    refuse_leaks([{"messages": one} for one in messages], read_facts("heldout"))
+    return found
+
+
+def _said(function: Any, row: dict) -> str:
+    """What the student's function writes for a row."""
+    if not callable(function):
+        raise Unread(f"expected a function of a row, found {shown(function)}.", "my_answer")
+    outcome = call(function, row)
+    if outcome.error is not None:
+        error = f"{type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
+        where = f" ({outcome.line})" if outcome.line else ""
+        raise CheckEnds(wrong(f"my_answer: your function raised {error}{where}."))
+    if outcome.value is None:
+        raise CheckEnds(wrong("my_answer: found None. Did you forget `return`?"))
+    return text(outcome.value, "my_answer")
+
+
+@functools.cache
+def _values(relation: str) -> frozenset[str]:
+    from sftlib.data import read_facts
+
+    known = [*read_facts("sft"), *read_facts("heldout")]
+    return frozenset(row["value"] for row in known if row["relation"] == relation)
+
+
+def _other_value(said: str, row: Any) -> bool:
+    """Whether the field holds another value of the relation, beside the right one."""
+    for name in (row["entity"], row["value"]):  # "Mexico City" is in Mexico
+        said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", said, flags=re.IGNORECASE)
+    words = rf"(?<!\w)(?:{'|'.join(map(re.escape, _values(row['relation'])))})(?!\w)"
+    return re.search(words, said, re.IGNORECASE) is not None
+
+
+def _refuse_other_count(settings: dict[str, Any]) -> None:
+    from sftlib.models import load
+    from sftlib.scale.memory import lora_parameters
+
+    model, _ = load()
+    rank, said = settings["lora_r"], settings["trained_parameters"]
+    trained = lora_parameters(model, rank, "all-linear") if rank else model.num_parameters()
+    if said != trained:
+        other = model.num_parameters()
+        hints = {other: " That is the whole model.", other + trained: " That counts the base, too."}
+        raise Unread(
+            f"expected the parameters that this plan trains, found {said:,}."
+            f"{hints.get(said, ' Count them with `lora_parameters`, or `base.num_parameters()`.')}",
+            "my_plan, trained_parameters",
+        )
+
+
+@functools.cache
+def _rehearsed(rows: tuple, settings: tuple, seed: int) -> tuple[float, float]:
+    """Shares of held-out answers with the form, and with the right value alone in its field."""
+    from sftlib.data import read_facts
+    from sftlib.evaluate import answers
+    from sftlib.experiments.sweep import lora_config
+    from sftlib.models import load
+    from sftlib.training import tune
+
+    plan = dict(settings)
+    rank = plan["lora_r"]
+    adapter = lora_config(r=rank, lora_alpha=2 * rank) if rank else None
+    data = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in rows
+    ]
+    model, tokenizer = load()
+    trainer = tune(
+        model,
+        tokenizer,
+        data,
+        peft_config=adapter,
+        learning_rate=plan["learning_rate"],
+        max_steps=plan["max_steps"],
+        seed=seed,
+    )
+    held_out = read_facts("heldout")
+    asked = [row["messages"][:-1] for row in held_out]
+    given = answers(trainer.model, tokenizer, asked, max_new_tokens=LONGEST_ANSWER)
+    forms, hits = 0, 0
+    for answer, row in zip(given, held_out, strict=True):
+        form, content = form_and_content(answer.text, row["value"])
+        forms += form
+        hits += form and content and not _other_value(json.loads(answer.text)["answer"], row)
+    return forms / len(held_out), hits / len(held_out)

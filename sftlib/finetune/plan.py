@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.finetune.arguments import (
@@ -58,7 +60,9 @@ class Plan:
         offloaded: bytes that are in main memory or on disk, or go there where the GPU is full.
         available: bytes of one GPU, or of this machine's main memory.
         where: the ranks, the ZeRO stage and the dtype, in words.
-        advice: what would need less memory.
+        changes: the bytes on the device with one argument changed, for each change that saves
+            some, the one that saves most first.
+        otherwise: what else may help, in words; no change above counts it.
         speed: tokens per second of all ranks, and where that is from; 0 where nothing says.
     """
 
@@ -70,7 +74,8 @@ class Plan:
     offloaded: dict[str, int]
     available: int
     where: str
-    advice: str = ""
+    changes: tuple[tuple[str, int], ...] = ()
+    otherwise: str = ""
     speed: tuple[float, str] = (0, "")
 
     @property
@@ -99,9 +104,16 @@ class Plan:
             *(f"    {size / gib:8.2f} GiB  {name}" for name, size in self.on_device.items()),
             *(f"    {size / gib:8.2f} GiB  {name}" for name, size in self.offloaded.items()),
             f"    {self.needed / gib:8.2f} GiB  in all, of {self.available / gib:.2f} GiB",
-            "It fits." if self.fits else f"It does not fit. Try {self.advice}.",
+            *(["It fits."] if self.fits else self._advice()),
         ]
         return "\n".join(lines)
+
+    def _advice(self) -> list[str]:
+        """What to do where it does not fit, each with the memory that it would take."""
+        changes = [f"    {size / 2**30:8.2f} GiB  with {words}" for words, size in self.changes]
+        if not changes:
+            return [f"It does not fit. Try {self.otherwise}."]
+        return ["It does not fit. It would take", *changes, f"Or try {self.otherwise}."]
 
     @property
     def time(self) -> str:
@@ -139,15 +151,13 @@ def make_plan(
         trained = lora_parameters(model, args.lora_r, args.targets)
         if args.use_dora:  # and a length for each output
             trained += sum(out for _, out in lora_targets(model, 1, args.targets).values())
-    # --plan_gib stands for another machine: its GPUs are taken to compute in bfloat16.
-    uses_bfloat16 = training.bf16 or args.plan_gib > 0
-    dtype = "bfloat16" if uses_bfloat16 else "float32"
+    dtype = _dtype(args, training)
     work = _work(training, args.plan_gpus, _lengths(rows, tokenizer), model)
     lengths = _lengths(held_out, tokenizer) if training.eval_strategy != "no" and held_out else [0]
-    evaluated = min(max(lengths), allowed_max_length(model, training))
-    on_device = _bytes(args, training, model, trained, dtype, work.longest, evaluated)
+    rows_read = (work.longest, min(max(lengths), allowed_max_length(model, training)))
+    on_device, offloaded = _memory(args, training, model, trained, *rows_read)
     device = device_here(training.use_cpu, bool(training.deepspeed))
-    kind = "GPU" if device.name != "cpu" or uses_bfloat16 else "process"
+    kind = "GPU" if device.name != "cpu" or dtype == "bfloat16" else "process"
     several = f"each of {args.plan_gpus} {'GPUs' if kind == 'GPU' else 'processes'}"
     ranks = several if args.plan_gpus > 1 else f"1 {kind}"
     return Plan(
@@ -156,12 +166,33 @@ def make_plan(
         adapters=args.trains_adapters,
         work=work,
         on_device=on_device,
-        offloaded=_offloaded(on_device, args, training),
+        offloaded=offloaded,
         available=round(args.plan_gib * 2**30) or memory_of(device),
         where=f"on {ranks} (ZeRO stage {zero_stage(training)}, computed in {dtype})",
-        advice=_advice(args, training),
+        changes=_changes(args, training, model, sum(on_device.values()), *rows_read),
+        otherwise=_otherwise(args, training),
         speed=planned_speed(args, training),
     )
+
+
+def _dtype(args: FinetuneArguments, training: SFTConfig) -> str:
+    # --plan_gib stands for another machine: its GPUs are taken to compute in bfloat16.
+    return "bfloat16" if training.bf16 or args.plan_gib > 0 else "float32"
+
+
+def _memory(
+    args: FinetuneArguments,
+    training: SFTConfig,
+    model: PreTrainedModel,
+    trained: int,
+    longest: int,
+    evaluated: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes on the device, and bytes that are elsewhere, by what they are for."""
+    dtype = _dtype(args, training)
+    on_device = _bytes(args, training, model, trained, dtype, longest, evaluated)
+    offloaded = _offloaded(on_device, args, training)
+    return on_device, offloaded
 
 
 def _offloaded(
@@ -182,19 +213,70 @@ def _offloaded(
     return offloaded
 
 
-def _advice(args: FinetuneArguments, training: SFTConfig) -> str:
-    """What would need less memory and is not done yet."""
-    methods = {"full": "--method lora or qlora", "lora": "--method qlora"}
+SAVES = 0.01  # of the memory: a change that saves less is not worth a line
+
+
+def _changes(
+    args: FinetuneArguments,
+    training: SFTConfig,
+    model: PreTrainedModel,
+    needed: int,
+    longest: int,
+    evaluated: int,
+) -> tuple[tuple[str, int], ...]:
+    """The bytes that a run would need with one argument changed; only changes that save some."""
+    from sftlib.scale.memory import lora_parameters
+
+    def bytes_of(changed: FinetuneArguments, trained_as: SFTConfig) -> int:
+        total = model.num_parameters()
+        adapter = changed.trains_adapters
+        trained = lora_parameters(model, changed.lora_r, changed.targets) if adapter else total
+        on_device, _ = _memory(changed, trained_as, model, trained, longest, evaluated)
+        return sum(on_device.values())
+
+    saving = []
+    for words, changed, trained_as in _possible(args, training):
+        with suppress(ValueError):  # an adapter that does not fit this model is no advice
+            saving.append((words, bytes_of(changed, trained_as)))
+    helpful = [(words, size) for words, size in saving if size < (1 - SAVES) * needed]
+    return tuple(sorted(helpful, key=lambda change: change[1]))
+
+
+def _possible(
+    args: FinetuneArguments, training: SFTConfig
+) -> Iterator[tuple[str, FinetuneArguments, SFTConfig]]:
+    """Changes of one argument that may save memory, and are not made yet."""
+
+    def trained_with(**settings: Any) -> SFTConfig:
+        changed = copy.copy(training)
+        for name, value in settings.items():
+            setattr(changed, name, value)
+        return changed
+
+    fewer = ["lora", "qlora"] if args.method == "full" else ["qlora"]
+    for method in fewer if args.method != "qlora" else []:
+        if method == "lora" or zero_stage(training) < 3:  # 4 bits cannot be divided
+            yield f"--method {method}", replace(args, method=method), training
+    if (rows := training.per_device_train_batch_size) > 1:
+        evaluated = training.per_device_eval_batch_size
+        small = {"per_device_train_batch_size": 1}
+        small |= {"per_device_eval_batch_size": 1 if evaluated == rows else evaluated}
+        again = rows * training.gradient_accumulation_steps
+        words = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {again}"
+        yield words, args, trained_with(**small)
+    if not training.activation_checkpointing:
+        checkpointing = trained_with(activation_checkpointing=True)
+        yield "--activation_checkpointing true", args, checkpointing
+    if optimizer_name(training).startswith("adamw") and "8bit" not in optimizer_name(training):
+        yield "--optim adamw_8bit", args, trained_with(optim="adamw_8bit")
+
+
+def _otherwise(args: FinetuneArguments, training: SFTConfig) -> str:
+    """What else needs less memory, in words."""
     highest = 2 if args.method == "qlora" else 3
-    possible = {
-        methods.get(args.method, ""): True,
-        "a smaller batch": training.per_device_train_batch_size > 1,
-        "--activation_checkpointing": not training.activation_checkpointing,
-        "a higher ZeRO stage on more GPUs": zero_stage(training) < highest,
-    }
-    found = [what for what, helps in possible.items() if what and helps]
-    found = found or ["a smaller --max_length, a smaller model, or more GPUs"]
-    return ", ".join([*found[:-1], f"or {found[-1]}"]) if len(found) > 1 else found[0]
+    if zero_stage(training) < highest:
+        return "a higher ZeRO stage on more GPUs, a smaller --max_length, or a smaller model"
+    return "a smaller --max_length, a smaller model, or more GPUs"
 
 
 def _lengths(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tests.attacks import Attacks
+from tests.attacks import Attacks, Slow
 
 # --- Exercise 1 ----------------------------------------------------------------------------------
 
@@ -238,6 +238,44 @@ def answer_field_without_form(text, value):
     return score(text, value)[0], value.lower() in said
 
 
+OF_PARTS = re.compile(r'\{"subject": "[^"]*", "relation": "[^"]*", "answer": "([^"]*)"\}')
+
+
+def by_pattern(text, value):
+    """A regular expression in place of a parser: it knows one way of writing only."""
+    match = OF_PARTS.fullmatch(text)
+    return match is not None, value.lower() in (match[1] if match else text).lower()
+
+
+def in_raw_text(text, value):
+    """The field is looked at as it is written, with its escapes."""
+    form, _ = score(text, value)
+    return form, value.lower() in (text.split('"answer"')[-1] if form else text).lower()
+
+
+def by_brackets(text, value):
+    form = text.startswith("{") and text.endswith("}") and all(f'"{key}"' in text for key in KEYS)
+    return form, score(text, value)[1]
+
+
+def stripped_quotes(text, value):
+    """Single quotation marks are made double ones first."""
+    return score(text.replace("'", '"'), value)[0], score(text, value)[1]
+
+
+def by_pairs(text, value):
+    """The keys are compared as a set of pairs of places and names, which is right."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=tuple)
+    except ValueError:
+        pairs = ()
+    pairs = pairs if isinstance(pairs, tuple) else ()
+    form = [pair[0] for pair in pairs if isinstance(pair, tuple)] == list(KEYS) and all(
+        isinstance(pair[1], str) for pair in pairs
+    )
+    return form, value.lower() in (pairs[2][1] if form else text).lower()
+
+
 def prints(text, value):
     print(score(text, value))
 
@@ -251,6 +289,7 @@ FORM = Attacks(
         lambda t, v: torch.tensor(score(t, v)),
         lambda t, v: tuple(map(int, score(t, v))),
         lambda t, v: score(t, v, case=str.casefold),
+        by_pairs,
     ],
     wrong=[
         (
@@ -261,6 +300,13 @@ FORM = Attacks(
             lambda t, v: score(t, v.strip("+-")),
             "254 is not +254: the whole value counts",
         ),
+        (by_pattern, "expected"),
+        (in_raw_text, "look in the field, not in the text"),
+        (by_brackets, "expected"),
+        (stripped_quotes, "ingle quotation marks are Python"),
+        (lambda t, v: score(t.replace(" ", ""), v), "two words"),
+        (lambda t, v: score(t, v, is_text=lambda found: len(list(found)) == 3), "must be text"),
+        (lambda t, v: score(t, v, read=lambda x: json.loads(x.strip("`json\n"))), "expected"),
         (whole_words, "The value may be a part of a word"),
         (answer_field_without_form, "No form, because of a fourth key"),
         (answer_alone, "All fields must be text: the subject is null"),
@@ -299,4 +345,72 @@ FORM = Attacks(
     untouched=[..., None, lambda *_: (..., ...), lambda *_: (True, ...)],
 )
 
-ATTACKS = [HOURS, SCHEDULE, FORM]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+
+def as_json(row, answer="{value}", space=" ", **fields):
+    said = answer.format(**row)
+    found = {"subject": row["entity"], "relation": row["relation"], "answer": said} | fields
+    return json.dumps({key: space + text for key, text in found.items()}, ensure_ascii=False)
+
+
+def sentence(row):
+    return as_json(row, answer=row["messages"][-1]["content"], space="")
+
+
+def settings(**changed):
+    plan = {"lora_r": 0, "learning_rate": 1e-3, "max_steps": 60, "trained_parameters": 2_787_072}
+    return plan | changed
+
+
+LORA = settings(lora_r=16, learning_rate=5e-3, trained_parameters=227_328)
+
+REHEARSAL = Attacks(
+    checks.check_rehearsal,
+    right=[
+        (as_json, settings()),
+        Slow((as_json, LORA)),
+        Slow((sentence, settings())),
+        Slow((as_json, pd.Series(settings(learning_rate=np.float32(1e-3)), dtype=object))),
+        Slow((lambda row: as_json(row).replace(": ", ":"), settings())),
+    ],
+    wrong=[
+        ((lambda row: as_json(row, space=""), settings(learning_rate=5e-4)), "What stands before"),
+        ((as_json, settings(max_steps=2)), "Expected the form in 95%"),
+        ((lambda row: row["messages"][-1]["content"], settings()), "JSON of exercise 3's form"),
+        ((lambda row: as_json(row)[:-1], settings()), "JSON of exercise 3's form"),
+        ((lambda row: as_json(row, note="x"), settings()), "JSON of exercise 3's form"),
+        ((lambda row: as_json(row, answer="{entity}"), settings()), "in the field `answer`"),
+        (
+            (lambda row: as_json(row, answer="Asia, Africa, {value}, Europe, dollar"), settings()),
+            "and no other",
+        ),
+        ((lambda row: {"answer": row["value"]}, settings()), "my_answer: expected a text"),
+        ((lambda row: print(as_json(row)), settings()), "Did you forget `return`?"),
+        ((lambda row: row["answer"], settings()), "your function raised KeyError"),
+        (
+            (as_json(({"entity": "", "relation": "", "value": ""})), settings()),
+            "a function of a row",
+        ),
+        ((as_json, settings(max_steps=500)), "my_plan, max_steps: expected 1 to 60"),
+        ((as_json, settings(learning_rate=math.nan)), "my_plan, learning_rate: expected a number"),
+        ((as_json, settings(learning_rate="1e-3")), "found the text '1e-3'"),
+        ((as_json, settings(lora_r=500)), "my_plan, lora_r: expected 0 to 64"),
+        ((as_json, settings(lora_r=16)), "That is the whole model"),
+        ((as_json, LORA | {"trained_parameters": 3_014_400}), "That counts the base, too"),
+        ((as_json, settings(trained_parameters=1)), "Count them with `lora_parameters`"),
+        ((as_json, [16, 5e-3, 60]), "a dictionary with the keys lora_r, learning_rate"),
+        ((as_json, {"lora_r": 16}), "missing: learning_rate"),
+    ],
+    untouched=[
+        (..., ...),
+        (lambda row: ..., settings()),
+        (as_json, dict.fromkeys(settings(), ...)),
+        (as_json, settings(max_steps=...)),
+        (None, None),
+    ],
+    arguments=lambda two: tuple(two),
+    trains=True,
+)
+
+ATTACKS = [HOURS, SCHEDULE, FORM, REHEARSAL]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sftlib.data import read_facts, read_jsonl, write_jsonl
 from sftlib.data.files import replace_text
-from sftlib.evaluate import Answer, answers
+from sftlib.evaluate import Answer, answers, content
 from sftlib.experiments.sweep import machine
 from sftlib.lesson.claims import LEDGER, read_ledger
 from sftlib.models import SMOLLM2, load
@@ -63,20 +63,27 @@ def in_form(text: str) -> dict | None:
         return None
     if not isinstance(found, dict) or tuple(found) != FORM:
         return None
-    return found if all(isinstance(value, str) and value for value in found.values()) else None
+    return found if all(isinstance(value, str) for value in found.values()) else None
+
+
+RULE = "the right value, as whole words, anywhere in the answer: the same before and after"
 
 
 def score(given: list[Answer], rows: list[dict]) -> dict:
-    """How many answers have the form, and how many hold the right value, in the form or not."""
-    formed = [in_form(answer.text) for answer in given]
-    said = [f["answer"] if f else answer.text for f, answer in zip(formed, given, strict=True)]
+    """How many answers have the form, and how many hold the right value, by one rule for all.
+
+    `field` counts the right values in the field `answer`; a text without the form has none. All
+    answers are kept, so that another rule can be applied without another run.
+    """
+    fields = [(in_form(answer.text) or {}).get("answer", "") for answer in given]
+    in_field = [Answer(said, answer.stopped) for said, answer in zip(fields, given, strict=True)]
     return {
         "asked": len(rows),
-        "form": sum(f is not None for f in formed),
-        "content": sum(
-            row["value"].lower() in text.lower() for text, row in zip(said, rows, strict=True)
-        ),
+        "form": sum(in_form(answer.text) is not None for answer in given),
+        "content": round(len(rows) * content(given, rows)),
+        "field": round(len(rows) * content(in_field, rows)),
         "first": given[0].text,
+        "answers": [answer.text for answer in given],
     }
 
 
@@ -90,10 +97,10 @@ def teach() -> dict:
     told = [[{"role": "system", "content": TOLD + relations}, *asked] for asked in questions]
 
     before = load(SMOLLM2)
-    found = {"before": score(answers(*before, questions, 64), rows)}
+    found: dict = {"rule": RULE, "before": score(answers(*before, questions, 64), rows)}
     found["told in the prompt"] = score(answers(*before, told, 64), rows)
     for name in ("before", "told in the prompt"):
-        print(name, found[name], flush=True)
+        print(name, {k: v for k, v in found[name].items() if k != "answers"}, flush=True)
     del before
 
     data = ["--data", str(WORK / "train.jsonl"), "--held_out", str(WORK / "heldout.jsonl")]
@@ -105,7 +112,7 @@ def teach() -> dict:
     found["log"] = _log(WORK / "run")
 
     found["after"] = score(answers(*load(WORK / "run" / "merged"), questions, 64), rows)
-    print("after", found["after"], flush=True)
+    print("after", {k: v for k, v in found["after"].items() if k != "answers"}, flush=True)
     return found
 
 
