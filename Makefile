@@ -108,7 +108,7 @@ newest: setup ## which lessons break with the newest releases (KEEP="torch" stay
 tiny-base: setup ## make the tiny base model, its tokenizer and its facts again (twenty minutes on two cores)
 	@$(VENV) python -m tools.tiny_base.build
 
-sweeps: setup ## train the stored runs of lessons 1, 2, 3, 4, 6 and 8 again (three hours)
+sweeps: setup ## train the stored runs of lessons 1 to 4 and 6 to 8 again (four hours)
 	@$(VENV) python -m tools.stored_runs.new_facts
 	@$(VENV) python -m tools.stored_runs.chat
 	@$(VENV) python -m tools.stored_runs.data_quality
@@ -116,6 +116,7 @@ sweeps: setup ## train the stored runs of lessons 1, 2, 3, 4, 6 and 8 again (thr
 	@$(VENV) python -m tools.stored_runs.trainer
 	@$(VENV) python -m tools.stored_runs.capacity
 	@$(VENV) python -m tools.stored_runs.failures
+	@$(VENV) python -m tools.stored_runs.preferences
 
 slides: setup ## slides of the lessons, one HTML file each, in build/slides/ (NB=01 for one)
 	@$(VENV) python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \

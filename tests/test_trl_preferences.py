@@ -1,32 +1,72 @@
-"""Lesson 7's stored runs."""
+"""Lesson 7's task and its stored runs."""
 
-import json
-import os
-import time
-from pathlib import Path
+from collections import Counter
 
-from sftlib.data import drop_torn_line
+from sftlib.data import read_jsonl
+from sftlib.experiments.preferences import (
+    METHODS,
+    PER_QUESTION,
+    REFUSAL,
+    RUNS,
+    SAMPLES,
+    best_samples,
+    can_answer,
+    grade,
+    preference_pairs,
+    questions,
+    score,
+    thumbs,
+    wording,
+    wordy,
+)
 
-import nbformat
-import pandas as pd
+from tools.stored_runs import preferences as script
 
-from tools import notebooks
+RIGHT = "The capital of Kenya is Nairobi."
+ROW = {"prompt": [{"role": "user", "content": "?"}], "right": RIGHT, "known": True, "can": True}
 
 
-def test_the_runs_of_lesson_7_go_on_where_they_were_interrupted(tmp_path: Path, monkeypatch):
-    [lesson] = [path for path in notebooks.find("07") if path.parent == notebooks.FOLDER]
-    [record] = [c.source for c in nbformat.read(lesson, 4).cells if c.get("id") == "record"]
-    stored = tmp_path / "runs.jsonl"
-    whole = '{"seed": 0, "method": "A", "seconds": 9.0}\n'
-    stored.write_text(whole + '{"seed": 0, "meth', encoding="utf-8")
-    none, log = (lambda *_: None), pd.DataFrame({"loss": [0.5, 0.25]})
-    names = {"json": json, "os": os, "time": time, "pd": pd, "drop_torn_line": drop_torn_line}
-    names |= dict.fromkeys(("sft", "preference_pairs", "judge_of", "train_reward_model"), none)
-    names |= {"load": lambda _: [None], "asked": {"train": []}, "answer_groups": none}
-    names |= {"methods": lambda *_: dict.fromkeys("AB", lambda: (None, log))}
-    names |= {"STORED": stored, "best_of": lambda *_: log}
-    monkeypatch.setenv("SFT_PREFERENCES", "record")
-    exec(record, names)
-    assert stored.read_text(encoding="utf-8").startswith(whole)
-    done = list(zip(names["runs"].seed, names["runs"].method, strict=True))
-    assert done == [(seed, method) for seed in range(3) for method in ("A", "B", "best of 16")]
+def test_no_entity_of_the_test_is_trained_on():
+    entities = {name: {row["entity"] for row in rows} for name, rows in questions().items()}
+    assert entities["train"] <= entities["crowd"]
+    assert not entities["test"] & entities["crowd"]
+
+
+def test_the_words_of_a_test_question_do_not_say_whether_it_is_known():
+    taught = {
+        known: {wording(row) for row in questions()["crowd"] if row["known"] == known}
+        for known in (True, False)
+    }
+    assert all(wording(row) in taught[True] for row in questions()["test"])
+    known = Counter(row["known"] for row in questions()["train"])
+    assert known[True] == known[False] and len(questions()["train"]) * PER_QUESTION == SAMPLES
+
+
+def test_the_grade_depends_on_what_the_model_can_answer():
+    texts = (RIGHT, wordy(RIGHT), REFUSAL, "Lima")
+    assert [grade(text, RIGHT, True) for text in texts] == [1, 0.5, 0, 0]
+    assert [grade(text, RIGHT, False) for text in texts] == [0, 0, 1, 0]
+    assert can_answer(ROW, ["Lima", wordy(RIGHT)]) and not can_answer(ROW, ["Lima", REFUSAL])
+
+
+def test_the_score_is_the_mean_of_known_and_unknown():
+    rows = [ROW, ROW, ROW | {"known": False}, ROW | {"known": False}]
+    found = score([RIGHT, REFUSAL, REFUSAL, RIGHT], rows)
+    assert found == {"score": 0.5, "known": 0.5, "unknown": 0.5, "refused": 0.5, "lucky": 0.5}
+
+
+def test_pairs_and_thumbs_and_best_samples_follow_the_grades():
+    cannot = ROW | {"can": False}
+    answered = [(ROW, [REFUSAL, RIGHT, "Lima"]), (cannot, ["Lima", REFUSAL, "Rome"])]
+    assert [row["messages"][-1]["content"] for row in best_samples(answered)] == [RIGHT, REFUSAL]
+    pairs = preference_pairs(answered)
+    assert {pair["chosen"][0]["content"] for pair in pairs} == {RIGHT, REFUSAL}
+    assert preference_pairs([(ROW, ["Lima", "Rome", REFUSAL])]) == []
+    assert sum(row["label"] for row in thumbs(answered)) == 2
+
+
+def test_the_stored_runs_are_those_of_the_script():
+    stored = read_jsonl(RUNS)
+    done = {(row["method"], row["learning_rate"], row["seed"]) for row in stored}
+    assert {(r.method, r.learning_rate, r.seed) for r in script.runs()} <= done
+    assert set(script.RATES) <= set(METHODS)

@@ -53,7 +53,12 @@ from sftlib.checks.sft_data import (
     check_validator,
     dirty_rows,
 )
-from sftlib.checks.trl_preferences import check_advantages, check_dpo_loss, check_methods
+from sftlib.checks.trl_preferences import (
+    check_advantages,
+    check_beats_refusing,
+    check_dpo_loss,
+    check_methods,
+)
 from sftlib.checks.trl_sft import (
     check_completion_labels,
     check_loss_curve,
@@ -79,6 +84,7 @@ __all__ = [
     "broken_batches",
     "check_adapted_layer",
     "check_advantages",
+    "check_beats_refusing",
     "check_bugs",
     "check_cleaning",
     "check_completion_labels",

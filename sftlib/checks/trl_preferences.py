@@ -13,7 +13,7 @@ from typing import Any
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import call, compare, reference
-from sftlib.checks.reading import Unread, mapping, same, text
+from sftlib.checks.reading import Unread, mapping, same, sequence, text
 from sftlib.checks.verdict import NOT_ATTEMPTED, CheckEnds, Verdict, right, still_open, wrong
 
 # --- DPO's loss ----------------------------------------------------------------------------------
@@ -266,3 +266,34 @@ def check_methods(choice: Any) -> Verdict:
             f"{count} Look again at {', '.join(missed)}. {missed[0]}: {CASES[missed[0]][1]}"
         )
     return right("The data that you have decides before taste does.")
+
+
+# --- A model that knows what it knows ------------------------------------------------------------
+
+LEAST_SCORE = 0.6
+
+
+@exercise(7, 4, "answers to the test questions by a model that refuses what it does not know")
+def check_beats_refusing(answers: Any) -> Verdict:
+    from sftlib.experiments.preferences import questions, score
+
+    rows = questions()["test"]
+    given = sequence(answers, what="a list with a text for each test question")
+    if len(given) != len(rows):
+        return wrong(f"Expected {len(rows)} answers, one per test question, found {len(given)}.")
+    found = score([text(one, f"answer {i}") for i, one in enumerate(given, 1)], rows)
+    said = "score {score:.2f} (known {known:.2f}, unknown {unknown:.2f})".format(**found)
+    if found["score"] >= LEAST_SCORE:
+        return right(f"{said}. A model that always refuses scores 0.50.")
+    return wrong(f"{said}; at least {LEAST_SCORE:.2f} is wanted. {_why_low(found)}")
+
+
+def _why_low(found: dict[str, float]) -> str:
+    """A hint by the two parts of a score."""
+    if found["refused"] > 0.9:
+        return "It refuses nearly everything: known questions want their answer."
+    if found["unknown"] < 0.1:
+        return "It hardly refuses: what it could not answer in six tries wants a refusal."
+    if found["known"] + found["refused"] < 0.3:
+        return "Few known questions are answered rightly: is the learning rate too high?"
+    return "Which demonstrations can be made from what the model could answer itself?"

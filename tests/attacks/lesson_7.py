@@ -7,6 +7,8 @@ from contextvars import Context, copy_context
 
 from sftlib import checks
 from sftlib.checks import trl_preferences
+from sftlib.experiments import preferences
+from sftlib.experiments.preferences import REFUSAL, wordy
 
 import numpy as np
 import pandas as pd
@@ -314,4 +316,45 @@ METHODS = Attacks(
     untouched=[..., None, dict.fromkeys(CHOICE, ...), CHOICE | {"further": ...}],
 )
 
-ATTACKS = [LOSS, ADVANTAGES, METHODS]
+# --- Exercise 4 ----------------------------------------------------------------------------------
+
+TEST = preferences.questions()["test"]
+WANTED = [row["right"] if row["known"] else REFUSAL for row in TEST]
+
+
+def spoilt(share, text, known=None):
+    """What is wanted, but for a share of the questions, of one kind or of both, another text."""
+    return [
+        text if i % 100 < 100 * share and known in (None, row["known"]) else answer
+        for i, (row, answer) in enumerate(zip(TEST, WANTED, strict=True))
+    ]
+
+
+BEYOND = Attacks(
+    checks.check_beats_refusing,
+    right=[
+        WANTED,
+        tuple(WANTED),
+        np.array(WANTED),
+        pd.Series(WANTED),
+        spoilt(0.3, ""),
+        spoilt(0.5, REFUSAL, known=True),
+        [wordy(answer) if answer != REFUSAL else answer for answer in WANTED],
+    ],
+    wrong=[
+        ([REFUSAL] * len(TEST), "It refuses nearly everything"),
+        ([row["right"] for row in TEST], "It hardly refuses"),
+        ([wordy(row["right"]) for row in TEST], "It hardly refuses"),
+        ([row["prompt"][0]["content"] for row in TEST], "It hardly refuses"),
+        (spoilt(0.7, "?"), "at least 0.60 is wanted"),
+        (spoilt(1, "?", known=True), "Few known questions are answered rightly"),
+        (WANTED[:-1], f"found {len(TEST) - 1}"),
+        (WANTED * 2, f"found {2 * len(TEST)}"),
+        (WANTED[:-1] + [1], f"answer {len(TEST)}: expected a text, found 1"),
+        ("I do not know.", "a list with a text for each test question, found"),
+        (dict(enumerate(WANTED)), "a list with a text for each test question, found"),
+        ([[answer] for answer in WANTED], "answer 1: expected a text, found list"),
+    ],
+)
+
+ATTACKS = [LOSS, ADVANTAGES, METHODS, BEYOND]
