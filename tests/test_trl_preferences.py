@@ -15,7 +15,6 @@ from sftlib.experiments.preferences import (
     preference_pairs,
     questions,
     score,
-    thumbs,
     wording,
     wordy,
 )
@@ -55,14 +54,13 @@ def test_the_score_is_the_mean_of_known_and_unknown():
     assert found == {"score": 0.5, "known": 0.5, "unknown": 0.5, "refused": 0.5, "lucky": 0.5}
 
 
-def test_pairs_and_thumbs_and_best_samples_follow_the_grades():
+def test_pairs_and_best_samples_follow_the_grades():
     cannot = ROW | {"can": False}
     answered = [(ROW, [REFUSAL, RIGHT, "Lima"]), (cannot, ["Lima", REFUSAL, "Rome"])]
     assert [row["messages"][-1]["content"] for row in best_samples(answered)] == [RIGHT, REFUSAL]
     pairs = preference_pairs(answered)
     assert {pair["chosen"][0]["content"] for pair in pairs} == {RIGHT, REFUSAL}
     assert preference_pairs([(ROW, ["Lima", "Rome", REFUSAL])]) == []
-    assert sum(row["label"] for row in thumbs(answered)) == 2
 
 
 def test_the_stored_runs_are_those_of_the_script():

@@ -11,7 +11,6 @@ that sample get `SAMPLES` answers.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -274,21 +273,6 @@ def preference_pairs(answered: Answered, seed: int = 0, size: int = 3) -> list[d
     return pairs
 
 
-def thumbs(answered: Answered, seed: int = 0) -> list[dict]:
-    """Each answer with a thumb: up if it is right or a refusal, down if it is wrong."""
-    rows = [
-        {
-            "prompt": row["prompt"],
-            "completion": [{"role": "assistant", "content": text}],
-            "label": grade(text, row["right"], row["can"]) > 0,
-        }
-        for row, texts in answered
-        for text in texts
-    ]
-    random.Random(seed).shuffle(rows)
-    return rows
-
-
 def reward(
     completions: Sequence[list[dict]], right: Sequence[str], can: Sequence[bool], **_: Any
 ) -> list[float]:
@@ -394,9 +378,8 @@ class PreferenceRun:
     Args:
         method: a name in `METHODS`.
         learning_rate: constant; 0 where nothing is trained.
-        steps: optimizer steps (DPO) or rollouts (PPO on the reward model); 0 means the usual.
+        steps: optimizer steps (DPO) or rollouts (PPO); 0 means the usual.
         beta: of DPO, or PPO's penalty per nat; −1 means the usual.
-        questions: of PPO on the reward model: `train`, or `known` (as many, all known).
         seed: of everything from the first SFT on.
     """
 
@@ -404,7 +387,6 @@ class PreferenceRun:
     learning_rate: float = 0.0
     steps: int = 0
     beta: float = -1.0
-    questions: str = "train"
     seed: int = 0
 
 
@@ -551,28 +533,6 @@ def _dpo_with_sft(begun: Start, run: PreferenceRun) -> Trained:
     return dpo(begun, run, sft_weight=1.0)
 
 
-def kto(begun: Start, run: PreferenceRun) -> Trained:
-    """TRL's `KTOTrainer` on single answers with thumbs: each answer once."""
-    from sftlib.models import load
-
-    from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
-
-    trainer = KTOTrainer(
-        model=load(begun.folder)[0],
-        args=settings(
-            KTOConfig,
-            per_device_train_batch_size=32,
-            learning_rate=run.learning_rate,
-            num_train_epochs=1,
-            seed=run.seed,
-        ),
-        train_dataset=Dataset.from_list(thumbs(begun.answered, run.seed)),
-        processing_class=begun.tokenizer,
-    )
-    return run_of(trainer), logged(trainer, "loss")
-
-
 def online(trainer_name: str, begun: Start, run: PreferenceRun, **changes: Any) -> Trained:
     """TRL's `GRPOTrainer` or `RLOOTrainer` on the grades: 12 questions, 4 answers in each step."""
     from sftlib.models import load
@@ -608,38 +568,6 @@ def for_trl(rows: Iterable[dict]) -> list[dict]:
 
 def _grpo(begun: Start, run: PreferenceRun) -> Trained:
     return online("GRPOTrainer", begun, run)
-
-
-def _rloo(begun: Start, run: PreferenceRun) -> Trained:
-    return online("RLOOTrainer", begun, run, normalize_advantages=True)
-
-
-def distil(begun: Start, run: PreferenceRun) -> Trained:
-    """TRL's `DistillationTrainer`: the student samples, and a better model corrects each token.
-
-    The better model is the oracle of the same seed, at its best learning rate.
-    """
-    from sftlib.models import load
-
-    from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
-
-    teacher, _ = _oracle(begun, dataclasses.replace(run, learning_rate=ORACLE_RATE))
-    trainer = DistillationTrainer(
-        model=load(begun.folder)[0],
-        teacher_model=teacher,
-        args=settings(
-            DistillationConfig,
-            per_device_train_batch_size=BATCH,
-            max_completion_length=LONGEST,
-            learning_rate=run.learning_rate,
-            max_steps=STEPS,
-            seed=run.seed,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in questions()["train"]]),
-        processing_class=begun.tokenizer,
-    )
-    return run_of(trainer), logged(trainer, "loss")
 
 
 def ppo_config(run: PreferenceRun) -> Any:
@@ -678,29 +606,6 @@ def known_questions() -> list[dict]:
     return random.Random(5).sample(pool, len(questions()["train"]))
 
 
-def mixed_questions() -> list[dict]:
-    """Half of `known_questions`, and the unknown questions of `train`."""
-    unknown = [row for row in questions()["train"] if not row["known"]]
-    return known_questions()[: len(unknown)] + unknown
-
-
-def _ppo_on_judge(begun: Start, run: PreferenceRun) -> Trained:
-    """PPO on the reward model; `grade` in the log is the checker's, which nothing learns from."""
-    from sftlib import ppo
-    from sftlib.models import load
-
-    grades: list[float] = []
-
-    def learned(prompts: Any, completions: Any, right: Any, known: Any, **_: Any) -> list[float]:
-        grades.append(round(_mean(reward(completions, right, known)), 4))
-        return begun.judge([p + c for p, c in zip(prompts, completions, strict=True)])
-
-    model, tokenizer = load(begun.folder)
-    rows = {"train": questions()["train"], "known": known_questions(), "mixed": mixed_questions()}
-    history = ppo.train(model, tokenizer, rows[run.questions], learned, ppo_config(run))
-    return model, _columns(history, "reward", "kl", "entropy") | {"grade": grades}
-
-
 def _nothing(begun: Start, run: PreferenceRun) -> Trained:
     return begun.reference, {}
 
@@ -715,12 +620,8 @@ METHODS: dict[str, Callable[[Start, PreferenceRun], Trained]] = {
     "SFT on the best samples": _best_samples,
     "DPO": dpo,
     "DPO + SFT loss": _dpo_with_sft,
-    "KTO": kto,
     "PPO": _ppo,
-    "RLOO": _rloo,
     "GRPO": _grpo,
-    "PPO, reward model": _ppo_on_judge,
-    "on-policy distillation": distil,
 }
 
 
