@@ -126,7 +126,8 @@ def _darker(colour: str) -> str:
     """A colour in which text is readable on white, and which still resembles this one."""
     from matplotlib.colors import to_hex, to_rgb
 
-    return to_hex([0.6 * part for part in to_rgb(colour)])
+    red, green, blue = to_rgb(colour)
+    return to_hex((0.6 * red, 0.6 * green, 0.6 * blue))
 
 
 def _check_limits(limits: Iterable[Sequence], alt: str) -> None:

@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Generator
 from decimal import Decimal
 from numbers import Rational
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sftlib.checks.exercise import exercise
 from sftlib.checks.functions import call, compare, reference
 from sftlib.checks.held_out import refuse_leaks, training_seed
 from sftlib.checks.reading import Unread, mapping, number, sequence, shown, text, whole
 from sftlib.checks.verdict import CheckEnds, Verdict, right, wrong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # --- GPU hours -----------------------------------------------------------------------------------
 
@@ -462,7 +465,8 @@ def _rehearsed(rows: tuple, settings: tuple, seed: int) -> tuple[float, float]:
     )
     held_out = read_facts("heldout")
     asked = [row["messages"][:-1] for row in held_out]
-    given = answers(trainer.model, tokenizer, asked, max_new_tokens=LONGEST_ANSWER)
+    trained = cast("PreTrainedModel", trainer.model)  # transformers annotates any module
+    given = answers(trained, tokenizer, asked, max_new_tokens=LONGEST_ANSWER)
     forms, hits = 0, 0
     for answer, row in zip(given, held_out, strict=True):
         form, content = form_and_content(answer.text, row["value"])
