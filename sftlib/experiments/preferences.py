@@ -3,7 +3,7 @@
 The task: answer briefly what the model knows, and say "I do not know." where it does not. A checker
 knows the right answer to each question. Nobody has a list of what *this* model knows. It is
 estimated: a question counts as one that the model `can` answer if one of its own samples is right.
-No training reads the column `known`. Only the score of the test, and the run `oracle`, do.
+No training reads the column `known`. Only the score of the test does, and `SFT by the oracle`.
 
 A `PreferenceRun` is one training from the same start, `start`, and `measure` does it. All methods
 that sample get `SAMPLES` answers.
@@ -467,10 +467,6 @@ def told(rows: Iterable[dict], text: Callable[[dict], str]) -> list[dict]:
     return [{"messages": said(row, text(row))} for row in rows]
 
 
-def _right_answers(begun: Start, run: PreferenceRun) -> Trained:
-    return imitate(begun, run, told(questions()["train"], lambda row: row["right"]))
-
-
 def _oracle(begun: Start, run: PreferenceRun) -> Trained:
     """Demonstrations by somebody who has the list of what the base has read."""
     rows = told(questions()["train"], lambda row: row["right"] if row["known"] else REFUSAL)
@@ -611,10 +607,8 @@ def _nothing(begun: Start, run: PreferenceRun) -> Trained:
 
 
 KL_COEF = 0.02
-ORACLE_RATE = 5e-4
 METHODS: dict[str, Callable[[Start, PreferenceRun], Trained]] = {
     "start": _nothing,
-    "SFT on right answers": _right_answers,
     "SFT by the oracle": _oracle,
     "SFT on estimates": _estimated,
     "SFT on the best samples": _best_samples,
@@ -655,9 +649,9 @@ def measure(run: PreferenceRun, folder: Path) -> dict[str, Any]:
         folder: where the starts of the seeds are kept.
 
     Returns:
-        What `evaluate` finds; `seconds` of
-        training (with sampling, where the method samples); `log`, values per step. The run `start`
-        has the seconds of the sampling and of the reward model, and in its log `best_of`.
+        What `evaluate` finds; `seconds` of training (with sampling, where the method samples);
+        `log`, values per step. The run `start` has the seconds of the sampling and of the reward
+        model, and in its log `best_of`.
     """
     from transformers import set_seed
 
